@@ -43,11 +43,13 @@ class Out(NamedTuple):
     features: f32[B, D], the input of the classification head.
     stats: new norm statistics, shaped like the model's `stats`; {} without such layers or outside
       training.
+    aux: dict of what a `wrap` hands to the other hooks of its method; every leaf [B, ...].
   """
 
   logits: Array
   features: Array
   stats: Tree
+  aux: Tree = {}  # noqa: RUF012 (never written to)
 
 
 def no_tap(name: str, h: Array, layer: Array | int = 0) -> Array:
@@ -112,8 +114,8 @@ class Method(NamedTuple):
   step; `key` is a typed key derived from the step and the method's name in its chain.
 
   Attributes:
-    init: (key, params, batch) -> (new_params, s). `params` are all parameters that exist so far;
-      `new_params` are added to the trainable ones and must not collide with them.
+    init: (key, params, batch, fwd) -> (new_params, s). `params` are the trainable parameters so far;
+      `new_params` are added to them and must not collide. `fwd.frozen` holds the frozen weights.
     wrap: (s, apply) -> apply. Gates, adapters, prompts, heads; `apply` is a `Model.apply`.
     mix: (s, batch) -> batch. Rehearsal: may append rows, must keep the stream's rows first.
     loss: (s, params, batch, out, fwd) -> f32[], added to the task loss; `batch` includes mixed rows.
@@ -125,7 +127,7 @@ class Method(NamedTuple):
     needs: what the scenario must tell: any of 'task_train', 'task_test', 'boundary'.
   """
 
-  init: Callable = lambda key, params, batch: ({}, ())
+  init: Callable = lambda key, params, batch, fwd: ({}, ())
   wrap: Callable = lambda s, apply: apply
   mix: Callable = lambda s, batch: batch
   loss: Callable = lambda s, params, batch, out, fwd: 0.0
@@ -188,10 +190,12 @@ class Stream:
   Attributes:
     x: all training inputs, every leaf [N, ...], in the dtype they are stored in.
     y: i32[N] labels.
-    index: i32[T, S, B] rows of `x` in the order they are learnt from; -1 is padding.
-    steps: i32[T], the steps that task t really has; None when all have S.
-    ends: i32[T, E, B'] the distinct training examples of each task once, for boundaries; -1 pads.
-    test: what is evaluated after every task; every leaf [T, E, B', ...], already viewed and offset.
+    index: i32[L, S, B] rows of `x` in the order they are learnt from, in L legs; -1 is padding. A leg is
+      a task (L = T), except where tasks are not learnt one by one: 'joint' has one leg, 'blurry'
+      as many as there are evaluations.
+    steps: i32[L], the steps that leg l really has; None when all have S.
+    ends: i32[L, E, B'] the distinct training examples of each leg once, for boundaries; -1 pads.
+    test: what is evaluated after every leg; every leaf [T, E, B', ...], already viewed and offset.
     views: arrays [T, ...], the parameters of the transformation of task t; None without one.
     offset: i32[T] added to the labels of task t (permuted class-incremental); None is 0.
     scenario: 'task', 'class', 'domain', 'joint', 'cumulative', 'blurry' or 'online'.

@@ -1,0 +1,295 @@
+"""The loop: `run` is a whole stream as one program, `run_chunks` the same steps a chunk at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_jax.errors import UserError
+from cl_jax.streams.take import take
+from cl_jax.types import Array, Batch, Learner, State, Stream, Tree
+
+Build = Callable[[Tree, Tree], Learner]  # (hyperparameters, weights) -> Learner
+
+
+class Record(NamedTuple):
+  """What a run leaves behind besides its final state.
+
+  Attributes:
+    start: f32[T], accuracy on every task before training.
+    R: f32[L, T], accuracy on every task after every leg.
+    loss: f32[L, S] of every step; NaN where leg l has fewer than S steps.
+    curve: f32[L, S // every, T], accuracy every `every` steps; [L, 0, T] when every = 0.
+  """
+
+  start: Array
+  R: Array
+  loss: Array
+  curve: Array
+
+
+def check_needs(needs: tuple[str, ...], stream: Stream) -> None:
+  """Raises UserError when the method needs what the scenario does not tell: no silent oracle."""
+  if missing := [n for n in needs if n not in stream.told]:
+    raise UserError(
+      f'the method needs {", ".join(missing)}, which the {stream.scenario!r} scenario does not tell '
+      f'(it tells {", ".join(stream.told) or "nothing"}): choose another scenario or another method'
+    )
+
+
+def run(
+  build: Build, hp: Tree, key: Array, stream: Stream, weights: Tree = None, every: int = 0
+) -> tuple[State, Record]:
+  """Learns the whole stream in one traceable program: jit it, vmap it, map it.
+
+  `jax.jit(run, static_argnums=(0, 5))(build, hp, key, stream)`.
+
+  Args:
+    build: (hp, weights) -> Learner, called inside the trace.
+    hp: pytree of hyperparameters; floats may be mapped.
+    key: typed key of this run.
+    stream: see `Stream`.
+    weights: pretrained weights, shared by mapped runs.
+    every: also evaluate every `every` steps inside each leg (stability gap); 0 = at the ends only.
+
+  Returns:
+    The final state and the `Record`.
+  """
+  learner = build(hp, weights)
+  check_needs(learner.needs, stream)
+  state, start = begin(learner, key, stream, take(stream, stream.index[0, 0], 0))
+
+  def leg(state, t):
+    state, loss, curve = learn(learner, state, stream, t, every)
+    state, acc = close(learner, state, stream, t)
+    return state, (acc, loss, curve)
+
+  state, (R, loss, curve) = jax.lax.scan(leg, state, jnp.arange(stream.index.shape[0]))
+  return state, Record(start, R, loss, curve)
+
+
+def begin(learner: Learner, key: Array, stream: Stream, first: Batch) -> tuple[State, Array]:
+  """The initial state, and the accuracy f32[T] before training."""
+  state = learner.init(key, first)
+  return state, evaluate(learner, state, stream.test)
+
+
+def advance(learner: Learner, state: State, stream: Stream, fetch: Callable, t: Array, lo: Array, n: int):
+  """Steps lo .. lo + n of leg t, of which those past its end are left out.
+
+  `fetch(i)` is the batch of step lo + i. Returns (state, loss f32[n], NaN where left out).
+  """
+  S = stream.index.shape[1]
+  last = S if stream.steps is None else stream.steps[t]
+  whole = stream.steps is None and isinstance(lo, int)  # then the trip count is static: a scan
+  end = min(n, S - lo) if whole else jnp.clip(last - lo, 0, n)
+
+  def body(i, carry):
+    state, loss = carry
+    state, value = learner.step(state, fetch(i))
+    return state, loss.at[i].set(value)
+
+  return jax.lax.fori_loop(0, end, body, (state, jnp.full(n, jnp.nan)))
+
+
+def learn(learner: Learner, state: State, stream: Stream, t: Array, every: int):
+  """All steps of leg t: (state, loss f32[S], curve f32[S // every, T])."""
+  S = stream.index.shape[1]
+
+  def ahead(state, lo, n):
+    fetch = lambda i: take(stream, stream.index[t, lo + i], t)  # noqa: E731
+    return advance(learner, state, stream, fetch, t, lo, n)
+
+  if not every:
+    state, loss = ahead(state, 0, S)
+    return state, loss, jnp.zeros((0, stream.tasks))
+
+  def piece(state, lo):
+    state, loss = ahead(state, lo, every)
+    acc = evaluate(learner, state, stream.test)
+    inside = lo + every <= (S if stream.steps is None else stream.steps[t])
+    return state, (loss, jnp.where(inside, acc, jnp.nan))
+
+  pieces = S // every
+  state, (loss, curve) = jax.lax.scan(piece, state, jnp.arange(pieces) * every)
+  state, rest = ahead(state, pieces * every, S - pieces * every)
+  return state, jnp.concatenate([loss.reshape(-1), rest]), curve
+
+
+def close(
+  learner: Learner, state: State, stream: Stream, t: Array, batches: Batch | None = None
+) -> tuple[State, Array]:
+  """The end of leg t: its boundary, where boundaries are told, then the accuracy on every task."""
+  if 'boundary' in stream.told:
+    if batches is None:
+      batches = jax.vmap(lambda rows: take(stream, rows, t))(stream.ends[t])
+    state = learner.boundary(state, batches)
+  return state, evaluate(learner, state, stream.test)
+
+
+def evaluate(learner: Learner, state: State, test: Batch) -> Array:
+  """f32[T]: the accuracy on every task; `test` has leaves [T, E, B, ...], w = 0 is padding."""
+
+  def hits(batch):
+    right = learner.predict(state, batch).argmax(-1) == batch.y
+    return jnp.stack([jnp.sum(batch.w * right), jnp.sum(batch.w)])
+
+  right, total = jax.lax.map(lambda b: jax.lax.map(hits, b).sum(0), test).T
+  return right / total
+
+
+def confusion(learner: Learner, state: State, test: Batch, classes: int) -> Array:
+  """i32[C, C]: how often label i (row) was predicted as j (column), over all tasks' test examples."""
+
+  def count(matrix, batch):
+    guess = learner.predict(state, batch).argmax(-1)
+    return matrix.at[batch.y, guess].add(batch.w.astype(jnp.int32)), None
+
+  flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), test)
+  return jax.lax.scan(count, jnp.zeros((classes, classes), jnp.int32), flat)[0]
+
+
+class Progress(NamedTuple):
+  """Where a chunked run stands: what a checkpoint of it holds.
+
+  Attributes:
+    state: the learner's state.
+    record: filled as far as the run has come; NaN after that.
+    leg: i32[], legs that are complete.
+    done: i32[], steps done in the current leg.
+  """
+
+  state: State
+  record: Record
+  leg: Array
+  done: Array
+
+
+def run_chunks(
+  build: Build,
+  hp: Tree,
+  key: Array,
+  stream: Stream,
+  weights: Tree = None,
+  chunk: int = 100,
+  every: int = 0,
+  resume: Progress | None = None,
+  feed: Callable | None = None,
+  lift: Callable | None = None,
+) -> Iterator[Progress]:
+  """The same run, yielding after the start, after every chunk of steps and after every leg.
+
+  The steps, their order and their keys are those of `run`, bitwise.
+
+  Args:
+    build, hp, key, stream, weights, every: as for `run`.
+    chunk: steps between two yields; `every` takes its place where it is set.
+    resume: a `Progress` of this run, of whatever process: go on from there.
+    feed: (leg, rows i32[n, B]) -> Batch with leaves [n, B, ...], for data that stays on the host; `None`
+      takes the rows from the data on the device. See `host_feed`.
+    lift: (f, mapped) -> f over many runs, where `mapped` names the arguments with a leading run
+      axis; see `sweep.Many`. Then hp, key, and what else it maps have that axis, and so has every
+      leaf of the record.
+
+  Yields:
+    `Progress`, with the record as NumPy arrays.
+  """
+  if feed is not None and lift is not None:
+    raise ValueError('mapped runs take their data from the device: give feed or lift, not both')
+  check_needs(build(hp, weights).needs, stream)
+  lift = lift or (lambda f, mapped: f)
+  chunk = every or chunk
+  L, S = stream.index.shape[-3:-1]
+  host_index = np.asarray(stream.index) if feed is not None else None
+  resident = stream if feed is None else dataclasses.replace(stream, x=None, y=None)
+
+  def rows(leg, lo):  # the batches of a chunk; past the end of a leg comes padding that is not used
+    if feed is None:
+      return None
+    wanted = host_index[leg, lo : lo + chunk]
+    short = chunk - len(wanted)
+    return feed(leg, np.pad(wanted, ((0, short), (0, 0)), constant_values=-1))
+
+  def begin_one(hp, key, stream, weights, first):
+    first = take(stream, stream.index[0, 0], 0) if first is None else first
+    return begin(build(hp, weights), key, stream, first)
+
+  def advance_one(hp, state, stream, weights, t, lo, batches):
+    def fetch(i):
+      if batches is None:
+        return take(stream, stream.index[t, lo + i], t)
+      return jax.tree.map(lambda a: a[i], batches)
+
+    return advance(build(hp, weights), state, stream, fetch, t, lo, chunk)
+
+  def close_one(hp, state, stream, weights, t, batches):
+    return close(build(hp, weights), state, stream, t, batches)
+
+  def probe_one(hp, state, stream, weights):
+    return evaluate(build(hp, weights), state, stream.test)
+
+  begin_all = jax.jit(lift(begin_one, ('hp', 'key', 'stream')))
+  advance_all = jax.jit(lift(advance_one, ('hp', 'state', 'stream')))
+  close_all = jax.jit(lift(close_one, ('hp', 'state', 'stream')))
+  probe_all = jax.jit(lift(probe_one, ('hp', 'state', 'stream')))
+
+  if resume is None:
+    first = None
+    if feed is not None:
+      first = jax.tree.map(lambda a: a[0], feed(0, host_index[0, :1]))
+    state, start = begin_all(hp, key, resident, weights, first)
+    lead = start.shape[:-1]
+    empty = lambda *shape: np.full((*lead, *shape), np.nan, np.float32)  # noqa: E731
+    T, K = stream.tasks, S // every if every else 0
+    record = Record(np.asarray(start), empty(L, T), empty(L, S), empty(L, K, T))
+    yield Progress(state, record, 0, 0)
+    leg, done = 0, 0
+  else:
+    state, record, leg, done = resume
+    record = jax.tree.map(np.array, record)
+    leg, done = int(leg), int(done)
+
+  steps = np.full(L, S) if stream.steps is None else np.asarray(stream.steps)
+  longest = steps.reshape(-1, L).max(0)
+  while leg < L:
+    while done < longest[leg]:
+      state, loss = advance_all(hp, state, resident, weights, leg, done, rows(leg, done))
+      n = min(chunk, S - done)
+      record.loss[..., leg, done : done + n] = np.asarray(loss)[..., :n]
+      if every and done + every <= longest[leg]:
+        acc = np.asarray(probe_all(hp, state, resident, weights))
+        inside = (done + every <= steps[..., leg])[..., None]
+        record.curve[..., leg, done // every, :] = np.where(inside, acc, np.nan)
+      done = min(done + chunk, int(longest[leg]))
+      yield Progress(state, record, leg, done)
+    ends = None if feed is None else feed(leg, np.asarray(stream.ends[leg]))
+    state, acc = close_all(hp, state, resident, weights, leg, ends)
+    record.R[..., leg, :] = np.asarray(acc)
+    leg, done = leg + 1, 0
+    yield Progress(state, record, leg, done)
+
+
+def host_feed(stream: Stream) -> Callable:
+  """A `feed` for `run_chunks` that gathers rows from host arrays (NumPy, memory-mapped files)."""
+  gather = jax.jit(lambda stream, t: take(stream, jnp.arange(stream.y.shape[0]), t))
+
+  def feed(leg: int, rows: np.ndarray) -> Batch:
+    flat = np.maximum(rows.reshape(-1), 0)
+    part = dataclasses.replace(
+      stream,
+      x=jax.tree.map(lambda a: np.asarray(a[flat]), stream.x),
+      y=np.asarray(stream.y[flat]),
+      index=np.zeros((1, 1, 1), np.int32),
+      ends=np.zeros((1, 1, 1), np.int32),
+      test=None,
+    )
+    batch = gather(part, leg)
+    batch = batch._replace(w=batch.w * (rows.reshape(-1) >= 0))
+    return jax.tree.map(lambda a: a.reshape(*rows.shape, *a.shape[1:]), batch)
+
+  return feed

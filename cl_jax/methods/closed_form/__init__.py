@@ -1,0 +1,1 @@
+"""Classifiers from statistics of frozen features: no backward pass, no forgetting by construction."""

@@ -1,0 +1,1 @@
+"""Parameter isolation: every task has weights or units of its own."""

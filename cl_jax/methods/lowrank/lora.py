@@ -1,0 +1,72 @@
+"""Low-rank adaptation."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from cl_jax.errors import UserError
+from cl_jax.masks import nest, paths
+from cl_jax.models.layers import LowRank
+from cl_jax.types import Method, Tree, overlay
+
+
+def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*(query|value)/w') -> Method:
+  """Adds a trainable product of two thin matrices to chosen weights: h = x W + (alpha / r) (x A) B.
+
+  Hu et al., ICLR 2022, eq. 3; official code microsoft/LoRA. A is Kaiming-uniform with a = sqrt(5), that is
+  U(+-1/sqrt(d_in)), and B is zero, so that training starts from the model as it is. Freeze the rest by
+  `learner(frozen=...)`; the product is never formed in training (see `LowRank`). Stacked weights
+  [L, d_in, d_out] get an adapter per layer. Deviation: no dropout on A's input.
+
+  Args:
+    rank: r.
+    alpha: scale; the update is multiplied by alpha / r.
+    targets: regular expression, matched against the whole path of a weight, trained or frozen.
+
+  State: none (parameters: r (d_in + d_out) per adapted matrix).
+  """
+
+  def init(key, params, batch, fwd):
+    weights = {
+      p: a
+      for p, a in paths(overlay(fwd.frozen, params)).items()
+      if re.fullmatch(targets, p) and a.ndim >= 2
+    }
+    if not weights:
+      raise UserError(f'lora targets {targets!r} match no weight matrix of the model')
+    leaves = {}
+    for (path, w), k in zip(weights.items(), jax.random.split(key, len(weights)), strict=True):
+      *stack, d_in, d_out = w.shape
+      bound = d_in**-0.5
+      a = jax.random.uniform(k, (*stack, d_in, rank), jnp.float32, -bound, bound)
+      leaves[f'{path}/a'], leaves[f'{path}/b'] = a, jnp.zeros((*stack, rank, d_out))
+    return {'lora': nest(leaves)}, ()
+
+  def wrap(s, apply):
+    def adapted(variables, batch, tap, train):
+      return apply(adapt(variables, alpha), batch, tap, train)
+
+    return adapted
+
+  return Method(init=init, wrap=wrap)
+
+
+def adapt(variables: Tree, alpha: float) -> Tree:
+  """The model's variables with every adapted weight as a `LowRank` operator, without the 'lora' branch."""
+  adapters = paths(variables['lora'])
+  leaves = paths({k: v for k, v in variables.items() if k != 'lora'})
+  for path in {p.rsplit('/', 1)[0] for p in adapters}:
+    a, b = adapters[f'{path}/a'], adapters[f'{path}/b']
+    scale = jnp.full(a.shape[:-2], alpha / a.shape[-1])  # an axis per stacked layer, for the scan
+    leaves[path] = LowRank(leaves[path], a, b, scale)
+  return nest(leaves)
+
+
+def merge(variables: Tree, alpha: float) -> Tree:
+  """The variables with W + (alpha / r) A B in place of every adapted W: nothing is left to add at inference."""
+  adapted = adapt(variables, alpha)
+  is_adapter = lambda a: isinstance(a, LowRank)  # noqa: E731
+  return jax.tree.map(lambda a: a.merge() if is_adapter(a) else a, adapted, is_leaf=is_adapter)

@@ -1,0 +1,1 @@
+"""Penalties on parameters and on outputs: what mattered before may not change much."""

@@ -1,0 +1,1 @@
+"""Rehearsal: some of what was seen is kept and seen again."""
