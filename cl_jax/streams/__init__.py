@@ -1,0 +1,1 @@
+"""Sequences of tasks as index tables over data that stays on the device."""

@@ -1,0 +1,152 @@
+"""`dataset` finds a dataset by its name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from cl_jax.errors import UserError
+from cl_jax.streams import builtin, text, tfds
+from cl_jax.streams.arrays import Arrays, arrays, check_pair, compact, hold_out
+
+SHIPPED = ('fashion_mnist_small', 'clinc150')
+
+
+def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[Arrays, Arrays]:
+  """(train, test) of a dataset.
+
+  | name | what | options |
+  |---|---|---|
+  | fashion_mnist_small | shipped, 6,000 / 2,000 images | |
+  | clinc150 | shipped, 15,000 / 4,500 sentences, 150 intents, 10 domains | tokenizer, length |
+  | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed |
+  | text:NAME | data_dir/text/classify/NAME/{train,test}.jsonl | tokenizer, length |
+  | jsonl:DIR | DIR/{train,test}.jsonl | tokenizer, length |
+  | npz:PATH | arrays x_train, y_train, x_test, y_test; domain_*, names, domain_names | |
+
+  Args:
+    data_dir: None = the environment variable CL_JAX_DATA.
+    options:
+      tokenizer: path of a tokenizer.json. length: tokens per sentence (32).
+      train, test: split names ('train', 'test'). domain: the feature that names the domain.
+      hold_out: fraction of `train` per class that becomes the test data, for datasets without a
+        test split; its `seed` is 0. Classes without a training example are dropped.
+
+  Raises:
+    UserError: unknown names (with close matches) and options, absent or unusable data.
+  """
+  kind, _, rest = (
+    name.partition(':')
+    if name.split(':')[0] in ('tfds', 'text', 'jsonl', 'npz')
+    else ('', '', name)
+  )
+  if kind == 'npz':
+    return _npz(Path(rest).expanduser(), **_known(name, options))
+  if kind in ('text', 'jsonl') or name == 'clinc150':
+    options = _known(name, options, tokenizer=None, length=32)
+    if name == 'clinc150':
+      paths = [builtin.file(f'clinc150_{split}.jsonl.gz') for split in ('train', 'test')]
+    else:
+      folder = _root(name, data_dir) / 'text/classify' / rest if kind == 'text' else Path(rest)
+      if not folder.is_dir():
+        near = _near(rest, folder.parent)
+        raise UserError(
+          f'{name}: there is no folder {folder}{near}; it must hold train.jsonl and test.jsonl'
+        )
+      paths = [folder / f'{split}.jsonl' for split in ('train', 'test')]
+    return _sentences(name, paths, **options)
+  if name == 'fashion_mnist_small':
+    return _npz(builtin.file('fashion_mnist_small.npz'), **_known(name, options))
+  options = _known(name, options, train='train', test='test', domain=None, hold_out=None, seed=0)
+  return _tfds(rest, _root(name, data_dir), **options)
+
+
+def _tfds(name, root, train, test, domain, hold_out, seed) -> tuple[Arrays, Arrays]:
+  try:
+    first = tfds.load(name, train, root, domain=domain)
+  except UserError as error:
+    base = name.partition(':')[0]
+    near = '' if (root / 'tfds' / base).is_dir() else _near(base, root / 'tfds')
+    raise UserError(f'{error}{near}') from error
+  if hold_out is None:
+    second = tfds.load(name, test, root, domain=domain)
+  else:
+    first, second = _cut(first, hold_out, seed, name)
+  first, second = compact(first, second)
+  check_pair(first, second, name)
+  return first, second
+
+
+def _cut(data: Arrays, fraction: float, seed: int, name: str) -> tuple[Arrays, Arrays]:
+  return hold_out(data, fraction, seed, f'test data of {name}')
+
+
+def _sentences(name, paths, tokenizer, length) -> tuple[Arrays, Arrays]:
+  if tokenizer is None:
+    raise UserError(f'{name} is text: pass tokenizer, the path of a tokenizer.json')
+  train = text.load(paths[0], tokenizer, length)
+  test = text.load(
+    paths[1], tokenizer, length, names=train.names, domain_names=train.domain_names or None
+  )
+  check_pair(train, test, name)
+  return train, test
+
+
+def _npz(path: Path) -> tuple[Arrays, Arrays]:
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      parts = {key: stored[key] for key in stored.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f'{path} cannot be read as an .npz of plain arrays ({error})') from error
+  if missing := [k for k in ('x_train', 'y_train', 'x_test', 'y_test') if k not in parts]:
+    raise UserError(f'{path} lacks {", ".join(missing)}; it has {", ".join(parts) or "nothing"}')
+  names = tuple(map(str, parts['names'])) if 'names' in parts else ()
+  if not names:
+    names = tuple(
+      map(str, range(1 + max(int(parts[f'y_{s}'].max(initial=0)) for s in ('train', 'test'))))
+    )
+  domain_names = tuple(map(str, parts['domain_names'])) if 'domain_names' in parts else ()
+  train, test = (
+    arrays(
+      parts[f'x_{s}'], parts[f'y_{s}'], parts.get(f'domain_{s}'), names, domain_names, f'{path} {s}'
+    )
+    for s in ('train', 'test')
+  )
+  check_pair(train, test, str(path))
+  return train, test
+
+
+def _root(name: str, data_dir: str | Path | None) -> Path:
+  root = data_dir or os.environ.get('CL_JAX_DATA')
+  if not root:
+    near = difflib.get_close_matches(name, SHIPPED, 2, 0.6)
+    shipped = f' (did you mean {" or ".join(near)}?)' if near else ''
+    raise UserError(
+      f'{name} is not one of the shipped datasets {", ".join(SHIPPED)}{shipped}; to look '
+      'for it elsewhere pass --data_dir or set CL_JAX_DATA'
+    )
+  root = Path(root).expanduser()
+  if not root.is_dir():
+    raise UserError(
+      f'the data directory {root} does not exist; pass another --data_dir or CL_JAX_DATA'
+    )
+  return root
+
+
+def _near(name: str, folder: Path) -> str:
+  there = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+  near = difflib.get_close_matches(name, [*there, *SHIPPED], 3, 0.6)
+  return f'; did you mean {" or ".join(near)}?' if near else ''
+
+
+def _known(name: str, options: dict, **known) -> dict:
+  for key in options:
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 1, 0.5)
+      hint = f'; did you mean {near[0]}?' if near else ''
+      raise UserError(f'{name} has no option {key!r}{hint} (options: {", ".join(known) or "none"})')
+  return {**known, **options}

@@ -1,0 +1,383 @@
+"""From two splits of a dataset to a sequence of tasks: pure functions to `Stream`.
+
+Validation data is held out of the training split, per class; the test split is never trained on or
+selected with. Arrays stay NumPy; `cl_jax.streams.take.put` moves a stream to the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cl_jax.errors import UserError
+from cl_jax.streams import order, schedules, views
+from cl_jax.streams.arrays import Arrays, check_pair, groups, held_out
+from cl_jax.streams.schedules import Plan
+from cl_jax.types import Batch, Stream
+
+TOLD = {
+  'task': ('boundary', 'task_train', 'task_test'),
+  'class': ('boundary', 'task_train'),
+  'domain': ('boundary', 'task_train'),
+}
+
+
+class Select(NamedTuple):
+  """Which examples a stream is made of.
+
+  Attributes:
+    validation: fraction of every class held out of each task's training data; 0 holds out nothing.
+    evaluate: 'test', or 'valid' for the held-out training data (hyperparameter selection).
+    examples_per_class: at most so many training examples of a class in a task (None = all).
+    examples_per_task: at most so many training examples in a task, drawn after the former.
+    test_per_task: at most so many evaluation examples of a task.
+    test_batch: batch size of the evaluation.
+    seed: of the choices above.
+  """
+
+  validation: float = 0.0
+  evaluate: str = 'test'
+  examples_per_class: int | None = None
+  examples_per_task: int | None = None
+  test_per_task: int | None = None
+  test_batch: int = 256
+  seed: int = 0
+
+
+ALL = Select()
+
+
+def split(
+  train: Arrays,
+  test: Arrays,
+  scenario: str,
+  tasks: int | tuple[int, ...] | None = None,
+  *,
+  by: str = 'label',
+  order_seed: int | None = None,
+  told: tuple[str, ...] | None = None,
+  plan: Plan = schedules.DEFAULT,
+  select: Select = ALL,
+) -> Stream:
+  """Cuts a dataset into tasks by label or by domain (van de Ven, Tuytelaars & Tolias 2022).
+
+  Args:
+    scenario: 'task' and 'class' keep the dataset's labels. 'domain' uses the label within the task
+      (its place among the task's classes), so that all tasks share one small output layer; domains
+      that share classes keep the dataset's labels, which mean the same everywhere.
+    tasks: their number (early tasks get the remainder), or the number of classes of each. By domain
+      every domain is a task and `tasks` may only repeat their number.
+    by: 'label', or 'domain' (needs `train.domain`).
+    order_seed: shuffles the classes (or the domains) before the cut; None keeps their order.
+    told: what the learner may know; None is the scenario's own: 'task' tells the task in
+      training and at test time and the boundaries, the others tell it in training only.
+    plan: how examples become batches. select: which examples take part.
+
+  Raises:
+    UserError: impossible numbers, missing domains, a task without training or test examples.
+  """
+  _check(train, test, scenario, select)
+  if by == 'label':
+    labels = _ordered(len(train.names), 'classes', order_seed)
+    sizes = _sizes(tasks, len(labels))
+    task_classes = [tuple(map(int, part)) for part in np.split(labels, np.cumsum(sizes)[:-1])]
+    task_names = _class_names(train.names, task_classes)
+    place = np.zeros(len(labels), np.int64)
+    place[np.concatenate(task_classes)] = np.repeat(np.arange(len(sizes)), sizes)
+    task_of_train, task_of_test = place[train.y], place[test.y]
+  elif by == 'domain':
+    if train.domain is None or test.domain is None:
+      raise UserError("split by='domain': the dataset has no domains; use by='label'")
+    domains = _ordered(len(train.domain_names), 'domains', order_seed)
+    if tasks not in (None, len(domains)):
+      raise UserError(
+        f'split by domain: there are {len(domains)} domains, so tasks={tasks} is not '
+        'possible; leave it unset'
+      )
+    place = np.argsort(domains)
+    task_of_train, task_of_test = place[train.domain], place[test.domain]
+    task_names = tuple(train.domain_names[d] for d in domains)
+    task_classes = [
+      tuple(np.unique(train.y[task_of_train == t]).tolist()) for t in range(len(domains))
+    ]
+  else:
+    raise UserError(f"split: by must be 'label' or 'domain'; got {by!r}")
+
+  used = [c for classes in task_classes for c in classes]
+  within = scenario == 'domain' and len(set(used)) == len(used)
+  if within:
+    label = np.zeros(len(train.names), np.int32)
+    label[used] = np.concatenate([np.arange(len(c)) for c in task_classes])
+    train, test = train._replace(y=label[train.y]), test._replace(y=label[test.y])
+    task_classes = [tuple(range(len(c))) for c in task_classes]
+  classes = max(map(len, task_classes)) if within else len(train.names)
+
+  pools, tests = [], []
+  for t, name in enumerate(task_names):
+    rest, held = _parts(train.y, np.flatnonzero(task_of_train == t), select, f'task {t}')
+    pools.append(_capped(train.y, rest, select, f'task {t}', name))
+    rows = np.flatnonzero(task_of_test == t) if held is None else held
+    tests.append(_test_capped(rows, select, t, name))
+  source = test if select.evaluate == 'test' else train
+  return _stream(
+    train, source, pools, tests, scenario, task_names, task_classes, classes, told, plan, select
+  )
+
+
+def permuted(
+  train: Arrays,
+  test: Arrays,
+  scenario: str,
+  tasks: int,
+  *,
+  view_seed: int = 0,
+  first_plain: bool = False,
+  pad: int = 0,
+  told: tuple[str, ...] | None = None,
+  plan: Plan = schedules.DEFAULT,
+  select: Select = ALL,
+) -> Stream:
+  """Every task is the whole dataset with its pixels (or features) in an order of its own.
+
+  Goodfellow et al. 2013; Kirkpatrick et al. 2017. 'domain' shares the C outputs; 'class' and 'task'
+  give task t the labels t*C to t*C + C - 1. Training images stay as they are stored and are
+  permuted in the step; the test images of every task are permuted here, once.
+
+  Args:
+    view_seed: of the permutations, apart from the order of examples (`plan.seed`).
+    first_plain: task 0 sees the images as they are.
+    pad: zero pixels added on every side first; 2 makes 28x28 into the 32x32 of van de Ven & Tolias.
+    others: as for `split`.
+  """
+  _check(train, test, scenario, select)
+  tasks = _whole(tasks, 'tasks')
+  if pad:
+    train, test = (data._replace(x=_padded(data.x, pad)) for data in (train, test))
+  shape = _array(train.x, 'permuted').shape
+  pixels = shape[1] * shape[2] if len(shape) == 4 else int(np.prod(shape[1:]))
+  table = views.permutations(pixels, tasks, view_seed, first_plain)
+  names = tuple(f'permutation {t}' for t in range(tasks))
+  return _viewed(train, test, scenario, names, views.permute, table, told, plan, select)
+
+
+def rotated(
+  train: Arrays,
+  test: Arrays,
+  scenario: str,
+  tasks: int | None = None,
+  *,
+  degrees: tuple[float, ...] | None = None,
+  told: tuple[str, ...] | None = None,
+  plan: Plan = schedules.DEFAULT,
+  select: Select = ALL,
+) -> Stream:
+  """Every task is the whole dataset turned by an angle of its own (Lopez-Paz & Ranzato 2017).
+
+  Args:
+    degrees: counter-clockwise angles; None = `tasks` angles evenly over [0, 180).
+    others: as for `permuted`.
+  """
+  _check(train, test, scenario, select)
+  if degrees is None:
+    tasks = _whole(tasks, 'tasks')
+    degrees = tuple(180.0 * np.arange(tasks) / tasks)
+  if not degrees or not np.isfinite(degrees).all() or tasks not in (None, len(degrees)):
+    raise UserError(
+      f'rotated: degrees must be finite numbers, one per task; got {degrees} for tasks={tasks}'
+    )
+  x = _array(train.x, 'rotated')
+  if x.dtype != np.uint8 or x.ndim != 4:
+    raise UserError(
+      f'rotated: inputs must be uint8 images [N, H, W, C]; got {x.dtype}{list(x.shape)}'
+    )
+  table = views.rotation_table(x.shape[1], x.shape[2], degrees)
+  names = tuple(f'{angle:g} degrees' for angle in degrees)
+  return _viewed(train, test, scenario, names, views.rotate, table, told, plan, select)
+
+
+def _viewed(train, test, scenario, names, view, table, told, plan, select) -> Stream:
+  count, tasks = len(train.names), len(names)
+  # One cut for all tasks: held-out data of one task must not be trained on in another.
+  rest, held = _parts(train.y, np.arange(len(train.y)), select, 'every task')
+  rows = np.arange(len(test.y)) if held is None else held
+  pools = [_capped(train.y, rest, select, f'task {t}', name) for t, name in enumerate(names)]
+  tests = [_test_capped(rows, select, t, name) for t, name in enumerate(names)]
+  source = test if select.evaluate == 'test' else train
+  shared = scenario == 'domain'
+  offset = None if shared else np.arange(tasks, dtype=np.int32) * count
+  first = [0 if shared else t * count for t in range(tasks)]
+  task_classes = [tuple(range(a, a + count)) for a in first]
+  return _stream(
+    train,
+    source,
+    pools,
+    tests,
+    scenario,
+    names,
+    task_classes,
+    count if shared else tasks * count,
+    told,
+    plan,
+    select,
+    table,
+    view,
+    offset,
+  )
+
+
+def _stream(
+  train,
+  source,
+  pools,
+  tests,
+  scenario,
+  task_names,
+  task_classes,
+  classes,
+  told,
+  plan,
+  select,
+  table=None,
+  view=None,
+  offset=None,
+) -> Stream:
+  told = TOLD[scenario] if told is None else schedules.check_told(told)
+  used = np.unique(np.concatenate(pools))
+  x: Any
+  x, y = train.x, train.y
+  if len(used) < len(y):  # what no task learns from does not go to the device
+    x, y = jax.tree.map(lambda leaf: leaf[used], x), y[used]
+    pools = [np.searchsorted(used, pool) for pool in pools]
+  schedules.check_plan(plan)
+  ends: Any = schedules.ends(pools, plan)
+  base = Stream(
+    x=x,
+    y=y,
+    index=ends,
+    ends=ends,
+    test=_test(source, tests, table, view, offset, told, select),
+    scenario=scenario,
+    told=told,
+    classes=int(classes),
+    task_names=tuple(task_names),
+    task_classes=tuple(task_classes),
+    views=table,
+    offset=offset,
+    view=view,
+  )
+  return schedules.reordered(base, plan)
+
+
+def _test(source, tests, table, view, offset, told, select) -> Batch:
+  index, _ = order.stacked([order.batched(rows, select.test_batch) for rows in tests])
+  real: Any = index >= 0
+  rows = np.where(real, index, 0)
+  x = jax.tree.map(lambda leaf: leaf[rows], source.x)
+  if view is not None:
+    for t in range(len(index)):  # in place, a task at a time: the copies stay small
+      flat = x[t].reshape(-1, *x.shape[3:])
+      part = view(flat, jax.tree.map(lambda v, t=t: v[t], table))
+      x[t] = part.reshape(x[t].shape)
+  y = source.y[rows]
+  if offset is not None:
+    y = y + offset[:, None, None]
+  task: Any = schedules.test_task(index.shape, told)
+  return Batch(x, y.astype(np.int32), real.astype(np.float32), task)
+
+
+def _parts(y, rows, select, where):
+  if select.validation == 0.0:
+    return rows, None
+  rest, held = held_out(y[rows], select.validation, select.seed, f'validation of {where}')
+  return rows[rest], rows[held] if select.evaluate == 'valid' else None
+
+
+def _capped(y, rows, select, where, name):
+  if not len(rows):
+    raise UserError(f'{where} ({name}) has no training examples; use fewer tasks or other data')
+  if select.examples_per_class is not None:
+    keep = [
+      members[order.shuffled(select.seed, f'{where}, class {label}', len(members))][
+        : select.examples_per_class
+      ]
+      for label, members in groups(y[rows])
+    ]
+    rows = rows[np.sort(np.concatenate(keep))]
+  if select.examples_per_task is not None:
+    keep = order.shuffled(select.seed, f'{where}, examples', len(rows))[: select.examples_per_task]
+    rows = rows[np.sort(keep)]
+  return rows
+
+
+def _test_capped(rows, select, t, name):
+  if not len(rows):
+    raise UserError(
+      f'task {t} ({name}) has no {select.evaluate} examples; use fewer tasks or other data'
+    )
+  if select.test_per_task is None:
+    return rows
+  keep = order.shuffled(select.seed, f'test of task {t}', len(rows))[: select.test_per_task]
+  return rows[np.sort(keep)]
+
+
+def _check(train, test, scenario, select) -> None:
+  check_pair(train, test)
+  if scenario not in TOLD:
+    raise UserError(f"scenario must be one of 'task', 'class', 'domain'; got {scenario!r}")
+  if select.evaluate not in ('test', 'valid'):
+    raise UserError(f"evaluate must be 'test' or 'valid'; got {select.evaluate!r}")
+  if not 0.0 <= select.validation < 1.0:
+    raise UserError(f'validation must be a fraction in [0, 1); got {select.validation}')
+  if select.evaluate == 'valid' and select.validation == 0.0:
+    raise UserError("evaluate='valid' needs held-out data; set validation, for example to 0.1")
+  for name in ('examples_per_class', 'examples_per_task', 'test_per_task', 'test_batch'):
+    value = getattr(select, name)
+    if name == 'test_batch' or value is not None:
+      _whole(value, name)
+
+
+def _whole(value, name: str) -> int:
+  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    raise UserError(f'{name} must be a whole number of at least 1; got {value!r}')
+  return int(value)
+
+
+def _ordered(count: int, what: str, seed: int | None) -> np.ndarray:
+  return np.arange(count) if seed is None else order.shuffled(seed, f'order of {what}', count)
+
+
+def _sizes(tasks, classes: int) -> list[int]:
+  if isinstance(tasks, tuple):
+    if not tasks or min(tasks) < 1 or sum(tasks) != classes:
+      raise UserError(
+        f'the numbers of classes per task {tasks} must be positive and sum to {classes}'
+      )
+    return list(tasks)
+  tasks = _whole(tasks, 'tasks')
+  if tasks > classes:
+    raise UserError(f'{tasks} tasks need at least as many classes; the dataset has {classes}')
+  return [classes // tasks + (t < classes % tasks) for t in range(tasks)]
+
+
+def _class_names(names, task_classes) -> tuple[str, ...]:
+  return tuple(
+    ' + '.join(names[i] for i in c) if len(c) < 3 else f'{names[c[0]]} .. {names[c[-1]]}'
+    for c in task_classes
+  )
+
+
+def _array(x, what: str) -> np.ndarray:
+  if not isinstance(x, np.ndarray):
+    raise UserError(f'{what}: inputs must be one array of pixels or features, not a tree')
+  return x
+
+
+def _padded(x, pad: int) -> np.ndarray:
+  x = _array(x, 'permuted')
+  if x.ndim != 4 or pad < 0:
+    raise UserError(
+      f'permuted: pad={pad} needs images [N, H, W, C] and a positive number of pixels'
+    )
+  return np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

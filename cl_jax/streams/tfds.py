@@ -1,0 +1,150 @@
+"""TensorFlow Datasets without TensorFlow: prepared array_record files, decoded once."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_jax.errors import UserError
+from cl_jax.streams.arrays import Arrays, arrays
+from cl_jax.streams.cache import cached, digest
+
+CHUNK = 1000  # examples decoded at a time
+
+
+def load(
+  name: str,
+  split: str,
+  data_dir: str | Path,
+  *,
+  domain: str | None = None,
+  cache_dir: Path | None = None,
+) -> Arrays:
+  """One split of a prepared TFDS dataset, from the cache of decoded arrays if it is there.
+
+  Args:
+    name: 'mnist', 'mnist:3.0.1', 'dataset/config'; the newest prepared version by default.
+    split: 'train', 'train[:80%]', ...; the cache keeps each apart.
+    data_dir: the folder whose `tfds/` holds the prepared datasets.
+    domain: the integer feature that becomes `Arrays.domain`, such as 'alphabet'.
+    cache_dir: see `cache.cached`.
+
+  Returns:
+    Arrays: x is the first of the supervised keys, y the second.
+
+  Raises:
+    UserError: the dataset, split or feature is not there (with the command that prepares it).
+  """
+  root = Path(data_dir).expanduser() / 'tfds'
+  what = f'{name} {split}'
+  prepared = _prepared(root, name)
+  if prepared is None:  # nothing that could be told apart by its files: mocked data, or an error
+    parts = _decode(root, name, split, domain, False)
+  else:
+    files = sorted((p.name, p.stat().st_size) for p in prepared.iterdir() if p.is_file())
+    # Versions alone do not identify data: a cut of a dataset may carry the version of the whole.
+    source = digest(prepared / 'dataset_info.json', json.dumps(files), split, str(domain))
+    stem = f'{prepared.relative_to(root).as_posix().replace("/", "-")}-{split}-{source[:16]}'
+    parts = cached(
+      ('tfds', stem), lambda: _decode(root, name, split, domain, True), what, cache_dir
+    )
+  names = json.loads(parts['names'].tobytes())
+  return arrays(parts['x'], parts['y'], parts.get('domain'), names['label'], names['domain'], what)
+
+
+def _prepared(root: Path, name: str) -> Path | None:
+  """The folder of the newest (or the named) version with its dataset_info.json."""
+  base, _, version = name.partition(':')
+  if not re.fullmatch(r'[\w.+-]+(/[\w.+-]+)?', base) or '..' in base:
+    raise UserError(
+      f"'{name}' is not the name of a TFDS dataset; use NAME, NAME/CONFIG or NAME:1.0.0"
+    )
+  found = [p.parent for p in (root / base).glob(f'{version or "*"}/dataset_info.json')]
+  return max(found, key=lambda p: [int(n) for n in re.findall(r'\d+', p.name)], default=None)
+
+
+def _decode(root: Path, name: str, split: str, domain: str | None, known: bool) -> dict[str, Any]:
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise UserError(
+      f'reading {name} needs tensorflow-datasets, array_record and pillow: pip install '
+      f'tensorflow-datasets array_record pillow ({error})'
+    ) from error
+  base = name.partition(':')[0]
+  advice = (
+    f'{name} is not prepared in {root}; on a machine with network run: tfds build {base} '
+    f'--data_dir={root} --file_format=array_record, or pass another --data_dir'
+  )
+  try:
+    builder: Any = tfds.builder(name, data_dir=str(root))
+  except Exception as error:
+    if type(error).__name__ == 'DatasetNotFoundError':
+      raise UserError(
+        f'{base} is not a TFDS dataset, and {root / base} does not exist; check the name'
+      ) from error
+    raise UserError(f'{advice} ({_line(error)})') from error
+  try:
+    source = builder.as_data_source(split=split)
+    count = len(source)
+  except ValueError as error:
+    raise UserError(f'{name}: {_line(error)}; look at the split') from error
+  except Exception as error:
+    raise UserError(advice if not known else f'{advice} ({_line(error)})') from error
+  if known and count != builder.info.splits[split].num_examples:
+    raise UserError(
+      f'{name} {split} in {root} has {count} examples but dataset_info.json promises '
+      f'{builder.info.splits[split].num_examples}; prepare it again'
+    )
+  if not count:
+    raise UserError(f'{name} {split} has no examples; look at the split')
+
+  features: Any = builder.info.features
+  keys = builder.info.supervised_keys
+  if not keys or len(keys) != 2:
+    raise UserError(
+      f'{name} has no supervised (input, label) pair; its features are {", ".join(features)}'
+    )
+  x_key, y_key = keys
+  for key in filter(None, (y_key, domain)):
+    if key not in features or not np.issubdtype(features[key].np_dtype, np.integer):
+      raise UserError(f'{name}: {key!r} is not an integer feature; there are {", ".join(features)}')
+  parts: dict[str, Any] = {'x': None, 'y': np.empty(count, np.int64)}
+  if domain:
+    parts['domain'] = np.empty(count, np.int64)
+  for start in range(0, count, CHUNK):
+    stop = min(start + CHUNK, count)
+    try:
+      examples = source.__getitems__(range(start, stop))
+    except Exception as error:
+      raise UserError(
+        f'{name} {split}: examples {start} to {stop - 1} cannot be decoded '
+        f'({_line(error)}); prepare it again'
+      ) from error
+    for i, example in enumerate(examples, start):
+      x = np.asarray(example[x_key])
+      if parts['x'] is None:
+        parts['x'] = np.empty((count, *x.shape), x.dtype)
+      if x.shape != parts['x'].shape[1:]:
+        raise UserError(
+          f'{name} {split}: example {i} has shape {x.shape} and example 0 '
+          f'{parts["x"].shape[1:]}; only datasets of one size can be used'
+        )
+      parts['x'][i] = x
+      parts['y'][i] = example[y_key]
+      if domain:
+        parts['domain'][i] = example[domain]
+  names = {
+    'label': getattr(features[y_key], 'names', None) or (),
+    'domain': (getattr(features[domain], 'names', None) or ()) if domain else (),
+  }
+  parts['names'] = np.frombuffer(json.dumps(names).encode(), np.uint8)
+  return parts
+
+
+def _line(error: BaseException) -> str:
+  return ' '.join(str(error).split())[:200] or type(error).__name__
