@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+torch.set_default_dtype(torch.float64)
 NAMES = ("l0/w", "l0/b", "l1/w", "l1/b", "l2/w", "l2/b")
 
 
