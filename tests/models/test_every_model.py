@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax.models import layers
+from cl_jax.models import bert, layers
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, no_tap, overlay
 
@@ -19,8 +19,15 @@ def images(*shape: int) -> Batch:
   return Batch(x, jnp.arange(B) % CLASSES, jnp.ones(B), jnp.zeros(B, jnp.int32))
 
 
+def sentences() -> Batch:
+  mask = jnp.arange(7)[None] < jnp.array([[7], [3], [5], [1], [6], [4]])
+  tokens = jax.random.randint(jax.random.key(8), (B, 7), 0, 30)
+  return images(1)._replace(x={'tokens': tokens, 'mask': mask})
+
+
 CASES = {
   'mlp': (mlp((8, 7), CLASSES, mean=0.1, std=0.3), images(6, 6)),
+  'bert': (bert.bert(bert.Config(30, 8, 2, 2, 12, 10, 2), CLASSES, init=0.5), sentences()),
   'linear': (mlp((), CLASSES), images(6, 6, 1)),
 }
 
