@@ -79,4 +79,3 @@ def learner(
     return forward(state.method, state.stats)(state.params, batch).logits
 
   return Learner(init, step, boundary, predict, method.needs)
-

@@ -79,7 +79,9 @@ def begin(learner: Learner, key: Array, stream: Stream, first: Batch) -> tuple[S
   return state, evaluate(learner, state, stream.test)
 
 
-def advance(learner: Learner, state: State, stream: Stream, fetch: Callable, t: Array, lo: Array, n: int):
+def advance(
+  learner: Learner, state: State, stream: Stream, fetch: Callable, t: Array, lo: Array, n: int
+):
   """Steps lo .. lo + n of leg t, of which those past its end are left out.
 
   `fetch(i)` is the batch of step lo + i. Returns (state, loss f32[n], NaN where left out).

@@ -61,7 +61,11 @@ def ewc(
     share = jax.tree.map(lambda f, a: f / jnp.where(a > 0, a, 1), new, total)
     anchor = jax.tree.map(lambda m, p, w: m + w * (p - m), s.anchor, params, share)
     gap = jax.tree.map(
-      lambda old, w, m, p: jnp.sum(old * w * jnp.square(p - m)), s.importance, share, s.anchor, params
+      lambda old, w, m, p: jnp.sum(old * w * jnp.square(p - m)),
+      s.importance,
+      share,
+      s.anchor,
+      params,
     )
     return params, EWCState(anchor, total, s.constant + sum(jax.tree.leaves(gap)))
 

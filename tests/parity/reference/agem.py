@@ -81,14 +81,26 @@ def singles(rng: np.random.Generator, params: pb.Params) -> dict:
     dots.append(dot)
   violated = np.array(dots) < 0
   assert 2 <= violated.sum() <= cases - 2, dots
-  out = {"x": x, "y": y, "x_ref": x_ref, "y_ref": y_ref, "dot": dots,
-         "violated": violated.astype(np.int64)}
-  out |= pb.prefixed("g", pb.stack(gs)) | pb.prefixed("g_ref", pb.stack(refs))
-  return out | pb.prefixed("projected", pb.stack(projected))
+  out = {
+    'x': x,
+    'y': y,
+    'x_ref': x_ref,
+    'y_ref': y_ref,
+    'dot': dots,
+    'violated': violated.astype(np.int64),
+  }
+  out |= pb.prefixed('g', pb.stack(gs)) | pb.prefixed('g_ref', pb.stack(refs))
+  return out | pb.prefixed('projected', pb.stack(projected))
 
 
-def run(by_task: bool, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array,
-        rng: np.random.Generator) -> dict:
+def run(
+  by_task: bool,
+  init: pb.Params,
+  xs: pb.Array,
+  ys: np.ndarray,
+  probe: pb.Array,
+  rng: np.random.Generator,
+) -> dict:
   tasks = len(xs)
   stream_x, stream_y = xs.reshape(-1, pb.INPUTS), ys.reshape(-1)
   keys = (tasks if by_task else 1) * CLASSES
@@ -127,13 +139,20 @@ def run(by_task: bool, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.
   # The slots of finished tasks do not change, so the memory after the step still holds the rows.
   after = np.array(contents).reshape(tasks, STEPS, -1)
   rows = np.where(draw >= 0, np.take_along_axis(after, np.maximum(draw, 0), axis=2), -1)
-  out = pb.prefixed("params", pb.per_task(trace, tasks))
+  out = pb.prefixed('params', pb.per_task(trace, tasks))
   return out | {
-    "xs": xs, "ys": ys, "draw_slots": draw, "draw_stream": rows,
-    "x_ref": np.where(rows[..., None] >= 0, stream_x[rows], 0.0),
-    "y_ref": np.where(rows >= 0, stream_y[rows], -1),
-    "loss": loss, "loss_ref": loss_ref, "dot": dot, "violated": violated.astype(np.int64),
-    "memory_stream": after, "probe_logits": np.stack(logits),
+    'xs': xs,
+    'ys': ys,
+    'draw_slots': draw,
+    'draw_stream': rows,
+    'x_ref': np.where(rows[..., None] >= 0, stream_x[rows], 0.0),
+    'y_ref': np.where(rows >= 0, stream_y[rows], -1),
+    'loss': loss,
+    'loss_ref': loss_ref,
+    'dot': dot,
+    'violated': violated.astype(np.int64),
+    'memory_stream': after,
+    'probe_logits': np.stack(logits),
   }
 
 
@@ -141,15 +160,16 @@ def main() -> None:
   rng = np.random.default_rng(1703)
   init = pb.init_params(rng)
   probe = rng.normal(size=(12, pb.INPUTS))
-  out = pb.prefixed("init", init) | {"lr": LR, "m": SLOTS, "probe": probe}
-  out |= pb.prefixed("single", singles(rng, init))
+  out = pb.prefixed('init', init) | {'lr': LR, 'm': SLOTS, 'probe': probe}
+  out |= pb.prefixed('single', singles(rng, init))
   for name, by_task, classes in (
-    ("by_class", False, [[0, 1], [2, 3]]), ("by_task", True, [[0, 1, 2, 3]] * 3),
+    ('by_class', False, [[0, 1], [2, 3]]),
+    ('by_task', True, [[0, 1, 2, 3]] * 3),
   ):
     xs, ys = pb.make_tasks(rng, classes, STEPS, ROWS)
     out |= pb.prefixed(name, run(by_task, init, xs, ys, probe, rng))
-  pb.save("agem", out)
+  pb.save('agem', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

@@ -80,9 +80,19 @@ def ncm(x: pb.Array, y: np.ndarray, ends: list[int], probe: pb.Array) -> dict:
       length = np.linalg.norm(probe, axis=1)
       cos[:, k] = probe @ means[k] / (length * np.linalg.norm(means[k]))
       cos_unit[:, k] = probe @ means_unit[k] / (length * np.linalg.norm(means_unit[k]))
-    rows.append({"counts": counts, "means": means, "means_unit": means_unit, "sq_distance": dist,
-                 "cosine": cos, "cosine_unit": cos_unit, "pred_euclidean": best(-dist, seen),
-                 "pred_cosine": best(cos, seen), "pred_cosine_unit": best(cos_unit, seen)})
+    rows.append(
+      {
+        'counts': counts,
+        'means': means,
+        'means_unit': means_unit,
+        'sq_distance': dist,
+        'cosine': cos,
+        'cosine_unit': cos_unit,
+        'pred_euclidean': best(-dist, seen),
+        'pred_cosine': best(cos, seen),
+        'pred_cosine_unit': best(cos_unit, seen),
+      }
+    )
   return pb.stack(rows)
 
 
@@ -104,16 +114,16 @@ def slda(x: pb.Array, y: np.ndarray, ends: list[int], probe: pb.Array) -> dict:
       centred = x[: t + 1] - means[y[: t + 1]]
       pooled = centred.T @ centred / (t + 1)
       assert np.allclose(pooled, welford, rtol=1e-12, atol=1e-12)
-      entry = {"means": means, "pooled": pooled}
-      for suffix, s in (("", sigma), ("_welford", welford)):
+      entry = {'means': means, 'pooled': pooled}
+      for suffix, s in (('', sigma), ('_welford', welford)):
         precision = np.linalg.inv((1 - EPS) * s + EPS * np.eye(D))
         scores = probe @ precision @ means.T - 0.5 * np.diag(means @ precision @ means.T)
         scores[:, seen:] = 0.0
-        entry |= {f"scores{suffix}": scores, f"pred{suffix}": best(scores, seen)}
+        entry |= {f'scores{suffix}': scores, f'pred{suffix}': best(scores, seen)}
         if not suffix:
-          entry["precision"] = precision
+          entry['precision'] = precision
       after.append(entry)
-  return pb.stack(after) | {"sigma": np.stack(sigmas), "sigma_welford": np.stack(welfords)}
+  return pb.stack(after) | {'sigma': np.stack(sigmas), 'sigma_welford': np.stack(welfords)}
 
 
 def ridge(g: pb.Array, c: pb.Array, lam: float) -> pb.Array:
@@ -130,19 +140,23 @@ def ranpac(x: pb.Array, y: np.ndarray, ends: list[int], probe: pb.Array, w: pb.A
     g, c = g + ht.T @ ht, c + ht.T @ yt
     cut = int(0.8 * len(ht))
     trial_g, trial_c = ht[:cut].T @ ht[:cut], ht[:cut].T @ yt[:cut]
-    mse = np.array([((ht[cut:] @ ridge(trial_g, trial_c, lam) - yt[cut:]) ** 2).mean()
-                    for lam in LAMBDAS])
+    mse = np.array(
+      [((ht[cut:] @ ridge(trial_g, trial_c, lam) - yt[cut:]) ** 2).mean() for lam in LAMBDAS]
+    )
     order = np.sort(mse)
     assert 0 < mse.argmin() < len(LAMBDAS) - 1 and order[1] > order[0] * 1.001
     chosen = LAMBDAS[mse.argmin()]
-    entry = {"G": g, "C": c, "val_mse": mse, "selected": chosen}
-    for name, lam in (("fixed", FIXED), ("selected", chosen)):
+    entry = {'G': g, 'C': c, 'val_mse': mse, 'selected': chosen}
+    for name, lam in (('fixed', FIXED), ('selected', chosen)):
       head = ridge(g, c, lam)
-      entry |= {f"head_{name}": head, f"logits_{name}": hp @ head,
-                f"pred_{name}": best(hp @ head, 2 * t + 2)}
+      entry |= {
+        f'head_{name}': head,
+        f'logits_{name}': hp @ head,
+        f'pred_{name}': best(hp @ head, 2 * t + 2),
+      }
     rows.append(entry)
     start = end
-  return pb.stack(rows) | {"lambdas": LAMBDAS}
+  return pb.stack(rows) | {'lambdas': LAMBDAS}
 
 
 def main() -> None:
@@ -158,13 +172,20 @@ def main() -> None:
   ends = np.cumsum([sum(s) for s in SIZES]).tolist()
   probe = x[rng.choice(len(x), 15, replace=False)] + rng.normal(size=(15, D)) * 0.5
   w = rng.normal(size=(D, M))
-  out = {"x": x, "y": y, "task_start": [0, *ends], "eps": EPS, "W": w, "fixed_lambda": FIXED,
-         "probe": probe}
-  out |= pb.prefixed("ncm", ncm(x, y, ends, probe))
-  out |= pb.prefixed("slda", slda(x, y, ends, probe))
-  out |= pb.prefixed("ranpac", ranpac(x, y, ends, probe, w))
-  pb.save("closed_form", out)
+  out = {
+    'x': x,
+    'y': y,
+    'task_start': [0, *ends],
+    'eps': EPS,
+    'W': w,
+    'fixed_lambda': FIXED,
+    'probe': probe,
+  }
+  out |= pb.prefixed('ncm', ncm(x, y, ends, probe))
+  out |= pb.prefixed('slda', slda(x, y, ends, probe))
+  out |= pb.prefixed('ranpac', ranpac(x, y, ends, probe, w))
+  pb.save('closed_form', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

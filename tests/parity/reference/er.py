@@ -33,10 +33,16 @@ TASKS, STEPS, ROWS, CLASSES = 3, 5, 5, 4
 LR, CAPACITY, SLOTS, DRAWN = 0.15, 9, 2, 5
 
 
-def run(kind: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array,
-        rng: np.random.Generator) -> dict:
+def run(
+  kind: str,
+  init: pb.Params,
+  xs: pb.Array,
+  ys: np.ndarray,
+  probe: pb.Array,
+  rng: np.random.Generator,
+) -> dict:
   stream_x, stream_y = xs.reshape(-1, pb.INPUTS), ys.reshape(-1)
-  memory = np.full(CAPACITY if kind == "reservoir" else CLASSES * SLOTS, -1, dtype=np.int64)
+  memory = np.full(CAPACITY if kind == 'reservoir' else CLASSES * SLOTS, -1, dtype=np.int64)
   of_class = np.zeros(CLASSES, dtype=np.int64)
   params = dict(init)
   trace, losses, draws, js, contents, logits = [], [], [], [], [], []
@@ -45,7 +51,7 @@ def run(kind: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Arra
     for s in range(STEPS):
       filled = np.flatnonzero(memory >= 0)
       drawn = np.full(DRAWN, -1, dtype=np.int64)
-      if kind == "reservoir":
+      if kind == 'reservoir':
         count = min(DRAWN, len(filled))
         drawn[:count] = rng.choice(filled, size=count, replace=False) if count else []
       elif len(filled):
@@ -57,7 +63,7 @@ def run(kind: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Arra
       params = pb.sgd(params, grads, LR)
       for label in ys[t, s]:
         j = -1
-        if kind == "ring":
+        if kind == 'ring':
           memory[int(label) * SLOTS + of_class[label] % SLOTS] = seen
           of_class[label] += 1
         elif seen < CAPACITY:
@@ -74,14 +80,16 @@ def run(kind: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Arra
       contents.append(memory.copy())
     logits.append(pb.forward(params, probe)[0])
   content = np.array(contents).reshape(TASKS, STEPS, -1)
-  out = pb.prefixed("params", pb.per_task(trace, TASKS))
-  if kind == "reservoir":
-    out["j"] = np.array(js).reshape(TASKS, STEPS, ROWS)
+  out = pb.prefixed('params', pb.per_task(trace, TASKS))
+  if kind == 'reservoir':
+    out['j'] = np.array(js).reshape(TASKS, STEPS, ROWS)
   return out | {
-    "draw_slots": np.array(draws).reshape(TASKS, STEPS, DRAWN),
-    "loss": np.array(losses).reshape(TASKS, STEPS), "memory_stream": content,
-    "memory_x": np.where(content[..., None] >= 0, stream_x[content], 0.0),
-    "memory_y": np.where(content >= 0, stream_y[content], -1), "probe_logits": np.stack(logits),
+    'draw_slots': np.array(draws).reshape(TASKS, STEPS, DRAWN),
+    'loss': np.array(losses).reshape(TASKS, STEPS),
+    'memory_stream': content,
+    'memory_x': np.where(content[..., None] >= 0, stream_x[content], 0.0),
+    'memory_y': np.where(content >= 0, stream_y[content], -1),
+    'probe_logits': np.stack(logits),
   }
 
 
@@ -90,14 +98,14 @@ def main() -> None:
   init = pb.init_params(rng)
   xs, ys = pb.make_tasks(rng, [[0, 1, 2, 3]] * TASKS, STEPS, ROWS)
   probe = rng.normal(size=(12, pb.INPUTS))
-  out = pb.prefixed("init", init)
-  out |= {"lr": LR, "capacity": CAPACITY, "m": SLOTS, "xs": xs, "ys": ys, "probe": probe}
-  for kind in ("reservoir", "ring"):
+  out = pb.prefixed('init', init)
+  out |= {'lr': LR, 'capacity': CAPACITY, 'm': SLOTS, 'xs': xs, 'ys': ys, 'probe': probe}
+  for kind in ('reservoir', 'ring'):
     out |= pb.prefixed(kind, run(kind, init, xs, ys, probe, rng))
-  js = out["reservoir/j"]  # both outcomes of a draw must occur
+  js = out['reservoir/j']  # both outcomes of a draw must occur
   assert ((js >= 0) & (js < CAPACITY)).sum() > 10 and (js >= CAPACITY).sum() > 10
-  pb.save("er", out)
+  pb.save('er', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

@@ -61,8 +61,15 @@ def fisher(params: pb.Params, x: pb.Array, labels: np.ndarray | None) -> pb.Para
   return {k: v / len(x) for k, v in total.items()}
 
 
-def run(kind: str, online: bool, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array,
-        rng: np.random.Generator) -> dict:
+def run(
+  kind: str,
+  online: bool,
+  init: pb.Params,
+  xs: pb.Array,
+  ys: np.ndarray,
+  probe: pb.Array,
+  rng: np.random.Generator,
+) -> dict:
   params = dict(init)
   penalties: list[tuple[pb.Params, pb.Params]] = []  # (F, anchor)
   trace, ces, pens, news, kept, logits, sampled = [], [], [], [], [], [], []
@@ -80,9 +87,9 @@ def run(kind: str, online: bool, init: pb.Params, xs: pb.Array, ys: np.ndarray, 
       pens.append(pen)
     x, y = xs[t].reshape(-1, pb.INPUTS), ys[t].reshape(-1)
     labels = None
-    if kind == "empirical":
+    if kind == 'empirical':
       labels = y
-    elif kind == "sampled":
+    elif kind == 'sampled':
       p = pb.softmax(pb.forward(params, x)[0])
       labels = np.array([rng.choice(p.shape[1], p=row) for row in p])
       sampled.append(labels)
@@ -95,14 +102,14 @@ def run(kind: str, online: bool, init: pb.Params, xs: pb.Array, ys: np.ndarray, 
       penalties.append((new, params))
     news.append(new)
     logits.append(pb.forward(params, probe)[0])
-  out = pb.prefixed("params", pb.per_task(trace, TASKS))
-  out |= pb.prefixed("fisher_new", pb.stack(news))
+  out = pb.prefixed('params', pb.per_task(trace, TASKS))
+  out |= pb.prefixed('fisher_new', pb.stack(news))
   if kept:
-    out |= pb.prefixed("fisher", pb.stack(kept))
+    out |= pb.prefixed('fisher', pb.stack(kept))
   if sampled:
-    out["sampled_labels"] = np.stack(sampled)
+    out['sampled_labels'] = np.stack(sampled)
   ce, pen = np.reshape(ces, (TASKS, STEPS)), np.reshape(pens, (TASKS, STEPS))
-  return out | {"loss": ce + pen, "ce": ce, "penalty": pen, "probe_logits": np.stack(logits)}
+  return out | {'loss': ce + pen, 'ce': ce, 'penalty': pen, 'probe_logits': np.stack(logits)}
 
 
 def main() -> None:
@@ -110,17 +117,17 @@ def main() -> None:
   init = pb.init_params(rng)
   xs, ys = pb.make_tasks(rng, [[0, 1, 2, 3]] * TASKS, STEPS, ROWS)
   probe = rng.normal(size=(12, pb.INPUTS))
-  out = pb.prefixed("init", init)
-  out |= {"xs": xs, "ys": ys, "probe": probe, "lr": LR, "lam": LAM, "gamma": GAMMA}
-  for kind in ("exact", "empirical", "sampled"):
+  out = pb.prefixed('init', init)
+  out |= {'xs': xs, 'ys': ys, 'probe': probe, 'lr': LR, 'lam': LAM, 'gamma': GAMMA}
+  for kind in ('exact', 'empirical', 'sampled'):
     for online in (False, True):
-      name = f"{kind}_{'online' if online else 'separate'}"
+      name = f'{kind}_{"online" if online else "separate"}'
       out |= pb.prefixed(name, run(kind, online, init, xs, ys, probe, rng))
       # A penalty that is lost in rounding, or that blows up, would test nothing.
-      late = out[f"{name}/penalty"][1:, 1:]
+      late = out[f'{name}/penalty'][1:, 1:]
       assert late.min() > 1e-3 and late.max() < 1.0
-  pb.save("ewc", out)
+  pb.save('ewc', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

@@ -57,7 +57,7 @@ import problem as pb
 
 TASKS, EPOCHS, BATCHES, ROWS = 2, 2, 3, 5
 LR, C, SMAX, COSH_CLIP, E_CLIP, NORM_CLIP = 0.2, 0.75, 5.0, 50.0, 6.0, 10000.0
-GATES = ("e0", "e1")
+GATES = ('e0', 'e1')
 
 
 def sigmoid(v: pb.Array) -> pb.Array:
@@ -70,35 +70,36 @@ def head(task: int) -> slice:
 
 def gated(params: pb.Params, task: int, s: float, x: pb.Array) -> tuple[pb.Array, tuple]:
   """Logits of the task's head [n,2], and what `gradients` needs."""
-  g0, g1 = sigmoid(s * params["e0"][task]), sigmoid(s * params["e1"][task])
-  a0 = x @ params["l0/w"] + params["l0/b"]
+  g0, g1 = sigmoid(s * params['e0'][task]), sigmoid(s * params['e1'][task])
+  a0 = x @ params['l0/w'] + params['l0/b']
   r0 = np.maximum(a0, 0)
-  a1 = (r0 * g0) @ params["l1/w"] + params["l1/b"]
+  a1 = (r0 * g0) @ params['l1/w'] + params['l1/b']
   r1 = np.maximum(a1, 0)
-  logits = ((r1 * g1) @ params["l2/w"] + params["l2/b"])[:, head(task)]
+  logits = ((r1 * g1) @ params['l2/w'] + params['l2/b'])[:, head(task)]
   return logits, (x, a0, r0, g0, a1, r1, g1)
 
 
-def gradients(params: pb.Params, task: int, s: float, x: pb.Array, y: np.ndarray,
-              m: list[pb.Array]) -> tuple[float, float, pb.Params]:
+def gradients(
+  params: pb.Params, task: int, s: float, x: pb.Array, y: np.ndarray, m: list[pb.Array]
+) -> tuple[float, float, pb.Params]:
   """(CE, R, gradients of CE + c R)."""
   logits, (x, a0, r0, g0, a1, r1, g1) = gated(params, task, s, x)
   ce, d = pb.cross_entropy(logits, y - 2 * task)
   free = sum(float((1 - v).sum()) for v in m)
   reg = float((g0 * (1 - m[0])).sum() + (g1 * (1 - m[1])).sum()) / free
   grads = {k: np.zeros_like(v) for k, v in params.items()}
-  grads["l2/w"][:, head(task)] = (r1 * g1).T @ d
-  grads["l2/b"][head(task)] = d.sum(0)
-  dh1 = d @ params["l2/w"][:, head(task)].T
+  grads['l2/w'][:, head(task)] = (r1 * g1).T @ d
+  grads['l2/b'][head(task)] = d.sum(0)
+  dh1 = d @ params['l2/w'][:, head(task)].T
   da1 = dh1 * g1 * (a1 > 0)
-  grads["l1/w"], grads["l1/b"] = (r0 * g0).T @ da1, da1.sum(0)
-  dh0 = da1 @ params["l1/w"].T
+  grads['l1/w'], grads['l1/b'] = (r0 * g0).T @ da1, da1.sum(0)
+  dh0 = da1 @ params['l1/w'].T
   da0 = dh0 * g0 * (a0 > 0)
-  grads["l0/w"], grads["l0/b"] = x.T @ da0, da0.sum(0)
+  grads['l0/w'], grads['l0/b'] = x.T @ da0, da0.sum(0)
   dg0 = (dh0 * r0).sum(0) + C * (1 - m[0]) / free
   dg1 = (dh1 * r1).sum(0) + C * (1 - m[1]) / free
-  grads["e0"][task] = dg0 * s * g0 * (1 - g0)
-  grads["e1"][task] = dg1 * s * g1 * (1 - g1)
+  grads['e0'][task] = dg0 * s * g0 * (1 - g0)
+  grads['e1'][task] = dg1 * s * g1 * (1 - g1)
   return ce, reg, grads
 
 
@@ -108,7 +109,7 @@ def compensate(grad: pb.Array, e: pb.Array, s: pb.Array | float, smax: float) ->
 
 
 def anneal(kind: str, batch: int) -> float:
-  whole = BATCHES - 1 if kind == "paper" else BATCHES
+  whole = BATCHES - 1 if kind == 'paper' else BATCHES
   return 1 / SMAX + (SMAX - 1 / SMAX) * batch / whole
 
 
@@ -123,15 +124,15 @@ def run(kind: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Arra
       s = anneal(kind, step % BATCHES)
       ce, reg, grads = gradients(params, t, s, xs[t, step], ys[t, step], m)
       if t > 0:
-        grads["l0/w"] *= 1 - m[0][None, :]
-        grads["l0/b"] *= 1 - m[0]
-        grads["l1/w"] *= 1 - np.minimum(m[1][None, :], m[0][:, None])
-        grads["l1/b"] *= 1 - m[1]
+        grads['l0/w'] *= 1 - m[0][None, :]
+        grads['l0/b'] *= 1 - m[0]
+        grads['l1/w'] *= 1 - np.minimum(m[1][None, :], m[0][:, None])
+        grads['l1/b'] *= 1 - m[1]
       for k in GATES:
         # Digits: see the docstring. The negative side is harmless, 1 - g is then near 1.
         assert (s * params[k][t]).max() < 14, (kind, t, step, k, (s * params[k][t]).max())
         grads[k] = compensate(grads[k], params[k], s, SMAX)
-      norm = float(np.sqrt(sum((g ** 2).sum() for g in grads.values())))
+      norm = float(np.sqrt(sum((g**2).sum() for g in grads.values())))
       assert norm < NORM_CLIP
       largest = max(largest, norm)
       params = pb.sgd(params, grads, LR)
@@ -142,16 +143,22 @@ def run(kind: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Arra
       e_grads.append({k: grads[k][t] for k in GATES})
     gates = [sigmoid(SMAX * params[k][t]) for k in GATES]
     m = [np.maximum(a, b) for a, b in zip(m, gates, strict=True)]
-    own.append({"g0": gates[0], "g1": gates[1]})
-    cumulative.append({"g0": m[0], "g1": m[1]})
+    own.append({'g0': gates[0], 'g1': gates[1]})
+    cumulative.append({'g0': m[0], 'g1': m[1]})
     for of in range(t + 1):
       logits[t, of] = gated(params, of, SMAX, probe)[0]
   s, loss, ce, reg = np.array(scalars).T.reshape(4, TASKS, -1)
-  out = pb.prefixed("params", pb.per_task(trace, TASKS))
-  out |= pb.prefixed("cumulative", pb.stack(cumulative)) | pb.prefixed("gates", pb.stack(own))
-  out |= {f"grad_{k}": v for k, v in pb.per_task(e_grads, TASKS).items()}
-  return out | {"s": s, "loss": loss, "ce": ce, "reg": reg, "probe_logits": logits,
-                "max_grad_norm": largest}
+  out = pb.prefixed('params', pb.per_task(trace, TASKS))
+  out |= pb.prefixed('cumulative', pb.stack(cumulative)) | pb.prefixed('gates', pb.stack(own))
+  out |= {f'grad_{k}': v for k, v in pb.per_task(e_grads, TASKS).items()}
+  return out | {
+    's': s,
+    'loss': loss,
+    'ce': ce,
+    'reg': reg,
+    'probe_logits': logits,
+    'max_grad_norm': largest,
+  }
 
 
 def main() -> None:
@@ -163,18 +170,20 @@ def main() -> None:
   x, y = pb.make_tasks(rng, [[0, 1], [2, 3]], BATCHES, ROWS)
   xs, ys = np.tile(x, (1, EPOCHS, 1, 1)), np.tile(y, (1, EPOCHS, 1))
   probe = rng.normal(size=(12, pb.INPUTS))
-  out = pb.prefixed("init", init)
-  out |= {"lr": LR, "c": C, "smax": SMAX, "xs": xs, "ys": ys, "probe": probe}
-  for kind in ("paper", "official"):
+  out = pb.prefixed('init', init)
+  out |= {'lr': LR, 'c': C, 'smax': SMAX, 'xs': xs, 'ys': ys, 'probe': probe}
+  for kind in ('paper', 'official'):
     out |= pb.prefixed(kind, run(kind, init, xs, ys, probe))
   smax = 400.0
   e, g = rng.uniform(-6, 6, size=40), rng.normal(size=40)
   s = 1 / smax + (smax - 1 / smax) * rng.choice([0, 0.01, 0.1, 0.5, 1.0], size=40)
   assert 5 < (np.abs(s * e) > COSH_CLIP).sum() < 35
-  out |= pb.prefixed("compensation", {"e": e, "s": s, "smax": smax, "grad_in": g,
-                                      "grad_out": compensate(g, e, s, smax)})
-  pb.save("hat", out)
+  out |= pb.prefixed(
+    'compensation',
+    {'e': e, 's': s, 'smax': smax, 'grad_in': g, 'grad_out': compensate(g, e, s, smax)},
+  )
+  pb.save('hat', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

@@ -56,19 +56,20 @@ def kd(z: pb.Array, targets: pb.Array) -> tuple[float, pb.Array]:
   return float(-(targets * logp).sum() / len(z)), (np.exp(logp) - targets) / (T * len(z))
 
 
-def objective(variant: str, task: int, z: pb.Array, z_old: pb.Array | None,
-              y: np.ndarray) -> tuple[float, float, float, pb.Array]:
+def objective(
+  variant: str, task: int, z: pb.Array, z_old: pb.Array | None, y: np.ndarray
+) -> tuple[float, float, float, pb.Array]:
   """(loss, ce, kd, derivative of the loss by all logits z). `task` counts from 0."""
   dz = np.zeros_like(z)
   distil = 0.0
-  if variant == "single":
+  if variant == 'single':
     ce, dz = pb.cross_entropy(z, y)
     if z_old is None:
       return ce, ce, 0.0, dz
     distil, d = kd(z, pb.softmax(z_old / T))
     return ce + LAM * T**2 * distil, ce, distil, dz + LAM * T**2 * d
 
-  if variant.startswith("multihead"):
+  if variant.startswith('multihead'):
     own = slice(2 * task, 2 * task + 2)
     ce, dz[:, own] = pb.cross_entropy(z[:, own], y - 2 * task)
     if z_old is None:
@@ -88,7 +89,7 @@ def objective(variant: str, task: int, z: pb.Array, z_old: pb.Array | None,
   targets = np.zeros((len(z), seen))
   targets[:, :old] = pb.softmax(z_old[:, :old] / T)
   distil, d = kd(z[:, :seen], targets)
-  w_ce, w_kd = (1.0, 1.0) if variant == "ci3_now" else (1 / (task + 1), (1 - 1 / (task + 1)) * T**2)
+  w_ce, w_kd = (1.0, 1.0) if variant == 'ci3_now' else (1 / (task + 1), (1 - 1 / (task + 1)) * T**2)
   dz[:, :seen] = w_ce * dce + w_kd * d
   return w_ce * ce + w_kd * distil, ce, distil, dz
 
@@ -108,8 +109,8 @@ def run(variant: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.A
     snapshot = params
     logits.append(pb.forward(params, probe)[0])
   loss, ce, distil = np.array(rows).T.reshape(3, tasks, STEPS)
-  out = pb.prefixed("params", pb.per_task(trace, tasks))
-  return out | {"loss": loss, "ce": ce, "kd": distil, "probe_logits": np.stack(logits)}
+  out = pb.prefixed('params', pb.per_task(trace, tasks))
+  return out | {'loss': loss, 'ce': ce, 'kd': distil, 'probe_logits': np.stack(logits)}
 
 
 def main() -> None:
@@ -118,16 +119,24 @@ def main() -> None:
   xs_single, ys_single = pb.make_tasks(rng, [[0, 1, 2, 3]] * 3, STEPS, ROWS)
   xs_split, ys_split = pb.make_tasks(rng, [[0, 1], [2, 3], [4, 5]], STEPS, ROWS)
   probe = rng.normal(size=(12, pb.INPUTS))
-  out = pb.prefixed("init", init) | pb.prefixed("init6", init6)
-  out |= {"xs_single": xs_single, "ys_single": ys_single, "xs_split": xs_split,
-          "ys_split": ys_split, "probe": probe, "lr": LR, "lam": LAM, "T": T}
-  out |= pb.prefixed("single", run("single", init, xs_single, ys_single, probe))
-  for variant in ("multihead", "ci"):
+  out = pb.prefixed('init', init) | pb.prefixed('init6', init6)
+  out |= {
+    'xs_single': xs_single,
+    'ys_single': ys_single,
+    'xs_split': xs_split,
+    'ys_split': ys_split,
+    'probe': probe,
+    'lr': LR,
+    'lam': LAM,
+    'T': T,
+  }
+  out |= pb.prefixed('single', run('single', init, xs_single, ys_single, probe))
+  for variant in ('multihead', 'ci'):
     out |= pb.prefixed(variant, run(variant, init, xs_split[:2], ys_split[:2], probe))
-  for variant in ("multihead3", "ci3", "ci3_now"):
+  for variant in ('multihead3', 'ci3', 'ci3_now'):
     out |= pb.prefixed(variant, run(variant, init6, xs_split, ys_split, probe))
-  pb.save("lwf", out)
+  pb.save('lwf', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

@@ -41,9 +41,15 @@ def metrics(r: pb.Array, b: pb.Array) -> dict:
     forgetting_from += (max(r[t][i] for t in range(i, n - 1)) - r[n - 1][i]) / (n - 1)
   for i in range(1, n):
     fwt += (r[i - 1][i] - b[i]) / (n - 1)
-  return {"acc": acc, "bwt": bwt, "fwt": fwt, "forgetting": forgetting,
-          "forgetting_from_i": forgetting_from, "learning_accuracy": learning,
-          "average_incremental": incremental}
+  return {
+    'acc': acc,
+    'bwt': bwt,
+    'fwt': fwt,
+    'forgetting': forgetting,
+    'forgetting_from_i': forgetting_from,
+    'learning_accuracy': learning,
+    'average_incremental': incremental,
+  }
 
 
 def main() -> None:
@@ -56,20 +62,20 @@ def main() -> None:
   early[0, 2] = 0.99
   gain = np.array([[0.6, 0.3, 0.2], [0.7, 0.65, 0.35], [0.8, 0.75, 0.7]])
   cases = {
-    "random5": (rng.uniform(size=(5, 5)), rng.uniform(size=5)),
-    "typical5": (typical, rng.uniform(0.05, 0.15, size=5)),
-    "early5": (early, rng.uniform(0.05, 0.15, size=5)),
-    "gain3": (gain, np.array([0.1, 0.25, 0.1])),
-    "two": (rng.uniform(size=(2, 2)), rng.uniform(size=2)),
-    "one": (np.array([[0.75]]), np.array([0.1])),
+    'random5': (rng.uniform(size=(5, 5)), rng.uniform(size=5)),
+    'typical5': (typical, rng.uniform(0.05, 0.15, size=5)),
+    'early5': (early, rng.uniform(0.05, 0.15, size=5)),
+    'gain3': (gain, np.array([0.1, 0.25, 0.1])),
+    'two': (rng.uniform(size=(2, 2)), rng.uniform(size=2)),
+    'one': (np.array([[0.75]]), np.array([0.1])),
   }
   out = {}
   for name, (r, b) in cases.items():
-    out |= pb.prefixed(name, {"R": r, "b": b} | metrics(r, b))
-  assert out["gain3/forgetting"] < 0 < out["gain3/bwt"]
-  assert out["early5/forgetting"] > out["early5/forgetting_from_i"]
-  pb.save("metrics", out)
+    out |= pb.prefixed(name, {'R': r, 'b': b} | metrics(r, b))
+  assert out['gain3/forgetting'] < 0 < out['gain3/bwt']
+  assert out['early5/forgetting'] > out['early5/forgetting_from_i']
+  pb.save('metrics', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

@@ -56,7 +56,7 @@ LR, LR_RETRAIN, MOMENTUM, FRACTION, FRACTION_ROUNDING = 0.2, 0.02, 0.9, 0.5, 0.3
 def prune(w: pb.Array, owner: np.ndarray, task: int, k: int) -> np.ndarray:
   """The owner map after the k smallest |w| of the task's own weights are given up."""
   own = np.flatnonzero(owner.ravel() == task)
-  order = np.argsort(np.abs(w.ravel()[own]), kind="stable")  # ties: the lower flat index first
+  order = np.argsort(np.abs(w.ravel()[own]), kind='stable')  # ties: the lower flat index first
   out = owner.copy().ravel()
   out[own[order[:k]]] = 0
   return out.reshape(owner.shape)
@@ -68,15 +68,15 @@ def gap(w: pb.Array, owner: np.ndarray, task: int, k: int) -> float:
 
 
 def count(variant: str, n: int) -> int:
-  if variant.endswith("round"):
+  if variant.endswith('round'):
     return round(FRACTION_ROUNDING * n)
-  return int(np.floor((FRACTION_ROUNDING if variant.endswith("floor") else FRACTION) * n))
+  return int(np.floor((FRACTION_ROUNDING if variant.endswith('floor') else FRACTION) * n))
 
 
 def run(variant: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array) -> dict:
-  heads = variant.startswith("heads")
-  mu = MOMENTUM if variant.endswith("momentum") else 0.0
-  matrices = ["l0/w", "l1/w"] if heads else ["l0/w", "l1/w", "l2/w"]
+  heads = variant.startswith('heads')
+  mu = MOMENTUM if variant.endswith('momentum') else 0.0
+  matrices = ['l0/w', 'l1/w'] if heads else ['l0/w', 'l1/w', 'l2/w']
   params = {k: v.copy() for k, v in init.items()}
   owner = {k: np.zeros(params[k].shape, dtype=np.int64) for k in matrices}
   trace, losses, after_prune, owners, ks = [], [], [], [], []
@@ -88,10 +88,10 @@ def run(variant: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.A
   def masks(task: int) -> pb.Params:
     """1 where a parameter may move."""
     out = {k: (owner[k] == task).astype(float) for k in matrices}
-    for k in ("l0/b", "l1/b", "l2/b"):
+    for k in ('l0/b', 'l1/b', 'l2/b'):
       out[k] = np.full(params[k].shape, float(task == 1))
     if heads:
-      for k in ("l2/w", "l2/b"):
+      for k in ('l2/w', 'l2/b'):
         out[k] = np.zeros(params[k].shape)
         out[k][..., columns(task)] = 1.0
     return out
@@ -136,9 +136,9 @@ def run(variant: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.A
         seen[k] = np.where((owner[k] >= 1) & (owner[k] <= of), params[k], 0.0)
       logits[task - 1, of - 1] = pb.forward(seen, probe)[0][:, columns(of)]
   assert np.array_equal(logits[0, 0], logits[1, 0])  # nothing of task 1 is lost
-  out = pb.prefixed("params", pb.per_task(trace, 2)) | pb.prefixed("pruned", pb.stack(after_prune))
-  out |= pb.prefixed("owner", pb.stack(owners)) | pb.prefixed("k", pb.stack(ks))
-  return out | {"loss": np.reshape(losses, (2, -1)), "probe_logits": logits}
+  out = pb.prefixed('params', pb.per_task(trace, 2)) | pb.prefixed('pruned', pb.stack(after_prune))
+  out |= pb.prefixed('owner', pb.stack(owners)) | pb.prefixed('k', pb.stack(ks))
+  return out | {'loss': np.reshape(losses, (2, -1)), 'probe_logits': logits}
 
 
 def ties() -> dict:
@@ -148,31 +148,52 @@ def ties() -> dict:
   k = int(np.floor(fraction * (owner == 2).sum()))
   cutoff = np.sort(np.abs(w[owner == 2]))[round(fraction * (owner == 2).sum()) - 1]
   everything = np.where((owner == 2) & (np.abs(w) <= cutoff), 0, owner)
-  return {"w": w, "owner": owner, "fraction": fraction, "owner_flat": prune(w, owner, 2, k),
-          "owner_all": everything}
+  return {
+    'w': w,
+    'owner': owner,
+    'fraction': fraction,
+    'owner_flat': prune(w, owner, 2, k),
+    'owner_all': everything,
+  }
 
 
 def main() -> None:
   rng = np.random.default_rng(1706)
   init = pb.init_params(rng)
   steps = TRAIN + RETRAIN
-  data = {"simple": pb.make_tasks(rng, [[0, 1, 2, 3]] * 2, steps, ROWS),
-          "heads": pb.make_tasks(rng, [[0, 1], [2, 3]], steps, ROWS)}
+  data = {
+    'simple': pb.make_tasks(rng, [[0, 1, 2, 3]] * 2, steps, ROWS),
+    'heads': pb.make_tasks(rng, [[0, 1], [2, 3]], steps, ROWS),
+  }
   probe = rng.normal(size=(12, pb.INPUTS))
-  out = pb.prefixed("init", init)
-  out |= {"lr": LR, "lr_retrain": LR_RETRAIN, "momentum": MOMENTUM, "train_steps": TRAIN,
-          "retrain_steps": RETRAIN, "fraction": FRACTION, "probe": probe,
-          "fraction_rounding": FRACTION_ROUNDING}
+  out = pb.prefixed('init', init)
+  out |= {
+    'lr': LR,
+    'lr_retrain': LR_RETRAIN,
+    'momentum': MOMENTUM,
+    'train_steps': TRAIN,
+    'retrain_steps': RETRAIN,
+    'fraction': FRACTION,
+    'probe': probe,
+    'fraction_rounding': FRACTION_ROUNDING,
+  }
   for name, (xs, ys) in data.items():
-    out |= {f"xs_{name}": xs, f"ys_{name}": ys}
-  for variant in ("simple_sgd", "simple_momentum", "simple_floor", "simple_round",
-                  "heads_sgd", "heads_momentum"):
-    out |= pb.prefixed(variant, run(variant, init, *data[variant.split("_")[0]], probe))
-  assert any((out[f"simple_floor/k/l{i}/w"] != out[f"simple_round/k/l{i}/w"]).any()
-             for i in range(3))
-  out |= pb.prefixed("ties", ties())
-  pb.save("packnet", out)
+    out |= {f'xs_{name}': xs, f'ys_{name}': ys}
+  for variant in (
+    'simple_sgd',
+    'simple_momentum',
+    'simple_floor',
+    'simple_round',
+    'heads_sgd',
+    'heads_momentum',
+  ):
+    out |= pb.prefixed(variant, run(variant, init, *data[variant.split('_')[0]], probe))
+  assert any(
+    (out[f'simple_floor/k/l{i}/w'] != out[f'simple_round/k/l{i}/w']).any() for i in range(3)
+  )
+  out |= pb.prefixed('ties', ties())
+  pb.save('packnet', out)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
   main()

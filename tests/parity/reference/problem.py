@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Params = dict[str, Array]
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN = Path(__file__).resolve().parent.parent / 'golden'
 INPUTS, HIDDEN = 6, (8, 7)
 
 
@@ -27,8 +27,8 @@ def init_params(rng: np.random.Generator, classes: int = 4) -> Params:
   sizes = (INPUTS, *HIDDEN, classes)
   params: Params = {}
   for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-    params[f"l{i}/w"] = rng.normal(size=(fan_in, fan_out)) * np.sqrt(1.0 / fan_in)
-    params[f"l{i}/b"] = rng.normal(size=(fan_out,)) * 0.2
+    params[f'l{i}/w'] = rng.normal(size=(fan_in, fan_out)) * np.sqrt(1.0 / fan_in)
+    params[f'l{i}/b'] = rng.normal(size=(fan_out,)) * 0.2
   return params
 
 
@@ -56,22 +56,25 @@ def make_tasks(
 
 def forward(params: Params, x: Array) -> tuple[Array, tuple[Array, ...]]:
   """Logits [rows, C], and what `backward` needs."""
-  a0 = x @ params["l0/w"] + params["l0/b"]
+  a0 = x @ params['l0/w'] + params['l0/b']
   h0 = np.maximum(a0, 0.0)
-  a1 = h0 @ params["l1/w"] + params["l1/b"]
+  a1 = h0 @ params['l1/w'] + params['l1/b']
   h1 = np.maximum(a1, 0.0)
-  return h1 @ params["l2/w"] + params["l2/b"], (x, a0, h0, a1, h1)
+  return h1 @ params['l2/w'] + params['l2/b'], (x, a0, h0, a1, h1)
 
 
 def backward(params: Params, cache: tuple[Array, ...], dlogits: Array) -> Params:
   """Gradient of a scalar whose derivative by the logits is `dlogits` [rows, C]."""
   x, a0, h0, a1, h1 = cache
-  da1 = (dlogits @ params["l2/w"].T) * (a1 > 0)
-  da0 = (da1 @ params["l1/w"].T) * (a0 > 0)
+  da1 = (dlogits @ params['l2/w'].T) * (a1 > 0)
+  da0 = (da1 @ params['l1/w'].T) * (a0 > 0)
   return {
-    "l0/w": x.T @ da0, "l0/b": da0.sum(0),
-    "l1/w": h0.T @ da1, "l1/b": da1.sum(0),
-    "l2/w": h1.T @ dlogits, "l2/b": dlogits.sum(0),
+    'l0/w': x.T @ da0,
+    'l0/b': da0.sum(0),
+    'l1/w': h0.T @ da1,
+    'l1/b': da1.sum(0),
+    'l2/w': h1.T @ dlogits,
+    'l2/b': dlogits.sum(0),
   }
 
 
@@ -113,18 +116,18 @@ def per_task(dicts: list[Params], tasks: int) -> Params:
 
 
 def prefixed(prefix: str, arrays: dict) -> dict:
-  return {f"{prefix}/{k}": v for k, v in arrays.items()}
+  return {f'{prefix}/{k}': v for k, v in arrays.items()}
 
 
 def save(family: str, arrays: dict) -> None:
   """Writes golden/<family>.npz: plain arrays, no pickle, finite, below 300 kB."""
   out = {k: np.asarray(v) for k, v in arrays.items()}
   for key, value in out.items():
-    assert value.dtype.kind in "fib", (key, value.dtype)
+    assert value.dtype.kind in 'fib', (key, value.dtype)
     assert np.all(np.isfinite(value)), key
   GOLDEN.mkdir(parents=True, exist_ok=True)
-  path = GOLDEN / f"{family}.npz"
+  path = GOLDEN / f'{family}.npz'
   np.savez(path, allow_pickle=False, **out)
   size = path.stat().st_size
   assert size < 300_000, size
-  print(f"{path.name}: {len(out)} arrays, {size} bytes")
+  print(f'{path.name}: {len(out)} arrays, {size} bytes')
