@@ -147,8 +147,14 @@ def hold_out(data: Arrays, fraction: float, seed: int, purpose: str) -> tuple[Ar
   return rows(data, rest), rows(data, held)
 
 
-def held_out(y: np.ndarray, fraction: float, seed: int, purpose: str):
+def held_out(
+  y: np.ndarray, fraction: float, seed: int, purpose: str, group: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
   """(rest, held) row numbers, ascending: of each class the rounded `fraction`, at least 1.
+
+  Args:
+    y: i32[N] labels.
+    group: [N]; the classes of each group (a task) are cut on their own. None = one group.
 
   Raises:
     UserError: a class with fewer than two examples cannot be cut.
@@ -156,11 +162,13 @@ def held_out(y: np.ndarray, fraction: float, seed: int, purpose: str):
   if not 0.0 < fraction < 1.0:
     raise UserError(f'{purpose}: the fraction must lie between 0 and 1; got {fraction}')
   held = np.zeros(len(y), bool)
-  for label, members in groups(y):
-    if len(members) < 2:
-      raise UserError(f'{purpose}: class {label} has one example only and cannot be held out from')
-    count = min(max(1, round(fraction * len(members))), len(members) - 1)
-    held[members[shuffled(seed, f'{purpose}/{label}', len(members))[:count]]] = True
+  for part, inside in groups(np.zeros(len(y), np.int32) if group is None else group):
+    for label, members in groups(y[inside]):
+      size = len(members)
+      if size < 2:
+        raise UserError(f'{purpose}: class {label} has one example only and cannot be cut in two')
+      count = min(max(1, round(fraction * size)), size - 1)
+      held[inside[members[shuffled(seed, f'{purpose}/{part}/{label}', size)[:count]]]] = True
   return np.flatnonzero(~held), np.flatnonzero(held)
 
 

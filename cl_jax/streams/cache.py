@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 MANIFEST = 'entry.json'
+ABANDONED = 3600.0  # seconds after which a half-written entry is removed
 
 
 def directory() -> Path:
@@ -99,6 +101,9 @@ def _read(place: Path) -> dict[str, np.ndarray]:
 
 def _write(place: Path, arrays: dict[str, np.ndarray]) -> None:
   place.parent.mkdir(parents=True, exist_ok=True)
+  for left in place.parent.glob(f'.{place.name}.*'):  # by a process that was killed
+    if time.time() - left.stat().st_mtime > ABANDONED:
+      shutil.rmtree(left, ignore_errors=True)
   beside = Path(tempfile.mkdtemp(prefix=f'.{place.name}.', dir=place.parent))
   try:
     files = {}

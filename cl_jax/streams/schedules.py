@@ -14,6 +14,7 @@ import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.streams import order
+from cl_jax.streams.select import whole
 from cl_jax.streams.take import MIXED
 from cl_jax.types import Stream
 
@@ -43,18 +44,10 @@ DEFAULT = Plan()
 
 def check_plan(plan: Plan) -> None:
   """Raises UserError for a number out of range."""
-  for name, least in (
-    ('batch', 1),
-    ('epochs', 1),
-    ('iterations', 1),
-    ('ends_batch', 1),
-    ('seed', 0),
-  ):
-    value = getattr(plan, name)
-    if value is None and name == 'iterations':
-      continue
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-      raise UserError(f'{name} must be a whole number of at least {least}; got {value!r}')
+  for name, least in (('batch', 1), ('epochs', 1), ('ends_batch', 1), ('seed', 0)):
+    whole(getattr(plan, name), name, least)
+  if plan.iterations is not None:
+    whole(plan.iterations, 'iterations')
 
 
 def reordered(stream: Stream, plan: Plan = DEFAULT) -> Stream:
@@ -84,8 +77,8 @@ def online(stream: Stream, plan: Plan = Plan(batch=10), told: tuple[str, ...] = 
   """
   if plan.epochs != 1 or plan.iterations is not None:
     raise UserError('an online stream is one pass; leave epochs at 1 and iterations unset')
-  stream = dataclasses.replace(reordered(stream, plan), scenario='online')
-  return tell(stream, told)
+  _separate(stream, 'online')
+  return tell(dataclasses.replace(reordered(stream, plan), scenario='online'), told)
 
 
 def task_free(stream: Stream) -> Stream:
@@ -96,11 +89,11 @@ def task_free(stream: Stream) -> Stream:
 def tell(stream: Stream, told: tuple[str, ...]) -> Stream:
   """Changes what the learner may know, in training and in the tests."""
   told = check_told(told)
-  test = stream.test._replace(task=test_task(stream.test.y.shape, told))
+  test = stream.test._replace(task=task_of_test(stream.test.y.shape, told))
   return dataclasses.replace(stream, told=told, test=test)
 
 
-def test_task(shape: tuple[int, ...], told: tuple[str, ...]) -> np.ndarray:
+def task_of_test(shape: tuple[int, ...], told: tuple[str, ...]) -> np.ndarray:
   """`test.task` i32[T, E, B]: the task where it is told at test time, else -1."""
   task = np.full(shape, -1, np.int32)
   if 'task_test' in told:
@@ -121,9 +114,11 @@ def blurry(
   An example of unit u arrives at time (u + 1/2) / U + width / U * N(0, 1), and examples are learnt
   in the order of arrival, each once per epoch of `plan`.
 
+  So the mix of units at any moment is that of equal gaussians around their centres.
+
   The gaussian schedule of Shanahan, Kaplanis & Mitrovic 2021 ("Encoders and ensembles for task-free
-  continual learning"); it draws tasks with replacement from the same densities, here every example
-  occurs exactly as often as in the other schedules. `iterations` is not used.
+  continual learning"); there the unit of every example is drawn from that mix, with replacement;
+  here every example occurs exactly as often as in the other schedules. `iterations` is not used.
 
   Args:
     segments: the legs that the stream is cut into, with an evaluation after each; None = T.
@@ -187,10 +182,7 @@ def _pools(stream: Stream) -> list[np.ndarray]:
 
 
 def _mixed_pools(stream: Stream, what: str) -> list[np.ndarray]:
-  if stream.scenario in MIXED:
-    raise UserError(
-      f'{what} starts from a stream of separate tasks; this one is {stream.scenario!r}'
-    )
+  _separate(stream, what)
   count = len(stream.y)
   if stream.tasks * count > np.iinfo(np.int32).max:
     raise UserError(
@@ -198,6 +190,13 @@ def _mixed_pools(stream: Stream, what: str) -> list[np.ndarray]:
       'use fewer examples'
     )
   return [pool + np.int32(t * count) for t, pool in enumerate(_pools(stream))]
+
+
+def _separate(stream: Stream, what: str) -> None:
+  if stream.scenario in MIXED:
+    raise UserError(
+      f'{what} starts from a stream of separate tasks; this one is {stream.scenario!r}'
+    )
 
 
 def _legs(stream: Stream, pools, plan: Plan, scenario: str) -> Stream:

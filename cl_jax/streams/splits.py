@@ -6,47 +6,15 @@ selected with. Arrays stay NumPy; `cl_jax.streams.take.put` moves a stream to th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import jax
 import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.streams import order, schedules, views
-from cl_jax.streams.arrays import Arrays, check_pair, groups, held_out
+from cl_jax.streams.arrays import Arrays, check_pair
+from cl_jax.streams.assemble import TOLD, Cut, assemble
 from cl_jax.streams.schedules import Plan
-from cl_jax.types import Batch, Stream
-
-TOLD = {
-  'task': ('boundary', 'task_train', 'task_test'),
-  'class': ('boundary', 'task_train'),
-  'domain': ('boundary', 'task_train'),
-}
-
-
-class Select(NamedTuple):
-  """Which examples a stream is made of.
-
-  Attributes:
-    validation: fraction of every class held out of each task's training data; 0 holds out nothing.
-    evaluate: 'test', or 'valid' for the held-out training data (hyperparameter selection).
-    examples_per_class: at most so many training examples of a class in a task (None = all).
-    examples_per_task: at most so many training examples in a task, drawn after the former.
-    test_per_task: at most so many evaluation examples of a task.
-    test_batch: batch size of the evaluation.
-    seed: of the choices above.
-  """
-
-  validation: float = 0.0
-  evaluate: str = 'test'
-  examples_per_class: int | None = None
-  examples_per_task: int | None = None
-  test_per_task: int | None = None
-  test_batch: int = 256
-  seed: int = 0
-
-
-ALL = Select()
+from cl_jax.streams.select import ALL, Select, check_select, choose, whole
+from cl_jax.types import Stream
 
 
 def split(
@@ -114,16 +82,11 @@ def split(
     task_classes = [tuple(range(len(c))) for c in task_classes]
   classes = max(map(len, task_classes)) if within else len(train.names)
 
-  pools, tests = [], []
-  for t, name in enumerate(task_names):
-    rest, held = _parts(train.y, np.flatnonzero(task_of_train == t), select, f'task {t}')
-    pools.append(_capped(train.y, rest, select, f'task {t}', name))
-    rows = np.flatnonzero(task_of_test == t) if held is None else held
-    tests.append(_test_capped(rows, select, t, name))
-  source = test if select.evaluate == 'test' else train
-  return _stream(
-    train, source, pools, tests, scenario, task_names, task_classes, classes, told, plan, select
-  )
+  rows = [np.flatnonzero(task_of_train == t) for t in range(len(task_names))]
+  test_rows = [np.flatnonzero(task_of_test == t) for t in range(len(task_names))]
+  pools, tests = choose(select, train.y, task_of_train, rows, test_rows, task_names)
+  cut = Cut(scenario, task_names, task_classes, classes, pools, tests)
+  return assemble(train, test, cut, told, plan, select)
 
 
 def permuted(
@@ -152,7 +115,8 @@ def permuted(
     others: as for `split`.
   """
   _check(train, test, scenario, select)
-  tasks = _whole(tasks, 'tasks')
+  tasks = whole(tasks, 'tasks')
+  view_seed, pad = whole(view_seed, 'view_seed', 0), whole(pad, 'pad', 0)
   if pad:
     train, test = (data._replace(x=_padded(data.x, pad)) for data in (train, test))
   shape = _array(train.x, 'permuted').shape
@@ -181,7 +145,7 @@ def rotated(
   """
   _check(train, test, scenario, select)
   if degrees is None:
-    tasks = _whole(tasks, 'tasks')
+    tasks = whole(tasks, 'tasks')
     degrees = tuple(180.0 * np.arange(tasks) / tasks)
   if not degrees or not np.isfinite(degrees).all() or tasks not in (None, len(degrees)):
     raise UserError(
@@ -199,153 +163,34 @@ def rotated(
 
 def _viewed(train, test, scenario, names, view, table, told, plan, select) -> Stream:
   count, tasks = len(train.names), len(names)
-  # One cut for all tasks: held-out data of one task must not be trained on in another.
-  rest, held = _parts(train.y, np.arange(len(train.y)), select, 'every task')
-  rows = np.arange(len(test.y)) if held is None else held
-  pools = [_capped(train.y, rest, select, f'task {t}', name) for t, name in enumerate(names)]
-  tests = [_test_capped(rows, select, t, name) for t, name in enumerate(names)]
-  source = test if select.evaluate == 'test' else train
+  pools, tests = choose(
+    select,
+    train.y,
+    None,
+    [np.arange(len(train.y))] * tasks,
+    [np.arange(len(test.y))] * tasks,
+    names,
+  )
   shared = scenario == 'domain'
-  offset = None if shared else np.arange(tasks, dtype=np.int32) * count
+  offset = None if shared else np.arange(tasks, dtype=np.int32) * np.int32(count)
   first = [0 if shared else t * count for t in range(tasks)]
   task_classes = [tuple(range(a, a + count)) for a in first]
-  return _stream(
-    train,
-    source,
-    pools,
-    tests,
-    scenario,
-    names,
-    task_classes,
-    count if shared else tasks * count,
-    told,
-    plan,
-    select,
-    table,
-    view,
-    offset,
-  )
+  classes = count if shared else tasks * count
+  cut = Cut(scenario, names, task_classes, classes, pools, tests, table, view, offset)
+  return assemble(train, test, cut, told, plan, select)
 
 
-def _stream(
-  train,
-  source,
-  pools,
-  tests,
-  scenario,
-  task_names,
-  task_classes,
-  classes,
-  told,
-  plan,
-  select,
-  table=None,
-  view=None,
-  offset=None,
-) -> Stream:
-  told = TOLD[scenario] if told is None else schedules.check_told(told)
-  used = np.unique(np.concatenate(pools))
-  x: Any
-  x, y = train.x, train.y
-  if len(used) < len(y):  # what no task learns from does not go to the device
-    x, y = jax.tree.map(lambda leaf: leaf[used], x), y[used]
-    pools = [np.searchsorted(used, pool) for pool in pools]
-  schedules.check_plan(plan)
-  ends: Any = schedules.ends(pools, plan)
-  base = Stream(
-    x=x,
-    y=y,
-    index=ends,
-    ends=ends,
-    test=_test(source, tests, table, view, offset, told, select),
-    scenario=scenario,
-    told=told,
-    classes=int(classes),
-    task_names=tuple(task_names),
-    task_classes=tuple(task_classes),
-    views=table,
-    offset=offset,
-    view=view,
-  )
-  return schedules.reordered(base, plan)
-
-
-def _test(source, tests, table, view, offset, told, select) -> Batch:
-  index, _ = order.stacked([order.batched(rows, select.test_batch) for rows in tests])
-  real: Any = index >= 0
-  rows = np.where(real, index, 0)
-  x = jax.tree.map(lambda leaf: leaf[rows], source.x)
-  if view is not None:
-    for t in range(len(index)):  # in place, a task at a time: the copies stay small
-      flat = x[t].reshape(-1, *x.shape[3:])
-      part = view(flat, jax.tree.map(lambda v, t=t: v[t], table))
-      x[t] = part.reshape(x[t].shape)
-  y = source.y[rows]
-  if offset is not None:
-    y = y + offset[:, None, None]
-  task: Any = schedules.test_task(index.shape, told)
-  return Batch(x, y.astype(np.int32), real.astype(np.float32), task)
-
-
-def _parts(y, rows, select, where):
-  if select.validation == 0.0:
-    return rows, None
-  rest, held = held_out(y[rows], select.validation, select.seed, f'validation of {where}')
-  return rows[rest], rows[held] if select.evaluate == 'valid' else None
-
-
-def _capped(y, rows, select, where, name):
-  if not len(rows):
-    raise UserError(f'{where} ({name}) has no training examples; use fewer tasks or other data')
-  if select.examples_per_class is not None:
-    keep = [
-      members[order.shuffled(select.seed, f'{where}, class {label}', len(members))][
-        : select.examples_per_class
-      ]
-      for label, members in groups(y[rows])
-    ]
-    rows = rows[np.sort(np.concatenate(keep))]
-  if select.examples_per_task is not None:
-    keep = order.shuffled(select.seed, f'{where}, examples', len(rows))[: select.examples_per_task]
-    rows = rows[np.sort(keep)]
-  return rows
-
-
-def _test_capped(rows, select, t, name):
-  if not len(rows):
-    raise UserError(
-      f'task {t} ({name}) has no {select.evaluate} examples; use fewer tasks or other data'
-    )
-  if select.test_per_task is None:
-    return rows
-  keep = order.shuffled(select.seed, f'test of task {t}', len(rows))[: select.test_per_task]
-  return rows[np.sort(keep)]
-
-
-def _check(train, test, scenario, select) -> None:
+def _check(train: Arrays, test: Arrays, scenario: str, select: Select) -> None:
   check_pair(train, test)
+  check_select(select)
   if scenario not in TOLD:
-    raise UserError(f"scenario must be one of 'task', 'class', 'domain'; got {scenario!r}")
-  if select.evaluate not in ('test', 'valid'):
-    raise UserError(f"evaluate must be 'test' or 'valid'; got {select.evaluate!r}")
-  if not 0.0 <= select.validation < 1.0:
-    raise UserError(f'validation must be a fraction in [0, 1); got {select.validation}')
-  if select.evaluate == 'valid' and select.validation == 0.0:
-    raise UserError("evaluate='valid' needs held-out data; set validation, for example to 0.1")
-  for name in ('examples_per_class', 'examples_per_task', 'test_per_task', 'test_batch'):
-    value = getattr(select, name)
-    if name == 'test_batch' or value is not None:
-      _whole(value, name)
-
-
-def _whole(value, name: str) -> int:
-  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-    raise UserError(f'{name} must be a whole number of at least 1; got {value!r}')
-  return int(value)
+    raise UserError(f'scenario must be one of {", ".join(TOLD)}; got {scenario!r}')
 
 
 def _ordered(count: int, what: str, seed: int | None) -> np.ndarray:
-  return np.arange(count) if seed is None else order.shuffled(seed, f'order of {what}', count)
+  if seed is None:
+    return np.arange(count)
+  return order.shuffled(whole(seed, 'order_seed', 0), f'order of {what}', count)
 
 
 def _sizes(tasks, classes: int) -> list[int]:
@@ -355,7 +200,7 @@ def _sizes(tasks, classes: int) -> list[int]:
         f'the numbers of classes per task {tasks} must be positive and sum to {classes}'
       )
     return list(tasks)
-  tasks = _whole(tasks, 'tasks')
+  tasks = whole(tasks, 'tasks')
   if tasks > classes:
     raise UserError(f'{tasks} tasks need at least as many classes; the dataset has {classes}')
   return [classes // tasks + (t < classes % tasks) for t in range(tasks)]
@@ -376,8 +221,6 @@ def _array(x, what: str) -> np.ndarray:
 
 def _padded(x, pad: int) -> np.ndarray:
   x = _array(x, 'permuted')
-  if x.ndim != 4 or pad < 0:
-    raise UserError(
-      f'permuted: pad={pad} needs images [N, H, W, C] and a positive number of pixels'
-    )
+  if x.ndim != 4:
+    raise UserError(f'permuted: pad={pad} needs images [N, H, W, C]; got {list(x.shape)}')
   return np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

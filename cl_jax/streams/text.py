@@ -130,7 +130,7 @@ def encode(texts, tokenizer: str | Path, length: int) -> dict[str, np.ndarray]:
 
 def _row(path: Path, number: int, line: str) -> dict[str, str]:
   try:
-    row = json.loads(line)
+    row = json.loads(line.rstrip())
   except json.JSONDecodeError as error:
     raise UserError(
       f'{path}:{number}: not a line of JSON ({error.msg} at column {error.colno})'

