@@ -102,9 +102,9 @@ def distinct(key: Array, n: int, total: Array) -> tuple[Array, Array]:
   Returns:
     (i32[n], f32[n] weights).
   """
-  j = jnp.arange(n)
+  j = jnp.arange(n, dtype=jnp.int32)
   last = total - n + j  # step j may choose from [0, last_j]
-  t = jax.random.randint(key, (n,), 0, jnp.maximum(last, 0) + 1)
+  t = jax.random.randint(key, (n,), 0, jnp.maximum(last, 0) + 1, jnp.int32)
 
   def body(i, chosen):
     taken = jnp.any((chosen == t[i]) & (j < i))
@@ -120,7 +120,7 @@ def distinct(key: Array, n: int, total: Array) -> tuple[Array, Array]:
 def arrivals(batch: Batch) -> tuple[Array, Array]:
   """(valid bool[B], rank i32[B]): which rows count, and how many valid ones came before each."""
   valid = batch.w > 0
-  return valid, jnp.cumsum(valid) - valid
+  return valid, jnp.cumsum(valid, dtype=jnp.int32) - valid
 
 
 def reservoir(capacity: int) -> Writer:
@@ -133,7 +133,7 @@ def reservoir(capacity: int) -> Writer:
   def place(seen, batch, key):
     valid, rank = arrivals(batch)
     n = seen + rank
-    j = jax.random.randint(key, n.shape, 0, n + 1)
+    j = jax.random.randint(key, n.shape, 0, n + 1, jnp.int32)
     slots = jnp.where(n < capacity, n, jnp.minimum(j, capacity))
     return jnp.where(valid, slots, capacity), seen + valid.sum(dtype=jnp.int32)
 
@@ -151,7 +151,7 @@ def group_of(batch: Batch, classes: int, tasks: int) -> Array:
 def pick_in_groups(counts: Array, per_group: int, key: Array, n: int) -> tuple[Array, Array]:
   """Distinct stored rows where group g holds slots [g * per_group, g * per_group + min(counts_g, per_group))."""
   held = jnp.minimum(counts, per_group)
-  ends = jnp.cumsum(held)
+  ends = jnp.cumsum(held, dtype=jnp.int32)
   i, w = distinct(key, n, ends[-1])
   g = jnp.minimum(jnp.searchsorted(ends, i, side='right'), counts.shape[0] - 1)
   return g * per_group + jnp.clip(i - (ends[g] - held[g]), 0, per_group - 1), w
@@ -171,7 +171,9 @@ def ring(capacity: int, classes: int, tasks: int = 1) -> Writer:
   groups = classes * tasks
   per_group = capacity // groups
   if per_group < 1:
-    raise ValueError(f'ring memory of {capacity} slots for {groups} classes: give at least {groups}')
+    raise ValueError(
+      f'ring memory of {capacity} slots for {groups} classes: give at least {groups}'
+    )
 
   def place(counts, batch, key):
     del key

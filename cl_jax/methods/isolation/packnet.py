@@ -83,22 +83,16 @@ def packnet(
     def packed(variables, batch, tap, train):
       if train:  # free weights take part, pruned ones are zero: nothing to mask
         return fix_statistics(s, apply, variables, batch, tap)
-      first = batch.task[0]
 
-      def mixed(_):
-        """Row by row the model of its own task, by one pass per task that occurs."""
+      def body(t, out):
+        mine = batch.task == t
+        pick = lambda a, b: jnp.where(mine.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+        return jax.tree.map(pick, own(variables, batch, t, tap), out)
 
-        def body(t, out):
-          new = own(variables, batch, t, tap)
-          mine = batch.task == t
-          pick = lambda a, b: jnp.where(mine.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
-          return jax.tree.map(pick, new, out)
-
-        start = own(variables, batch, batch.task.min(), tap)
-        return jax.lax.fori_loop(batch.task.min() + 1, batch.task.max() + 1, body, start)
-
-      same = jnp.all(batch.task == first)
-      return jax.lax.cond(same, lambda _: own(variables, batch, first, tap), mixed, None)
+      # Row by row the model of its own task, by one pass per task that may occur: usually one.
+      shape = jax.eval_shape(lambda v, b: own(v, b, s.task, tap), variables, batch)
+      blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+      return jax.lax.fori_loop(batch.task.min(), batch.task.max() + 1, body, blank)
 
     return packed
 
@@ -110,7 +104,11 @@ def packnet(
       mine = (taken == 0).reshape(-1)
       size = jnp.where(mine, jnp.abs(leaves[path]).reshape(-1), jnp.inf)
       k = jnp.floor(share * mine.sum()).astype(jnp.int32)
-      rank = jnp.zeros(size.shape, jnp.int32).at[jnp.argsort(size)].set(jnp.arange(size.size))
+      rank = (
+        jnp.zeros(size.shape, jnp.int32)
+        .at[jnp.argsort(size)]
+        .set(jnp.arange(size.size, dtype=jnp.int32))
+      )
       keep = (mine & (rank >= k)).reshape(taken.shape)
       owner[path] = jnp.where(keep, (s.task + 1).astype(jnp.uint8), taken)
       leaves[path] = jnp.where(owner[path] == 0, 0.0, leaves[path])

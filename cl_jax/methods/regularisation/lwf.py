@@ -18,7 +18,7 @@ class LwFState(NamedTuple):
   teacher: Tree  # parameters (and norm statistics) at the last boundary
   seen: Array  # bool[C], classes trained on before that boundary
   now: Array  # bool[C], including the current task's
-  tasks: Array  # f32[], finished tasks
+  tasks: Array  # i32[], finished tasks
 
 
 def lwf(
@@ -59,7 +59,7 @@ def lwf(
   def init(key, params, batch, fwd):
     classes = jax.eval_shape(fwd, params, batch).logits.shape[-1]
     none = jnp.zeros(classes, bool)
-    return {}, LwFState(overlay(fwd.stats, params), none, none, jnp.float32(0))
+    return {}, LwFState(overlay(fwd.stats, params), none, none, jnp.int32(0))
 
   def wrap(s, apply):
     def keep_raw(variables, batch, tap, train):
@@ -89,7 +89,8 @@ def lwf(
     kd = coef * (s.tasks > 0) * weighted_mean(kd, batch.w)
     if not average:
       return kd
-    rest = s.tasks / (s.tasks + 1)  # 1 - 1/t
+    done = s.tasks.astype(out.logits.dtype)
+    rest = done / (done + 1)  # 1 - 1/t
     logp = jax.nn.log_softmax(out.logits)
     task = weighted_mean(-jnp.take_along_axis(logp, batch.y[:, None], 1)[:, 0], batch.w)
     return rest * (kd - task)
