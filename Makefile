@@ -35,10 +35,11 @@ test: $(VENV)/.test ## the whole suite; make test ONLY=er runs the tests whose n
 	$(RUN) -m pytest -n $(JOBS) --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
 
 lint: $(VENV)/.test ## ruff (rules and format), pyright, licences of data and dependencies
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check --quiet .
-	$(RUN) -m pyright
-	$(RUN) tools/licences.py
+	@failed=; \
+	for check in 'ruff check --quiet .' 'ruff format --check --quiet .' pyright tools.licences; do \
+	  echo "== $$check"; $(RUN) -m $$check || failed="$$failed [$$check]"; \
+	done; \
+	test -z "$$failed" || { echo "make lint: failed:$$failed" >&2; exit 1; }
 
 format: $(VENV)/.test ## put the code into the one format that lint accepts
 	$(RUN) -m ruff check --fix --quiet .
@@ -54,7 +55,7 @@ figures: $(VENV)/.demo ## draw the figures of docs/ from the files in results/
 	$(RUN) -m experiments.figures $(ARGS)
 
 docs: $(VENV)/.test ## write the generated tables of docs/, then check its links and run its examples
-	$(RUN) tools/method_table.py --write
+	$(RUN) -m tools.method_table --write
 	$(RUN) -m pytest -q tests/test_docs.py $(ARGS)
 
 edge: $(VENV)/.demo ## export learners to small devices (with the edge package)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +168,8 @@ class Progress(NamedTuple):
 
   state: State
   record: Record
-  leg: Array
-  done: Array
+  leg: Array | int
+  done: Array | int
 
 
 def run_chunks(
@@ -207,11 +207,11 @@ def run_chunks(
   lift = lift or (lambda f, mapped: f)
   chunk = every or chunk
   L, S = stream.index.shape[-3:-1]
-  host_index = np.asarray(stream.index) if feed is not None else None
+  host_index = None if feed is None else np.asarray(stream.index)
   resident = stream if feed is None else dataclasses.replace(stream, x=None, y=None)
 
   def rows(leg, lo):  # the batches of a chunk; past the end of a leg comes padding that is not used
-    if feed is None:
+    if feed is None or host_index is None:
       return None
     wanted = host_index[leg, lo : lo + chunk]
     short = chunk - len(wanted)
@@ -242,13 +242,16 @@ def run_chunks(
 
   if resume is None:
     first = None
-    if feed is not None:
+    if feed is not None and host_index is not None:
       first = jax.tree.map(lambda a: a[0], feed(0, host_index[0, :1]))
     state, start = begin_all(hp, key, resident, weights, first)
     lead = start.shape[:-1]
-    empty = lambda *shape: np.full((*lead, *shape), np.nan, np.float32)  # noqa: E731
     T, K = stream.tasks, S // every if every else 0
-    record = Record(np.asarray(start), empty(L, T), empty(L, S), empty(L, K, T))
+
+    def empty(*shape: int) -> Any:
+      return np.full((*lead, *shape), np.nan, np.float32)
+
+    record = Record(jax.device_get(start), empty(L, T), empty(L, S), empty(L, K, T))
     yield Progress(state, record, 0, 0)
     leg, done = 0, 0
   else:

@@ -42,7 +42,7 @@ def agem(capacity: int = 500, draw: int = 256, classes: int = 10, tasks: int = 1
 
   def grads(s, g, params, batch, grad_fn):
     ref = grad_fn(params, s.memory.draw)[1]
-    dot, norm = optax.tree.vdot(g, ref), optax.tree.vdot(ref, ref)
+    dot, norm = jnp.asarray(optax.tree.vdot(g, ref)), jnp.asarray(optax.tree.vdot(ref, ref))
     some = s.memory.draw.w.sum() > 0
     scale = jnp.where(some & (dot < 0), dot / jnp.where(norm > 0, norm, 1.0), 0.0)
     return jax.tree.map(lambda a, r: a - scale * r, g, ref), s
