@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cl_jax.types import Array, Batch, Forward, Tree
 
-LABELS = ('exact', 'sampled', 'empirical')
+LABELS = ('exact', 'sampled', 'empirical', 'predicted')
 
 
 class SquaredWeight(NamedTuple):
@@ -91,7 +91,8 @@ def diagonal(
     batches: leaves [S, B, ...]; padding (w = 0) does not count.
     key: for the sampled labels.
     labels: 'exact' weights every label by its predicted probability (C backward passes), 'sampled' draws one
-      from it, 'empirical' takes the true one.
+      from it, 'empirical' takes the true one, 'predicted' the most probable one (not a Fisher information;
+      van de Ven & Tolias 2019 use it, and their values of lambda belong to it).
 
   Returns:
     The mean over examples. Uses the closed form of dense layers where every parameter enters through
@@ -113,6 +114,8 @@ def diagonal(
 
     if labels == 'empirical':
       new = pass_for(batch.y, jnp.ones_like(batch.w))
+    elif labels == 'predicted':
+      new = pass_for(now.argmax(-1), jnp.ones_like(batch.w))
     elif labels == 'sampled':
       new = pass_for(jax.random.categorical(key, now), jnp.ones_like(batch.w))
     else:

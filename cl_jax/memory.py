@@ -149,7 +149,7 @@ def group_of(batch: Batch, classes: int, tasks: int) -> Array:
 
 
 def pick_in_groups(counts: Array, per_group: int, key: Array, n: int) -> tuple[Array, Array]:
-  """Distinct stored rows where group g holds slots [g * per_group, g * per_group + min(counts_g, per_group))."""
+  """Distinct stored rows where group g holds min(counts_g, per_group) slots from g * per_group on."""
   held = jnp.minimum(counts, per_group)
   ends = jnp.cumsum(held, dtype=jnp.int32)
   i, w = distinct(key, n, ends[-1])

@@ -72,11 +72,15 @@ def weight(key: Array, shape: tuple[int, ...], init: str | float) -> Array:
   return jax.random.uniform(key, shape, jnp.float32, -limits[init], limits[init])
 
 
-def dense_init(key: Array, d_in: int, d_out: int, init: str | float) -> Tree:
-  """{'w': f32[d_in, d_out], 'b': f32[d_out]}; the bias is 0 unless init is 'torch'."""
+def dense_init(key: Array, d_in: int, d_out: int, init: str | float, bias: float = 0.0) -> Tree:
+  """{'w': f32[d_in, d_out], 'b': f32[d_out]}; the biases are `bias`, drawn where init is 'torch'."""
   k_w, k_b = jax.random.split(key)
   limit = 1 / math.sqrt(d_in) if init == 'torch' else 0.0
-  b = jax.random.uniform(k_b, (d_out,), jnp.float32, -limit, limit) if limit else jnp.zeros(d_out)
+  b = (
+    jax.random.uniform(k_b, (d_out,), jnp.float32, -limit, limit)
+    if limit
+    else jnp.full(d_out, bias)
+  )
   return {'w': weight(k_w, (d_in, d_out), init), 'b': b}
 
 

@@ -17,6 +17,7 @@ def mlp(
   classes: int,
   init: str | float = 'he',
   activation: Callable[[Array], Array] = jax.nn.relu,
+  bias: float = 0.0,
   mean: Any = None,
   std: Any = None,
 ) -> Model:
@@ -29,8 +30,9 @@ def mlp(
   Args:
     sizes: units of each hidden layer.
     classes: units of the output layer.
-    init: see `layers.weight`; biases are 0, but 'torch' draws them too.
+    init: see `layers.weight`; 'torch' draws the biases too.
     activation: elementwise.
+    bias: initial value of the biases.
     mean, std: for u8 inputs, see `layers.pixels`.
   """
   names = tuple(f'l{i}' for i in range(len(sizes)))
@@ -39,7 +41,7 @@ def mlp(
     units = (math.prod(batch.x.shape[1:]), *sizes, classes)
     keys = jax.random.split(key, len(sizes) + 1)
     params = {
-      name: layers.dense_init(k, d_in, d_out, init)
+      name: layers.dense_init(k, d_in, d_out, init, bias)
       for name, k, d_in, d_out in zip((*names, 'head'), keys, units[:-1], units[1:], strict=True)
     }
     return params, {}

@@ -177,8 +177,8 @@ def test_lwf_class_incremental(variant, tasks):
 
 
 def classes_first(xs, ys):
-  """The reference lets both classes of a task compete from its first batch; `seen_head` from the first example
-  of each: the same where every first batch holds both."""
+  """The reference lets both classes of a task compete from its first batch, `seen_head` from the first
+  example of each: the same where every first batch holds both."""
   assert all(len(np.unique(ys[t, 0])) == 2 for t in range(len(ys)))
   return xs, ys
 

@@ -21,8 +21,9 @@ class SLDAState(NamedTuple):
 def slda(classes: int, shrinkage: float = 1e-4, centre_first: bool = True) -> Method:
   """A Gaussian per class with one covariance for all, updated example by example.
 
-  Hayes & Kanan, CVPR Workshops 2020, "Lifelong machine learning with deep streaming linear discriminant
-  analysis", eq. 1-4; official code tyler-hayes/Deep_SLDA. For the t-th example x of class y, with d = x - mu_y:
+  Hayes & Kanan, CVPR Workshops 2020, "Lifelong machine learning with deep streaming linear
+  discriminant analysis", eq. 1-4; official code tyler-hayes/Deep_SLDA. For the t-th example x of class y,
+  with d = x - mu_y:
   Sigma <- (t Sigma + t / (t + 1) d d^T) / (t + 1), then mu_y <- mu_y + d / (n_y + 1). Scores are
   x^T L mu_c - mu_c^T L mu_c / 2 with L = ((1 - e) Sigma + e I)^-1. The recursion is computed a batch at a
   time, exactly in the order of the rows.

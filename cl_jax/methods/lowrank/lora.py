@@ -66,7 +66,7 @@ def adapt(variables: Tree, alpha: float) -> Tree:
 
 
 def merge(variables: Tree, alpha: float) -> Tree:
-  """The variables with W + (alpha / r) A B in place of every adapted W: nothing is left to add at inference."""
+  """The variables with W + (alpha / r) A B in place of every adapted W: nothing to add at inference."""
   adapted = adapt(variables, alpha)
   is_adapter = lambda a: isinstance(a, LowRank)  # noqa: E731
   return jax.tree.map(lambda a: a.merge() if is_adapter(a) else a, adapted, is_leaf=is_adapter)

@@ -35,7 +35,7 @@ def ewc(
 
   Args:
     coef: lambda; bound to the protocol, published values span 1 to 1e10.
-    labels: 'exact', 'sampled' or 'empirical' Fisher.
+    labels: 'exact', 'sampled', 'empirical' or 'predicted'; see `fisher.diagonal`.
     online: see above.
     decay: gamma of the online form.
 

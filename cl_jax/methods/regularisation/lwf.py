@@ -27,6 +27,7 @@ def lwf(
   outputs: str = 'all',
   task_classes: tuple[tuple[int, ...], ...] = (),
   average: bool = False,
+  mean: bool = False,
 ) -> Method:
   """Distils the model of the last boundary into the new one, on the new task's data.
 
@@ -47,6 +48,9 @@ def lwf(
     task_classes: the labels of each task, for 'heads'.
     average: weigh the task loss by 1/t and the distillation by 1 - 1/t in the t-th task instead (van de Ven
       & Tolias 2019, eq. 4; `coef` scales the distillation).
+    mean: average the cross-entropy over the outputs that compete, and the heads, instead of summing. This is
+      weaker by their number; the published table of van de Ven & Tolias 2019 was made with it (their
+      repository up to 26f00db of May 2019).
 
   Needs the boundary. State: 1 x parameters and norm statistics, 2 bytes per class, 4 bytes. One more forward
   pass per step.
@@ -72,7 +76,8 @@ def lwf(
     """f32[B]: T^2 times the cross-entropy at temperature T."""
     p = jax.nn.softmax(target / temperature)
     logp = jax.nn.log_softmax(logits / temperature)
-    return -(temperature**2) * jnp.sum(p * jnp.maximum(logp, MINUS_INF), axis=-1)
+    ce = -(temperature**2) * jnp.sum(p * jnp.maximum(logp, MINUS_INF), axis=-1)
+    return ce / jnp.sum(logits > MINUS_INF / 2, axis=-1) if mean else ce
 
   def loss(s, params, batch, out, fwd):
     old = jax.lax.stop_gradient(fwd(s.teacher, batch))
@@ -82,6 +87,7 @@ def lwf(
         for t, c in enumerate(task_classes)
       ]
       kd = sum(per_head)
+      kd = kd / jnp.maximum(s.tasks, 1) if mean else kd
     elif outputs == 'seen':
       kd = distil(jnp.where(s.seen, old.logits, MINUS_INF), out.logits)
     else:
