@@ -1,11 +1,11 @@
 """Sequences of tasks as index tables over data that stays on the device.
 
-A dataset is found (`dataset`) or built (`arrays.arrays`), cut into tasks (`split`, `permuted`,
-`rotated`), and perhaps scheduled in another way (`joint`, `cumulative`, `online`, `task_free`,
-`blurry`). `take.take` turns row numbers into a batch; `check.check` validates a stream.
+`dataset` finds data, `split`, `permuted` and `rotated` cut it into tasks, `joint`, `cumulative`,
+`online`, `blurry` and `task_free` change the order and what is told, `put` moves it to the device.
 """
 
-from cl_jax.streams.arrays import Arrays
+from __future__ import annotations
+
 from cl_jax.streams.load import dataset
 from cl_jax.streams.schedules import (
   Plan,
@@ -19,9 +19,9 @@ from cl_jax.streams.schedules import (
 )
 from cl_jax.streams.select import Select
 from cl_jax.streams.splits import permuted, rotated, split
+from cl_jax.streams.take import put
 
 __all__ = [
-  'Arrays',
   'Plan',
   'Select',
   'blurry',
@@ -30,6 +30,7 @@ __all__ = [
   'joint',
   'online',
   'permuted',
+  'put',
   'reordered',
   'rotated',
   'split',
