@@ -7,6 +7,7 @@ was damaged afterwards is noticed, reported and made again. Nothing is ever unpi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 MANIFEST = 'entry.json'
+DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged entry can raise
 ABANDONED = 3600.0  # seconds after which a half-written entry is removed
 
 
@@ -52,7 +54,7 @@ def cached(
   if place.exists():
     try:
       return _read(place)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
       log.warning('cache of %s is damaged (%s); making it again in %s', what, error, place)
   else:
     log.info('preparing %s once; kept in %s', what, place)
@@ -99,11 +101,20 @@ def _read(place: Path) -> dict[str, np.ndarray]:
   return arrays
 
 
+def _whole(place: Path) -> bool:
+  try:
+    _read(place)
+  except DAMAGE:
+    return False
+  return True
+
+
 def _write(place: Path, arrays: dict[str, np.ndarray]) -> None:
   place.parent.mkdir(parents=True, exist_ok=True)
   for left in place.parent.glob(f'.{place.name}.*'):  # by a process that was killed
-    if time.time() - left.stat().st_mtime > ABANDONED:
-      shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another writer may remove its own meanwhile
+      if time.time() - left.stat().st_mtime > ABANDONED:
+        shutil.rmtree(left, ignore_errors=True)
   beside = Path(tempfile.mkdtemp(prefix=f'.{place.name}.', dir=place.parent))
   try:
     files = {}
@@ -120,7 +131,8 @@ def _write(place: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
       beside.rename(place)
     except OSError:
-      # Something is there: a damaged entry, or the same one from another process. Ours is whole.
+      if _whole(place):  # another process was faster
+        return
       old = Path(tempfile.mkdtemp(prefix=f'.{place.name}.', dir=place.parent))
       place.rename(old / 'old')
       beside.rename(place)

@@ -98,10 +98,10 @@ def _sentences(name, paths, tokenizer, length) -> tuple[Arrays, Arrays]:
 
 def _npz(path: Path) -> tuple[Arrays, Arrays]:
   try:
-    stored = np.load(path, allow_pickle=False)
-    if not isinstance(stored, np.lib.npyio.NpzFile):
-      raise ValueError('it holds a single array')
-    with stored:
+    with path.open('rb') as file:
+      stored = np.load(file, allow_pickle=False)
+      if not isinstance(stored, np.lib.npyio.NpzFile):
+        raise ValueError('it holds a single array')
       parts = {key: stored[key] for key in stored.files}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(f'{path} cannot be read as an .npz of plain arrays ({error})') from error

@@ -112,9 +112,8 @@ def blurry(
 
   The centres of the U tasks (or classes, in the stream's order) are spread evenly over the stream.
   An example of unit u arrives at time (u + 1/2) / U + width / U * N(0, 1), and examples are learnt
-  in the order of arrival, each once per epoch of `plan`.
-
-  So the mix of units at any moment is that of equal gaussians around their centres.
+  in the order of arrival, each once per epoch of `plan`: the mix of units at any moment is
+  that of equal gaussians around their centres.
 
   The gaussian schedule of Shanahan, Kaplanis & Mitrovic 2021 ("Encoders and ensembles for task-free
   continual learning"); there the unit of every example is drawn from that mix, with replacement;

@@ -72,8 +72,7 @@ def _decode(root: Path, name: str, split: str, domain: str | None, known: bool) 
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(
-      f'reading {name} needs tensorflow-datasets, array_record and pillow: pip install '
-      f'tensorflow-datasets array_record pillow ({error})'
+      f'reading {name} needs the extra "data": pip install "cl_jax[data]" ({error})'
     ) from error
   base = name.partition(':')[0]
   advice = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +31,6 @@ def images():
     return arrays(x, np.arange(count) % classes)
 
   return make
-
-
-@pytest.fixture(scope='session')
-def data_dir() -> Path:
-  """The folder of real data; tests that need it are skipped without."""
-  root = os.environ.get('CL_JAX_DATA')
-  if not root or not (Path(root) / 'tfds').is_dir():
-    pytest.skip('set CL_JAX_DATA to a data directory to run this test on real data')
-  return Path(root)
 
 
 @pytest.fixture(scope='session')

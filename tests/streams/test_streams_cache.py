@@ -2,6 +2,8 @@ import errno
 import json
 import logging
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -161,3 +163,16 @@ def test_digest_keeps_its_parts_apart(tmp_path):
   path.write_bytes(b'ab')
   assert cache.digest('ab', 'c') != cache.digest('a', 'bc')
   assert cache.digest(path) == cache.digest('ab') == cache.digest(b'ab')
+
+
+def test_many_writers_at_once(tmp_path, caplog):
+  barrier = threading.Barrier(8)
+
+  def one(_):
+    barrier.wait()
+    return all(equal(cache.cached((*KEY[:1], f'e{i}'), Maker(), 'it', tmp_path)) for i in range(5))
+
+  with ThreadPoolExecutor(8) as pool:
+    assert all(pool.map(one, range(8)))
+  assert 'cannot keep' not in caplog.text
+  assert sorted(p.name for p in (tmp_path / 'kind').iterdir()) == [f'e{i}' for i in range(5)]

@@ -19,9 +19,6 @@ from cl_jax.streams import (
 )
 from cl_jax.streams.check import check
 
-settings.register_profile('streams', deadline=None, max_examples=30)
-few = settings.get_profile('streams')
-
 
 def entries(legs):
   return [leg[leg >= 0].tolist() for leg in legs]
@@ -100,7 +97,7 @@ def test_tell_changes_the_tests_too(numbered):
   by=st.sampled_from(['task', 'class']),
   batch=st.integers(1, 8),
 )
-@few
+@settings(deadline=None, max_examples=30)
 def test_blurry_keeps_every_example(base, epochs, segments, width, by, batch):
   plan = Plan(batch, epochs, ends_batch=4)
   stream = check(blurry(base, plan, segments, by, width))
