@@ -1,0 +1,56 @@
+"""What the modules of this folder describe: rows of published tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cl_jax.types import Learner, Stream
+
+
+class Figure(NamedTuple):
+  """A number in a paper: the metric (of `metrics.summary`), its value and error, in per cent or as printed."""
+
+  metric: str
+  value: float | None
+  err: float | None = None
+  scale: float = 100.0
+
+
+class Row(NamedTuple):
+  """One line of a published table.
+
+  Attributes:
+    stream: seed -> Stream.
+    build: (hp, weights) -> Learner.
+    figures: what the paper gives for it.
+    note: what differs from the paper, and where a figure comes from.
+    slow: run only when `--only` names it or with --all.
+  """
+
+  table: str
+  dataset: str
+  scenario: str
+  method: str
+  setting: str
+  stream: Callable[[int, Path], Stream]
+  build: Callable[..., Learner]
+  figures: tuple[Figure, ...]
+  note: str = ''
+  slow: bool = False
+
+  @property
+  def name(self) -> str:
+    return '/'.join((self.table, self.scenario, self.method, self.setting)).replace(' ', '_')
+
+
+def seen_once(stream: Stream) -> Stream:
+  """The stream whose `ends` are exactly the rows it learns from, for protocols that see a part of a pool."""
+  index = np.asarray(stream.index)
+  flat = index.reshape(index.shape[0], -1)
+  size = next(b for b in (250, 200, 100, 50, 10, 1) if flat.shape[1] % b == 0)
+  return dataclasses.replace(stream, ends=flat.reshape(index.shape[0], -1, size))
