@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import subprocess
 import sys
+from pathlib import Path
 
 import cl_jax
 
@@ -35,3 +37,13 @@ def test_import_works_without_any_extra():
 def test_public_names_are_there_and_sorted():
   assert cl_jax.__all__ == sorted(cl_jax.__all__)
   assert all(hasattr(cl_jax, name) for name in cl_jax.__all__)
+
+
+def test_every_shipped_file_is_package_data():
+  root = Path(cl_jax.__file__).parent.parent
+  setup = configparser.ConfigParser()
+  setup.read(root / 'setup.cfg')
+  folder = root / 'cl_jax/data'
+  patterns = setup['options.package_data']['cl_jax.data'].split(', ')
+  matched = {path for pattern in patterns for path in folder.glob(pattern)}
+  assert matched == {p for p in folder.iterdir() if p.is_file() and p.suffix != '.py'}
