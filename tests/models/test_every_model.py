@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from cl_jax.models import bert, layers
+from cl_jax.models.cnn import cnn
 from cl_jax.models.mlp import mlp
+from cl_jax.models.resnet import resnet
 from cl_jax.types import Batch, no_tap, overlay
 
 B, CLASSES = 6, 5
@@ -28,6 +30,8 @@ def sentences() -> Batch:
 CASES = {
   'mlp': (mlp((8, 7), CLASSES, mean=0.1, std=0.3), images(6, 6)),
   'bert': (bert.bert(bert.Config(30, 8, 2, 2, 12, 10, 2), CLASSES, init=0.5), sentences()),
+  'cnn': (cnn((4, 3), (6,), CLASSES), images(9, 8, 3)),
+  'resnet': (resnet(CLASSES, 3, (1, 1)), images(8, 8)),
   'linear': (mlp((), CLASSES), images(6, 6, 1)),
 }
 
@@ -43,14 +47,15 @@ class Case:
       self.traces += 1
       return self.model.apply(overlay(stats, params), batch, no_tap, train)
 
-    self.forward = jax.jit(forward, static_argnums=3)
-
-  def grad(self, batch: Batch):
-    def loss(params):
+    def loss(params, batch):
       out = self.model.apply(overlay(self.stats, params), batch, no_tap, True)
       return (batch.w * self.model.loss(out, batch)).sum() / batch.w.sum(), out
 
-    return jax.jit(jax.grad(loss, has_aux=True))(self.params)
+    self.forward = jax.jit(forward, static_argnums=3)
+    self.gradient = jax.jit(jax.grad(loss, has_aux=True))
+
+  def grad(self, batch: Batch):
+    return self.gradient(self.params, batch)
 
 
 @pytest.fixture(scope='module', params=CASES)
@@ -146,5 +151,5 @@ def test_taps_see_and_change_the_activations(case):
   assert (not seen) == (case.name == 'linear')
   assert all(shape[0] == B for shape in seen.values())
   if seen:
-    out = case.model.apply(variables, case.batch, silence, False)
+    out = jax.jit(lambda v: case.model.apply(v, case.batch, silence, False))(variables)
     assert jnp.ptp(out.logits, axis=0).max() < 1e-5  # what is left does not depend on the input
