@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def advance(
     state, value = learner.step(state, fetch(i))
     return state, loss.at[i].set(value)
 
-  return jax.lax.fori_loop(0, end, body, (state, jnp.full(n, jnp.nan)))
+  return jax.lax.fori_loop(0, end, body, (state, jnp.full(n, jnp.nan, jnp.float32)))
 
 
 def learn(learner: Learner, state: State, stream: Stream, t: Array, every: int):
@@ -161,61 +161,38 @@ class Progress(NamedTuple):
 
   Attributes:
     state: the learner's state.
-    record: filled as far as the run has come; NaN after that.
-    leg: i32[], legs that are complete.
-    done: i32[], steps done in the current leg.
+    record: NumPy arrays, filled as far as the run has come; NaN after that.
+    leg: legs that are complete.
+    done: steps done in the current leg.
   """
 
   state: State
   record: Record
-  leg: Array | int
-  done: Array | int
+  leg: int
+  done: int
 
 
-def run_chunks(
-  build: Build,
-  hp: Tree,
-  key: Array,
-  stream: Stream,
-  weights: Tree = None,
-  chunk: int = 100,
-  every: int = 0,
-  resume: Progress | None = None,
-  feed: Callable | None = None,
-  lift: Callable | None = None,
-) -> Iterator[Progress]:
-  """The same run, yielding after the start, after every chunk of steps and after every leg.
+class Programs(NamedTuple):
+  """The compiled parts of a chunked run; see `programs`."""
 
-  The steps, their order and their keys are those of `run`, bitwise.
+  begin: Callable
+  advance: Callable
+  close: Callable
+  probe: Callable
+  chunk: int
+
+
+def programs(build: Build, chunk: int = 100, lift: Callable | None = None) -> Programs:
+  """Jits what `run_chunks` calls; keep it to run, or resume, several times without compiling anew.
 
   Args:
-    build, hp, key, stream, weights, every: as for `run`.
-    chunk: steps between two yields; `every` takes its place where it is set.
-    resume: a `Progress` of this run, of whatever process: go on from there.
-    feed: (leg, rows i32[n, B]) -> Batch with leaves [n, B, ...], for data that stays on the host; `None`
-      takes the rows from the data on the device. See `host_feed`.
-    lift: (f, mapped) -> f over many runs, where `mapped` names the arguments with a leading run
-      axis; see `sweep.Many`. Then hp, key, and what else it maps have that axis, and so has every
-      leaf of the record.
-
-  Yields:
-    `Progress`, with the record as NumPy arrays.
+    build: (hp, weights) -> Learner.
+    chunk: steps between two yields.
+    lift: (f, mapped) -> f over many runs, where `mapped` names the arguments with a leading run axis;
+      see `sweep.Many`. Then hp, key, and what else it maps have that axis, and so has every leaf of
+      the record.
   """
-  if feed is not None and lift is not None:
-    raise ValueError('mapped runs take their data from the device: give feed or lift, not both')
-  check_needs(build(hp, weights).needs, stream)
-  lift = lift or (lambda f, mapped: f)
-  chunk = every or chunk
-  L, S = stream.index.shape[-3:-1]
-  host_index = None if feed is None else np.asarray(stream.index)
-  resident = stream if feed is None else dataclasses.replace(stream, x=None, y=None)
-
-  def rows(leg, lo):  # the batches of a chunk; past the end of a leg comes padding that is not used
-    if feed is None or host_index is None:
-      return None
-    wanted = host_index[leg, lo : lo + chunk]
-    short = chunk - len(wanted)
-    return feed(leg, np.pad(wanted, ((0, short), (0, 0)), constant_values=-1))
+  over = lift or (lambda f, mapped: f)
 
   def begin_one(hp, key, stream, weights, first):
     first = take(stream, stream.index[0, 0], 0) if first is None else first
@@ -235,25 +212,73 @@ def run_chunks(
   def probe_one(hp, state, stream, weights):
     return evaluate(build(hp, weights), state, stream.test)
 
-  begin_all = jax.jit(lift(begin_one, ('hp', 'key', 'stream')))
-  advance_all = jax.jit(lift(advance_one, ('hp', 'state', 'stream')))
-  close_all = jax.jit(lift(close_one, ('hp', 'state', 'stream')))
-  probe_all = jax.jit(lift(probe_one, ('hp', 'state', 'stream')))
+  return Programs(
+    jax.jit(over(begin_one, ('hp', 'key', 'stream'))),
+    jax.jit(over(advance_one, ('hp', 'state', 'stream'))),
+    jax.jit(over(close_one, ('hp', 'state', 'stream'))),
+    jax.jit(over(probe_one, ('hp', 'state', 'stream'))),
+    chunk,
+  )
+
+
+def run_chunks(
+  build: Build,
+  hp: Tree,
+  key: Array,
+  stream: Stream,
+  weights: Tree = None,
+  chunk: int = 100,
+  every: int = 0,
+  resume: Progress | None = None,
+  feed: Callable | None = None,
+  lift: Callable | None = None,
+  parts: Programs | None = None,
+) -> Iterator[Progress]:
+  """The same run as `run`, yielding after the start, after every chunk of steps and after every leg.
+
+  The steps, their order and their keys are those of `run`, bitwise.
+
+  Args:
+    build, hp, key, stream, weights, every: as for `run`; hp and key have a run axis with `lift`.
+    chunk: steps between two yields; `every` takes its place where it is set.
+    resume: a `Progress` of this run, of whatever process: go on from there.
+    feed: (leg, rows i32[n, B]) -> Batch with leaves [n, B, ...], for data that stays on the host; `None`
+      takes the rows from the data on the device. See `host_feed`.
+    lift: see `programs`.
+    parts: `programs(build, every or chunk, lift)`, where they exist already.
+
+  Yields:
+    `Progress`.
+  """
+  check_needs(build(hp, weights).needs, stream)
+  chunk = every or chunk
+  parts = parts or programs(build, chunk, lift)
+  if parts.chunk != chunk:
+    raise ValueError(f'the programs advance by {parts.chunk} steps, not by {chunk}')
+  L, S = stream.index.shape[-3:-1]
+  if feed is not None and np.ndim(stream.index) != 3:
+    raise ValueError('mapped runs take their data from the device: give feed or lift, not both')
+  host_index = np.asarray(stream.index) if feed is not None else None
+  resident = stream if feed is None else dataclasses.replace(stream, x=None, y=None)
+
+  def rows(leg, lo):  # the batches of a chunk; past the end of a leg comes padding that is not used
+    if feed is None:
+      return None
+    wanted = host_index[leg, lo : lo + chunk]
+    short = chunk - len(wanted)
+    return feed(leg, np.pad(wanted, ((0, short), (0, 0)), constant_values=-1))
 
   if resume is None:
     first = None
-    if feed is not None and host_index is not None:
+    if feed is not None:
       first = jax.tree.map(lambda a: a[0], feed(0, host_index[0, :1]))
-    state, start = begin_all(hp, key, resident, weights, first)
+    state, start = parts.begin(hp, key, resident, weights, first)
     lead = start.shape[:-1]
+    empty = lambda *shape: np.full((*lead, *shape), np.nan, np.float32)  # noqa: E731
     T, K = stream.tasks, S // every if every else 0
-
-    def empty(*shape: int) -> Any:
-      return np.full((*lead, *shape), np.nan, np.float32)
-
-    record = Record(jax.device_get(start), empty(L, T), empty(L, S), empty(L, K, T))
-    yield Progress(state, record, 0, 0)
+    record = Record(np.asarray(start), empty(L, T), empty(L, S), empty(L, K, T))
     leg, done = 0, 0
+    yield Progress(state, record, leg, done)
   else:
     state, record, leg, done = resume
     record = jax.tree.map(np.array, record)
@@ -263,17 +288,17 @@ def run_chunks(
   longest = steps.reshape(-1, L).max(0)
   while leg < L:
     while done < longest[leg]:
-      state, loss = advance_all(hp, state, resident, weights, leg, done, rows(leg, done))
+      state, loss = parts.advance(hp, state, resident, weights, leg, done, rows(leg, done))
       n = min(chunk, S - done)
       record.loss[..., leg, done : done + n] = np.asarray(loss)[..., :n]
       if every and done + every <= longest[leg]:
-        acc = np.asarray(probe_all(hp, state, resident, weights))
+        acc = np.asarray(parts.probe(hp, state, resident, weights))
         inside = (done + every <= steps[..., leg])[..., None]
         record.curve[..., leg, done // every, :] = np.where(inside, acc, np.nan)
       done = min(done + chunk, int(longest[leg]))
       yield Progress(state, record, leg, done)
     ends = None if feed is None else feed(leg, np.asarray(stream.ends[leg]))
-    state, acc = close_all(hp, state, resident, weights, leg, ends)
+    state, acc = parts.close(hp, state, resident, weights, leg, ends)
     record.R[..., leg, :] = np.asarray(acc)
     leg, done = leg + 1, 0
     yield Progress(state, record, leg, done)

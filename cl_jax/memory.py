@@ -112,9 +112,8 @@ def distinct(key: Array, n: int, total: Array) -> tuple[Array, Array]:
 
   chosen = jax.lax.fori_loop(0, n, body, jnp.full(n, -1, jnp.int32))
   few = total < n
-  return jnp.where(few, jnp.minimum(j, jnp.maximum(total - 1, 0)), chosen), jnp.where(
-    few & (j >= total), 0.0, 1.0
-  )
+  first = jnp.minimum(j, jnp.maximum(total - 1, 0))
+  return jnp.where(few, first, chosen), 1 - (few & (j >= total)).astype(jnp.float32)
 
 
 def arrivals(batch: Batch) -> tuple[Array, Array]:

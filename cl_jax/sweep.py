@@ -8,6 +8,7 @@ the point, on a CPU it streams every run's parameters out of the cache, and one 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -114,8 +115,13 @@ class Many(NamedTuple):
 def stack_streams(streams: Sequence[Stream]) -> tuple[Stream, Stream]:
   """Streams of several runs as one, and its axes: leaves that are the same object are shared.
 
-  Streams that differ in their order alone have the same `x` and `y`, which stay single.
+  Streams that differ in their order alone have the same `x` and `y`, which stay single. Where the names of
+  the tasks differ (another class order for each run) they become 'task 1', 'task 2', ...
   """
+  if len({s.task_names for s in streams}) > 1:
+    names = tuple(f'task {t + 1}' for t in range(streams[0].tasks))
+    streams = [dataclasses.replace(s, task_names=names) for s in streams]
+  streams = even(streams)
   first = streams[0]
   flat = [jax.tree.leaves(s) for s in streams]
   treedef = jax.tree.structure(first)
@@ -127,6 +133,32 @@ def stack_streams(streams: Sequence[Stream]) -> tuple[Stream, Stream]:
     leaves.append(column[0] if same else np.stack([np.asarray(a) for a in column]))
     axes.append(SHARED if same else MAPPED)
   return jax.tree.unflatten(treedef, leaves), jax.tree.unflatten(treedef, axes)
+
+
+def even(streams: Sequence[Stream]) -> list[Stream]:
+  """Pads tables and tests of streams to the same shapes: tasks differ in size with the class order."""
+
+  def padded(a, length, value):
+    short = length - a.shape[1]
+    return np.pad(a, [(0, 0), (0, short), *[(0, 0)] * (a.ndim - 2)], constant_values=value)
+
+  longest = lambda name: max(getattr(s, name).shape[1] for s in streams)  # noqa: E731
+  steps, ends = longest('index'), longest('ends')
+  tests = max(s.test.y.shape[1] for s in streams)
+  ragged = any(s.steps is not None or s.index.shape[1] < steps for s in streams)
+  done = []
+  for s in streams:
+    change = {}
+    if s.index.shape[1] < steps:
+      change['index'] = padded(np.asarray(s.index), steps, -1)
+    if ragged and s.steps is None:
+      change['steps'] = np.full(s.index.shape[0], s.index.shape[1], np.int32)
+    if s.ends.shape[1] < ends:
+      change['ends'] = padded(np.asarray(s.ends), ends, -1)
+    if s.test.y.shape[1] < tests:
+      change['test'] = jax.tree.map(lambda a: padded(np.asarray(a), tests, 0), s.test)
+    done.append(dataclasses.replace(s, **change) if change else s)
+  return done
 
 
 def grid(axes: Mapping[str, Sequence]) -> list[dict]:

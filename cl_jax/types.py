@@ -192,7 +192,8 @@ class Stream:
     y: i32[N] labels.
     index: i32[L, S, B] rows of `x` in the order they are learnt from, in L legs; -1 is padding. A leg is
       a task (L = T), except where tasks are not learnt one by one: 'joint' has one leg, 'blurry'
-      as many as there are evaluations.
+      as many as there are evaluations. Where legs mix tasks an entry is k * N + n, row n as task k
+      sees it; see `streams.take`.
     steps: i32[L], the steps that leg l really has; None when all have S.
     ends: i32[L, E, B'] the distinct training examples of each leg once, for boundaries; -1 pads.
     test: what is evaluated after every leg; every leaf [T, E, B', ...], already viewed and offset.

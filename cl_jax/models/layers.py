@@ -79,7 +79,7 @@ def dense_init(key: Array, d_in: int, d_out: int, init: str | float, bias: float
   b = (
     jax.random.uniform(k_b, (d_out,), jnp.float32, -limit, limit)
     if limit
-    else jnp.full(d_out, bias)
+    else jnp.full(d_out, bias, jnp.float32)
   )
   return {'w': weight(k_w, (d_in, d_out), init), 'b': b}
 

@@ -3,7 +3,8 @@
 5 tasks of two digits in an order drawn per seed, MLP 784-400-400, Adam 1e-3 through all tasks, 2,000 steps of
 128 images per task, pixels in [0, 1], PyTorch's default initialisation; 20 seeds in the paper, with SEM. Read
 from GMvandeVen/continual-learning as of April 2019: EWC's Fisher uses the predicted label, the loss of LwF is
-1/t CE + (1 - 1/t) T^2 KD with KD averaged over examples AND outputs; "offline" trains task t on all tasks <= t.
+1/t CE + (1 - 1/t) T^2 KD with KD averaged over examples AND outputs; "offline" trains task t
+on all tasks <= t.
 """
 
 from __future__ import annotations

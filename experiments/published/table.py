@@ -13,7 +13,7 @@ from cl_jax.types import Learner, Stream
 
 
 class Figure(NamedTuple):
-  """A number in a paper: the metric (of `metrics.summary`), its value and error, in per cent or as printed."""
+  """A number in a paper: a metric of `metrics.summary`, its value and error, times `scale`."""
 
   metric: str
   value: float | None

@@ -1,7 +1,7 @@
-"""Permuted MNIST of Chaudhry et al. 2019 (arXiv:1902.10486, "tiny episodic memories"), table of its appendix.
+"""Permuted MNIST of Chaudhry et al. 2019 (arXiv:1902.10486, "tiny episodic memories").
 
-17 tasks (20 less 3 for cross-validation) of 1,000 examples, one pass in batches of 10 with 10 from memory, SGD 0.1,
-MLP 784-256-256-10, pixels in [0, 1]; memory of 1, 3, 5, 15 images per class and task. Read from
+17 tasks (20 less 3 for cross-validation) of 1,000 examples, one pass in batches of 10 with 10 from memory,
+SGD 0.1, MLP 784-256-256-10, pixels in [0, 1]; memory of 1, 3, 5, 15 images per class and task. Read from
 facebookresearch/agem: weights from a normal of 0.1 cut at two deviations, biases 0.1.
 
 The published values are recalled in the project's notes and were not read again in the paper.

@@ -1,0 +1,314 @@
+"""The contract of every method, discovered by module: what the rest of the library relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cl_jax import methods
+from cl_jax.compose import chain, gated
+from cl_jax.errors import UserError
+from cl_jax.learner import learner
+from cl_jax.loop import check_needs, host_feed, programs, run, run_chunks
+from cl_jax.methods.heads.task_head import task_head
+from cl_jax.models.mlp import mlp
+from cl_jax.streams import schedules
+from cl_jax.streams.take import take
+from cl_jax.sweep import MAPPED, SHARED, map_runs
+from cl_jax.types import Method
+
+SMALL = {
+  'capacity': 60,
+  'draw': 10,
+  'width': 40,
+  'rank': 2,
+  'targets': 'l./w',
+  'coef': 0.5,
+  'alpha': 2.0,
+}
+NAMES = sorted(methods.names())
+
+
+class Case(NamedTuple):
+  """A method on the toy stream, and what a whole run in one program gave."""
+
+  name: str
+  method: Method
+  build: object
+  stream: object
+  state: object
+  record: object
+  parts: object
+
+
+def make(name, stream) -> Method:
+  """The method with small sizes; what a scenario knows is filled in by name, as a config does."""
+  known = {
+    'classes': stream.classes,
+    'tasks': stream.tasks if name == 'hat' else 1,
+    'task_classes': stream.task_classes,
+    'steps_per_epoch': 15,
+    'prune_after': 20,
+    **SMALL,
+  }
+  factory = methods.find(name)
+  return factory(**{k: known[k] for k in inspect.signature(factory).parameters if k in known})
+
+
+def builder(method, frozen=None):
+  def build(hp, weights):
+    return learner(mlp((16, 12), 6), optax.sgd(hp['lr'], momentum=0.9), method, frozen)
+
+  return build
+
+
+HP = {'lr': jnp.float32(0.02)}
+KEY = 7
+
+
+@pytest.fixture(scope='module', params=NAMES)
+def case(request, toy_stream) -> Case:
+  stream = short(toy_stream)
+  name = request.param
+  method = chain(**{name: make(name, stream)})
+  if name in ('hat', 'packnet'):
+    method = chain(**{name: make(name, stream), 'head': task_head(stream.task_classes, 6)})
+  build = builder(method)
+  state, record = jax.jit(partial(run, build))(HP, jax.random.key(KEY), stream)
+  return Case(name, method, build, stream, state, record, programs(build, 7))
+
+
+@pytest.fixture(scope='module')
+def naive(toy_stream):
+  """The final state of plain fine-tuning."""
+  return jax.jit(partial(run, builder(Method())))(HP, jax.random.key(KEY), short(toy_stream))[0]
+
+
+def short(stream):
+  """Enough steps to pass every phase: 24 a task."""
+  return dataclasses.replace(stream, index=stream.index[:, :24])
+
+
+def data(tree):
+  """Leaves as NumPy, keys as words."""
+  key = lambda a: jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
+  return [np.asarray(jax.random.key_data(a) if key(a) else a) for a in jax.tree.leaves(tree)]
+
+
+def same(a, b):
+  a, b = data(a), data(b)
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def near(a, b, rtol):
+  for x, y in zip(data(a), data(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+
+
+def test_learns(case):
+  """Every method learns the task at hand better than chance, and every figure is finite."""
+  assert np.isfinite(case.record.R).all() and np.isfinite(case.record.loss).all()
+  assert np.diag(case.record.R)[0] > 0.5
+
+
+def test_state_keeps_its_structure(case):
+  """Shapes and dtypes of the final state are those of the first one: it can be a loop's carry."""
+  learn = case.build(HP, None)
+  first = take(case.stream, case.stream.index[0, 0], 0)
+  start = jax.eval_shape(learn.init, jax.random.key(0), first)
+  shapes = lambda s: jax.tree.map(lambda a: (a.shape, a.dtype), s)  # noqa: E731
+  assert shapes(start) == shapes(case.state)
+
+
+def finish(case, **how):
+  """The last progress of a chunked run: 7 steps a chunk, with a remainder in every task."""
+  *_, last = run_chunks(
+    case.build, HP, jax.random.key(KEY), case.stream, chunk=7, parts=case.parts, **how
+  )
+  return last
+
+
+def test_chunks_are_the_same_run(case):
+  """Chunk by chunk from the host against one program, bitwise, and so is a run that is resumed.
+
+  Resumed from the start, inside a task and right after a boundary, through host arrays.
+  """
+  places = list(
+    run_chunks(case.build, HP, jax.random.key(KEY), case.stream, chunk=7, parts=case.parts)
+  )
+  same(places[-1].state, case.state)
+  np.testing.assert_array_equal(places[-1].record.R, case.record.R)
+  np.testing.assert_array_equal(places[-1].record.loss, case.record.loss)
+  assert [(p.leg, p.done) for p in places[:6]] == [
+    (0, 0),
+    (0, 7),
+    (0, 14),
+    (0, 21),
+    (0, 24),
+    (1, 0),
+  ]
+  for at in (0, 2, 5):
+    stored = places[at]
+    words = jax.random.key_data(stored.state.key)
+    host = jax.tree.map(np.asarray, stored._replace(state=stored.state._replace(key=words)))
+    state = jax.tree.map(jnp.asarray, host.state)._replace(key=jax.random.wrap_key_data(words))
+    same(finish(case, resume=host._replace(state=state)).state, case.state)
+
+
+def test_host_fed_is_the_same_run(case):
+  same(finish(case, feed=host_feed(case.stream)).state, case.state)
+
+
+def test_mapped_runs(case):
+  """Two runs in one program: one after the other is bitwise the single run, vmap is near it."""
+  keys = jnp.stack([jax.random.key(KEY), jax.random.key(1)])
+  learn = case.build(HP, None)
+  few = 6  # vmapped sums round differently, and training amplifies that: compare a few steps
+
+  def steps(key, stream):
+    state = learn.init(key, take(stream, stream.index[0, 0], 0))
+    state, loss = jax.lax.scan(
+      lambda s, rows: learn.step(s, take(stream, rows, 0)), state, stream.index[0, :few]
+    )
+    return state, loss
+
+  single = jax.jit(steps)(keys[0], case.stream)
+  for width, compare in ((1, same), (2, partial(near, rtol=2e-4))):
+    program = jax.jit(map_runs(steps, (MAPPED, SHARED), 2, width, jax.devices()[:1]))
+    out = jax.tree.map(lambda a: a[0], program(keys, case.stream))
+    compare(out, single)
+
+
+def test_no_recompilation_and_no_host_transfer(case):
+  learn = case.build(HP, None)
+  stream = case.stream
+  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  predict = jax.jit(learn.predict)
+  state = learn.init(jax.random.key(0), take(stream, stream.index[0, 0], 0))
+  for t in range(2):
+    for i in range(2):
+      state, _ = step(state, take(stream, stream.index[t, i], t))
+    state = end(state, jax.vmap(lambda r, t=t: take(stream, r, t))(stream.ends[t]))
+    predict(state, jax.tree.map(lambda a, t=t: a[t, 0], stream.test))
+  assert (step._cache_size(), end._cache_size(), predict._cache_size()) == (1, 1, 1)
+  text = str(jax.make_jaxpr(learn.step)(state, take(stream, stream.index[0, 0], 0)))
+  assert 'callback' not in text and 'infeed' not in text and 'outfeed' not in text
+
+
+def test_exports(case):
+  """The step lowers to a serialisable program for a CPU, a GPU and a TPU from this machine."""
+  learn = case.build(HP, None)
+  batch = take(case.stream, case.stream.index[0, 0], 0)
+  flat, tree = jax.tree.flatten(
+    (case.state._replace(key=jax.random.key_data(case.state.key)), batch)
+  )
+
+  def step(*leaves):
+    state, batch = jax.tree.unflatten(tree, leaves)
+    state = state._replace(key=jax.random.wrap_key_data(state.key))
+    state, loss = learn.step(state, batch)
+    return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))), loss
+
+  exported = jax.export.export(jax.jit(step), platforms=('cpu', 'cuda', 'tpu'))(*flat)
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  assert len(exported.in_avals) == len(flat)
+
+
+def test_padding_does_not_matter(case):
+  """Rows with w = 0 may hold anything, even NaN: the step and the boundary ignore them."""
+  learn = case.build(HP, None)
+  step = jax.jit(learn.step)
+  batch = take(case.stream, case.stream.index[1, 0], 1)
+  part = batch._replace(w=batch.w.at[7:].set(0))
+  other = part._replace(x=part.x.at[7:].multiply(-3.0), y=part.y.at[7:].set(5))
+  near(step(case.state, part)[0].params, step(case.state, other)[0].params, 1e-6)
+  ends = jax.vmap(lambda r: take(case.stream, r, 1))(case.stream.ends[1])
+  ends = ends._replace(w=ends.w.at[:, 60:].set(0))
+  wild = ends._replace(x=ends.x.at[:, 60:].multiply(-3.0), y=ends.y.at[:, 60:].set(5))
+  end = jax.jit(learn.boundary)
+  near(end(case.state, ends), end(case.state, wild), 1e-5)
+
+
+def test_predictions_are_per_row(case):
+  """Nothing looks across the batch or at labels and weights."""
+  learn = case.build(HP, None)
+  predict = jax.jit(learn.predict)
+  batch = jax.tree.map(lambda a: a[1, 0, :20], case.stream.test)
+  whole = predict(case.state, batch)
+  blind = predict(case.state, batch._replace(y=jnp.zeros_like(batch.y), w=jnp.zeros_like(batch.w)))
+  np.testing.assert_array_equal(whole, blind)
+  mixed = batch._replace(x=batch.x.at[10:].set(5.0))
+  near(predict(case.state, mixed)[:10], whole[:10], 1e-5)
+
+
+def test_gated_off_is_absent(case, naive):
+  """`gated(0, method)` trains and predicts like no method at all, in the same program as `gated(1)`."""
+  if case.name in ('hat', 'lora'):  # they add parameters; off, those are there without effect
+    compare = lambda p: {k: v for k, v in p.items() if k not in ('hat', 'lora')}  # noqa: E731
+  else:
+    compare = lambda p: p  # noqa: E731
+
+  def switched(hp, weights):
+    method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
+    return learner(mlp((16, 12), 6), optax.sgd(hp['lr'], momentum=0.9), method)
+
+  program = jax.jit(partial(run, switched))
+  off, _ = program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
+  on, _ = program({**HP, 'on': jnp.float32(1)}, jax.random.key(KEY), case.stream)
+  near(compare(off.params), naive.params, 2e-4)
+  batch = jax.tree.map(lambda a: a[0, 0], case.stream.test)
+  logits = switched({**HP, 'on': jnp.float32(0)}, None).predict(off, batch)
+  near(logits, builder(Method())(HP, None).predict(naive, batch), 2e-3)
+  if case.name not in ('hat', 'packnet'):  # those runs have a head besides
+    near(on.params, case.state.params, 2e-4)
+    assert case.name in ('er', 'ncm', 'slda', 'ranpac', 'task_head') or differs(on, off)
+
+
+def differs(on, off):
+  return any(
+    not np.array_equal(a, b) for a, b in zip(data(on.params), data(off.params), strict=True)
+  )
+
+
+def test_needs_are_enforced(case):
+  for need in case.method.needs:
+    told = tuple(n for n in case.stream.told if n != need)
+    with pytest.raises(UserError, match=need):
+      check_needs(case.method.needs, schedules.tell(case.stream, told))
+
+
+def test_draws_do_not_depend_on_the_chain(toy_stream):
+  """Another method before, or after, does not move the draws of replay: keys come from names."""
+  batch = take(toy_stream, toy_stream.index[0, 0], 0)
+  after = []
+  for order in (('er',), ('ewc', 'er'), ('er', 'lwf', 'ewc')):
+    method = chain(**{n: make(n, toy_stream) for n in order})
+    learn = builder(method)(HP, None)
+    state = learn.init(jax.random.key(0), batch)
+    for i in range(8):
+      state, _ = learn.step(state, take(toy_stream, toy_stream.index[0, i], 0))
+    after.append(state.method['er'])
+  same(after[0].rows, after[1].rows)
+  same(after[0].rows, after[2].rows)
+  same(after[0].draw, after[2].draw)
+
+
+def test_every_method_is_found():
+  """A method is a module with a factory of its name; a typo is answered with what is close."""
+  assert {'er', 'agem', 'ewc', 'lwf', 'hat', 'packnet', 'lora', 'ncm', 'slda', 'ranpac'} <= set(
+    NAMES
+  )
+  for name in NAMES:
+    assert callable(methods.find(name)) and methods.find(name).__doc__
+  with pytest.raises(UserError, match='did you mean packnet'):
+    methods.find('paknet')
