@@ -52,7 +52,7 @@ reproduce: $(VENV)/.test ## published tables, into results/published.csv; resume
 	$(RUN) -m experiments.reproduce $(if $(ONLY),--only='$(ONLY)') $(ARGS)
 
 figures: $(VENV)/.demo ## draw the figures of docs/ from the files in results/
-	$(RUN) -m experiments.figures $(ARGS)
+	$(RUN) -m tools.figures --write $(ARGS)
 
 docs: $(VENV)/.test ## write the generated tables of docs/, then check its links and run its examples
 	$(RUN) -m tools.method_table --write

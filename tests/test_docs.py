@@ -91,8 +91,9 @@ def test_readme_method_is_short_and_runs_in_a_fresh_interpreter(tmp_path):
   assert method > naive
 
 
-def test_table_of_methods_is_current():
-  command = [sys.executable, '-m', 'tools.method_table']
+@pytest.mark.parametrize('tool', ['method_table', 'figures'])
+def test_generated_parts_are_current(tool):
+  command = [sys.executable, '-m', f'tools.{tool}']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
 

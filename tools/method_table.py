@@ -25,10 +25,11 @@ from cl_jax.budget import passes, state_bytes
 from cl_jax.learner import learner
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Method
+from tools.pages import fill, update
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs/methods.md'
-BEGIN, END = '<!-- made by tools/method_table.py: -->', '<!-- :made by tools/method_table.py -->'
+MAKER = 'tools/method_table.py'
 COLUMNS = (
   'method', 'family', 'hooks', 'needs', 'state', 'bytes', 'passes: forward, backward, predict', 'parity',
   'reproduced',
@@ -161,18 +162,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description='the table of methods in docs/methods.md')
   parser.add_argument('--write', action='store_true', help='write it instead of comparing')
   write = parser.parse_args().write
-  page = PAGE.read_text()
-  head, _, rest = page.partition(BEGIN)
-  _, _, tail = rest.partition(END)
-  new = f'{head}{BEGIN}\n\n{table()}\n\n{END}{tail}'
-  if new == page:
-    print('docs/methods.md is current')
-  elif write:
-    PAGE.write_text(new)
-    print('docs/methods.md written')
-  else:
-    print('docs/methods.md is not current: run make docs', file=sys.stderr)
-  return int(new != page and not write)
+  return update({PAGE: fill(PAGE.read_text(), MAKER, table())}, write, 'docs')
 
 
 if __name__ == '__main__':

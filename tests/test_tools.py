@@ -1,0 +1,103 @@
+"""The tools of make lint, make docs and make figures notice what they are there to notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import figures, licences, method_table, pages
+
+NOTICE = """x
+
+--------------------------------------------------
+cl_jax/data/words.npz
+
+From https://example.org/words. The MIT License.
+"""
+PUBLISHED = {
+  'table': 'split_mnist',
+  'dataset': 'mnist',
+  'scenario': 'class',
+  'method': 'ewc',
+  'setting': 'lambda 1e9',
+  'metric': 'acc',
+  'published': '19.9',
+  'published_err': '0.1',
+  'ours': '20.1',
+  'ours_ci95': '0.2',
+  'seeds': '5',
+  'command': 'c',
+  'note': 'a|b',
+}
+BENCH = {
+  'work': 'W1',
+  'against': 'peer',
+  'metric': 'time',
+  'ratio_median': '3.5',
+  'ratio_min': '3.0',
+  'ratio_max': '4.0',
+  'ours': '1',
+  'theirs': '3.5',
+  'unit': 's',
+  'runs': '5',
+  'versions': 'v',
+  'device': 'd',
+  'date': '2026-01-01',
+}
+
+
+@pytest.mark.parametrize(
+  'expression, allowed',
+  [
+    ('MIT', True),
+    ('Apache-2.0 WITH LLVM-exception AND BSD-3-Clause', True),
+    ('GPL-3.0-only OR MIT', True),
+    ('MIT AND GPL-3.0-only', False),
+    ('no licence stated', False),
+  ],
+)
+def test_licences_in_the_list(expression, allowed):
+  assert licences.permitted(expression) == allowed
+
+
+def test_data_without_attribution_is_found(tmp_path):
+  (tmp_path / 'words.npz').touch()
+  assert licences.data(tmp_path, NOTICE) == []
+  (tmp_path / 'more_words.npz').touch()
+  assert len(licences.data(tmp_path, NOTICE)) == 1
+  assert len(licences.data(tmp_path, NOTICE.replace('MIT License', 'End'))) == 2
+
+
+def test_dependencies_of_extras_are_followed():
+  found, _ = licences.packages('cl-jax')
+  assert {'jax', 'numpy', 'pytest', 'jaxlib'} <= set(found)
+
+
+def test_hooks_are_read_off_the_method():
+  assert method_table.hooks(method_table.make('er')) == ['init', 'mix', 'after']
+  assert method_table.hooks(method_table.make('task_head')) == ['wrap']
+
+
+def test_a_stale_page_is_noticed_and_written(tmp_path, capsys):
+  page = tmp_path / 'page.md'
+  begin, end = pages.marks('me')
+  page.write_text(f'before\n{begin}\nold\n{end}\nafter\n')
+  new = {page: pages.fill(page.read_text(), 'me', 'new')}
+  assert pages.update(new, False, 'docs') == 1 and 'make docs' in capsys.readouterr().err
+  assert pages.update(new, True, 'docs') == 0
+  assert page.read_text() == f'before\n{begin}\n\nnew\n\n{end}\nafter\n'
+  assert pages.update(new, False, 'docs') == 0
+  with pytest.raises(SystemExit):
+    pages.fill('no marks', 'me', 'new')
+
+
+def test_results_become_tables_and_pictures(tmp_path):
+  table = figures.published([PUBLISHED, {**PUBLISHED, 'table': 'other', 'ours': '', 'seeds': '0'}])
+  assert '| class | ewc | lambda 1e9 | acc | 19.9 ± 0.1 | 20.1 ± 0.2 | 5 | a/b |' in table
+  assert table.count('###') == 2
+  assert '| 3.5 | 3.0 to 4.0 | 1 / 3.5 s | 5 |' in figures.bench([BENCH])
+  pictures = []
+  for i in range(2):
+    for draw, row in ((figures.draw_published, PUBLISHED), (figures.draw_bench, BENCH)):
+      draw([row, row], tmp_path / f'{draw.__name__}{i}.png')
+    pictures.append([p.read_bytes() for p in sorted(tmp_path.glob(f'*{i}.png'))])
+  assert pictures[0] == pictures[1] and pictures[0][0][:4] == b'\x89PNG'

@@ -1,0 +1,190 @@
+"""Tables and figures of README and docs/ from the files in results/: `python -m tools.figures [--write]`.
+
+results/published.csv and results/bench.csv become the tables of docs/results.md and one picture each in
+docs/figures/; results/demo/table.md becomes README's table. Nothing else goes in. Without --write the
+command only says whether the committed tables are current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from tools.pages import fill, update
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'results'
+FIGURES = ROOT / 'docs/figures'
+MAKER = 'tools/figures.py'
+OURS, THEIRS, FAINT = '#0072b2', '#d55e00', '#c8c8c8'
+
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+  path = RESULTS / name
+  if not path.exists():
+    return []
+  with path.open(newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [head, ['---'] * len(head), *rows]
+  return '\n'.join(f'| {" | ".join(c.replace("|", "/") for c in line)} |' for line in lines)
+
+
+def with_error(value: str, error: str) -> str:
+  return f'{value} ± {error}' if value and error else value
+
+
+def published(rows: Sequence[Row]) -> str:
+  """A table per published table."""
+  if not rows:
+    return 'There is no results/published.csv yet: `make reproduce` writes it.'
+  parts = []
+  for table, group in groupby(rows, lambda r: r['table']):
+    cells = [
+      (
+        r['scenario'],
+        r['method'],
+        r['setting'],
+        r['metric'],
+        with_error(r['published'], r['published_err']),
+        with_error(r['ours'], r['ours_ci95']),
+        r['seeds'],
+        r['note'],
+      )
+      for r in group
+    ]
+    head = ('scenario', 'method', 'setting', 'metric', 'published', 'ours, 95 %', 'seeds', 'note')
+    parts += [f'### {table}', markdown(head, cells)]
+  parts.append('![published figures and ours](figures/published.png)')
+  return '\n\n'.join(parts)
+
+
+def bench(rows: Sequence[Row]) -> str:
+  """Ratios; more than 1 means that cl_jax is better."""
+  if not rows:
+    return 'There is no results/bench.csv yet: `make bench` writes it.'
+  cells = [
+    (
+      r['work'],
+      r['against'],
+      r['metric'],
+      r['ratio_median'],
+      f'{r["ratio_min"]} to {r["ratio_max"]}',
+      f'{r["ours"]} / {r["theirs"]} {r["unit"]}',
+      r['runs'],
+    )
+    for r in rows
+  ]
+  head = ('work', 'against', 'metric', 'ratio', 'range', 'ours / theirs', 'runs')
+  where = sorted({f'{r["versions"]}; {r["device"]}; {r["date"]}' for r in rows})
+  return '\n\n'.join(
+    (markdown(head, cells), *where, '![ratios](figures/bench.png)'),
+  )
+
+
+def demo() -> str:
+  path = RESULTS / 'demo/table.md'
+  if not path.exists():
+    return 'There is no results/demo/table.md yet.'
+  return path.read_text()
+
+
+def number(text: str) -> float:
+  return float(text) if text else 0.0
+
+
+def draw_published(rows: Sequence[Row], path: Path) -> None:
+  """Ours (with interval) beside the paper's value, a line for each figure that was run."""
+  done = [r for r in rows if r['ours'] and r['published']]
+  names = [f'{r["table"]} {r["scenario"]}: {r["method"]}, {r["setting"]}' for r in done]
+  with canvas(len(done), path) as axis:
+    for y, r in enumerate(done):
+      axis.plot([float(r['published']), float(r['ours'])], [y, y], color=FAINT, zorder=0)
+    for column, error, colour, label, marker in (
+      ('published', 'published_err', THEIRS, 'published', 's'),
+      ('ours', 'ours_ci95', OURS, 'ours, 95 % interval', 'o'),
+    ):
+      axis.errorbar(
+        [float(r[column]) for r in done],
+        range(len(done)),
+        xerr=[number(r[error]) for r in done],
+        fmt=marker,
+        color=colour,
+        mfc='none' if marker == 's' else colour,
+        label=label,
+      )
+    axis.set(yticks=range(len(done)), yticklabels=names, xlabel='as printed in the table')
+
+
+def draw_bench(rows: Sequence[Row], path: Path) -> None:
+  """Median ratio and range, on a logarithmic axis, with the line where both are equal."""
+  names = [f'{r["work"]}, {r["metric"]}: {r["against"]}' for r in rows]
+  middle = [float(r['ratio_median']) for r in rows]
+  low = [m - number(r['ratio_min']) for m, r in zip(middle, rows, strict=True)]
+  high = [number(r['ratio_max']) - m for m, r in zip(middle, rows, strict=True)]
+  with canvas(len(rows), path) as axis:
+    axis.axvline(1.0, color=FAINT, zorder=0)
+    axis.errorbar(middle, range(len(rows)), xerr=[low, high], fmt='o', color=OURS, label='ratio')
+    axis.set_xscale('log')
+    axis.set(yticks=range(len(rows)), yticklabels=names, xlabel='ratio (more is better)')
+
+
+class canvas:
+  """An axis with a line of text for each of n entries, saved as PNG without a date in it."""
+
+  def __init__(self, n: int, path: Path):
+    import matplotlib
+
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+
+    self.path, self.plt = path, plt
+    self.figure, self.axis = plt.subplots(figsize=(9, 1.2 + 0.24 * n), layout='constrained')
+
+  def __enter__(self):
+    return self.axis
+
+  def __exit__(self, failed, *_):
+    if not failed:
+      self.axis.invert_yaxis()
+      self.axis.grid(axis='x', color=FAINT, linewidth=0.5)
+      self.axis.legend(loc='best', frameon=False)
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      self.figure.savefig(self.path, dpi=110, metadata={'Software': None})
+      print(f'{self.path.name} drawn')
+    self.plt.close(self.figure)
+
+
+def pages() -> dict[Path, str]:
+  readme, results = ROOT / 'README.md', ROOT / 'docs/results.md'
+  text = fill(results.read_text(), f'{MAKER} published', published(read('published.csv')))
+  return {
+    readme: fill(readme.read_text(), MAKER, demo()),
+    results: fill(text, f'{MAKER} bench', bench(read('bench.csv'))),
+  }
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description='tables and figures from the files in results/')
+  parser.add_argument('--write', action='store_true', help='write them instead of comparing')
+  write = parser.parse_args().write
+  if write:
+    for rows, draw, name in (
+      (read('published.csv'), draw_published, 'published.png'),
+      (read('bench.csv'), draw_bench, 'bench.png'),
+    ):
+      if rows:
+        draw(rows, FIGURES / name)
+  return update(pages(), write, 'figures')
+
+
+if __name__ == '__main__':
+  sys.exit(main())
