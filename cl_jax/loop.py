@@ -75,8 +75,16 @@ def run(
 
 def begin(learner: Learner, key: Array, stream: Stream, first: Batch) -> tuple[State, Array]:
   """The initial state, and the accuracy f32[T] before training."""
-  state = learner.init(key, first)
+  state = strong(learner.init(key, first))
   return state, evaluate(learner, state, stream.test)
+
+
+def strong(state: State) -> State:
+  """The state without weak types, which would make the next call of a chunk compile again."""
+  key = jax.dtypes.prng_key
+  return jax.tree.map(
+    lambda a: a if jnp.issubdtype(a.dtype, key) else jax.lax.convert_element_type(a, a.dtype), state
+  )
 
 
 def advance(
@@ -96,7 +104,9 @@ def advance(
     state, value = learner.step(state, fetch(i))
     return state, loss.at[i].set(value)
 
-  return jax.lax.fori_loop(0, end, body, (state, jnp.full(n, jnp.nan, jnp.float32)))
+  start = (state, jnp.full(n, jnp.nan, jnp.float32))
+  state, loss = jax.lax.fori_loop(0, end, body, start)
+  return strong(state), loss
 
 
 def learn(learner: Learner, state: State, stream: Stream, t: Array, every: int):
@@ -130,7 +140,7 @@ def close(
   if 'boundary' in stream.told:
     if batches is None:
       batches = jax.vmap(lambda rows: take(stream, rows, t))(stream.ends[t])
-    state = learner.boundary(state, batches)
+    state = strong(learner.boundary(state, batches))
   return state, evaluate(learner, state, stream.test)
 
 
