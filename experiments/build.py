@@ -1,0 +1,218 @@
+"""From a resolved configuration to streams, weights and `build(hp, weights) -> Learner`.
+
+`hp` holds the floats of the optimiser and of the methods, which are traced; whatever else the
+configuration says is fixed inside `build`: see `traced`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cl_jax import masks, methods
+from cl_jax.errors import UserError
+from cl_jax.learner import learner
+from cl_jax.loop import check_needs
+from cl_jax.models import pretrained
+from cl_jax.models.identity import identity
+from cl_jax.models.mlp import mlp
+from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
+from experiments import features, fields, optimizer
+from experiments.chain import chain_of
+from experiments.config import dumps, find_model
+from experiments.streams import alike, streams
+
+
+class Setup(NamedTuple):
+  """What one compiled program needs.
+
+  Attributes:
+    config: resolved; one of those that the program serves.
+    seeds: of the runs.
+    streams: one per seed, equal in shapes and in everything but arrays.
+    weights: {'frozen', 'initial'}: parameters that are not trained, and pretrained ones that are; shared
+      by all runs.
+    build: (hp, weights) -> Learner.
+    assemble: (hp, weights, model, method) -> Learner with another model or method; None is the own one.
+    model: (weights) -> Model.
+    frozen: every weight that the learner keeps and does not train, also those behind cached features.
+  """
+
+  config: dict[str, Any]
+  seeds: tuple[int, ...]
+  streams: list[Stream]
+  weights: dict[str, Tree]
+  build: Callable[[Tree, Tree], Learner]
+  assemble: Callable[..., Learner]
+  model: Callable[[Tree], Model]
+  frozen: Tree
+
+
+def prepare(
+  config: Mapping[str, Any],
+  data_dir: str | Path | None = None,
+  tell: Callable[[str], None] = lambda line: None,
+) -> list[Setup]:
+  """Reads the data and the weights, and checks all that can be checked before anything is compiled.
+
+  Args:
+    config: see `config.resolve`.
+    data_dir: see `streams.load.dataset`.
+    tell: gets a line about what takes long.
+
+  Returns:
+    One setup for all seeds; one per seed where the methods fix the labels of each task in the program
+    and these differ by seed.
+  """
+  config = dict(config)
+  per_seed = streams(config, data_dir)
+  told = 'task_test' in per_seed[0].told
+  if told and len({s.task_classes for s in per_seed}) > 1:
+    parts = [((seed,), [s]) for seed, s in zip(config['seeds'], per_seed, strict=True)]
+  else:
+    parts = [(config['seeds'], alike(per_seed))]
+  return [_setup(config, seeds, group, tell) for seeds, group in parts]
+
+
+def _setup(config, seeds, group: list[Stream], tell) -> Setup:
+  first = example(group[0])
+  make, initial = network(config, group[0].classes)
+  weights, frozen = split_weights(config, make, initial, first)
+  if config['cache_features']:
+    chosen = chain_of(config, group[0], hyper(config, group[0]))
+    group = features.cached(config, make, weights, chosen, group, tell)
+    weights, make = {'frozen': {}, 'initial': {}}, head_only(config, group[0].classes)
+  facts = group[0]
+
+  def assemble(hp, weights, model=None, method=None) -> Learner:
+    tx, reset = optimizer.make(config, hp)
+    model = make(weights) if model is None else model
+    method = chain_of(config, facts, hp) if method is None else method
+    return optimizer.resetting(learner(model, tx, method, weights['frozen']), reset)
+
+  setup = Setup(
+    config, seeds, group, weights, lambda hp, w: assemble(hp, w), assemble, make, frozen
+  )
+  check(setup)
+  return setup
+
+
+def check(setup: Setup) -> None:
+  """Builds the learner once from numbers and traces its beginning: what is wrong shows here."""
+  stream, config = setup.streams[0], setup.config
+  hp = hyper(config, stream)
+  try:
+    made = setup.build(hp, setup.weights)
+    check_needs(made.needs, stream)
+    state = jax.eval_shape(made.init, jax.random.key(0), example(stream))
+    jax.eval_shape(made.step, state, example(stream))
+  except (ValueError, TypeError) as error:
+    names = '+'.join(config['methods']) or 'naive'
+    text = ' '.join(str(error).split())[:300]
+    raise UserError(
+      f'config: {config["model"]["name"]} with {names} on {config["dataset"]} does not work: {text}'
+    ) from error
+
+
+def example(stream: Stream) -> Batch:
+  """A batch of the stream's shapes, from its first rows."""
+  rows = np.arange(stream.index.shape[-1]) % len(stream.y)
+  x = jax.tree.map(lambda a: np.asarray(a[rows]), stream.x)
+  task: Any = np.full(len(rows), 0 if 'task_train' in stream.told else -1, np.int32)
+  w: Any = np.ones(len(rows), np.float32)
+  return Batch(x, stream.y[rows], w, task)
+
+
+# --- the network ------------------------------------------------------------------------------------
+
+
+def network(config: Mapping[str, Any], classes: int) -> tuple[Callable[[Tree], Model], Tree]:
+  """((weights) -> Model, the pretrained backbone or None)."""
+  named = dict(config['model'])
+  factory, source = find_model(named.pop('name')), named.pop('pretrained', '')
+  given = fields.arguments(factory, named)
+  initial = None
+  if source:
+    module: Any = importlib.import_module(factory.__module__)
+    shape, initial = module.load(pretrained.find(source).folder)
+    given['config'] = shape
+
+  def make(weights: Tree) -> Model:
+    try:
+      if initial is None:
+        return factory(**given, classes=classes)
+      backbone = overlay(weights['frozen'], weights['initial'])['backbone']
+      return factory(**given, classes=classes, weights=backbone)
+    except (ValueError, TypeError) as error:
+      raise UserError(f'config.model: {error}') from error
+
+  return make, initial
+
+
+def split_weights(config, make, initial: Tree, first: Batch) -> tuple[dict[str, Tree], Tree]:
+  """({'frozen', 'initial'}, the frozen ones again): what is shared by all runs."""
+  pretrained_tree = {} if initial is None else {'backbone': initial}
+  if not config['freeze']:
+    return {'frozen': {}, 'initial': pretrained_tree}, {}
+  # One copy for all seeds: without pretrained weights, what is frozen is drawn from seed 0.
+  params, _ = make({'frozen': {}, 'initial': pretrained_tree}).init(jax.random.key(0), first)
+  try:
+    frozen, rest = masks.split(params, config['freeze'])
+  except UserError as error:
+    raise UserError(f'config.freeze: {error}') from error
+  rest = {k: v for k, v in rest.items() if k in pretrained_tree}
+  return {'frozen': frozen, 'initial': rest}, frozen
+
+
+def head_only(config: Mapping[str, Any], classes: int) -> Callable[[Tree], Model]:
+  """What learns from cached features: nothing for closed-form methods, else a linear layer."""
+  home = [methods.find(name).__module__ for name in config['methods']]
+  if any('.closed_form.' in module for module in home):
+    return lambda weights: identity(classes)
+  return lambda weights: mlp((), classes, config['model'].get('init', 'he'))
+
+
+# --- hyperparameters --------------------------------------------------------------------------------
+
+
+def hyper(config: Mapping[str, Any], stream: Stream) -> dict[str, Tree]:
+  """The traced part: numpy scalars, as `build` takes them."""
+  number = np.float32
+  steps = (
+    np.full(len(stream.index), stream.index.shape[1]) if stream.steps is None else stream.steps
+  )
+  return {
+    'optimizer': {k: number(v) for k, v in optimizer.traced(config).items()},
+    'groups': {pattern: number(factor) for pattern, factor in config['optimizer']['groups']},
+    'methods': {
+      name: {k: number(v) for k, v in config[name].items() if isinstance(v, float)}
+      for name in config['methods']
+    },
+    'legs': np.concatenate([[0], np.cumsum(steps)]).astype(np.int32),
+  }
+
+
+def traced(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A cell for `sweep.compile_groups`: the floats that are traced, and all the rest as one text."""
+  fixed = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
+  floats: dict[str, Any] = {'optimizer': optimizer.traced(config), 'groups': {}}
+  for name in floats['optimizer']:
+    del fixed['optimizer'][name]
+  for pattern, factor in config['optimizer']['groups']:
+    floats['groups'][pattern] = float(factor)
+  fixed['optimizer']['groups'] = [pattern for pattern, _ in config['optimizer']['groups']]
+  for name in config['methods']:
+    floats[name] = {k: v for k, v in config[name].items() if isinstance(v, float)}
+    fixed[name] = {k: v for k, v in config[name].items() if not isinstance(v, float)}
+  del fixed['name']
+  return {**floats, 'fixed': dumps(fixed)}
+
+
+def stacked(trees: Sequence[Tree]) -> Tree:
+  """Hyperparameters of several runs as one tree with a leading run axis."""
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -1,0 +1,77 @@
+"""The methods of a configuration, with what the stream knows about their arguments filled in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cl_jax import compose, methods
+from cl_jax.errors import UserError
+from cl_jax.methods.heads.seen_head import seen_head
+from cl_jax.methods.heads.task_head import task_head
+from cl_jax.types import Method, Stream, Tree
+from experiments import fields
+from experiments.config import KNOWN
+
+
+def chain_of(config: Mapping[str, Any], stream: Stream, hp: Tree) -> Method:
+  """The methods in their order, then the head."""
+  chosen: dict[str, Method] = {}
+  for name in config['methods']:
+    factory, values = methods.find(name), dict(config[name])
+    values |= hp['methods'].get(name, {})
+    gate = values.pop('gate')
+    values |= known(factory, values, stream, config)
+    try:
+      made = factory(**fields.arguments(factory, values))
+    except (ValueError, TypeError) as error:
+      raise UserError(f'config.{name}: {error}') from error
+    chosen[name] = made if gate is None else compose.gated(gate, made)
+  head = {'all': {}, 'seen': {'seen_head': seen_head}, 'task': {'task_head': task_head}}
+  for name in head[config['head']]:
+    if name in chosen:
+      raise UserError(
+        f'config.head={config["head"]!r} adds {name!r}: leave it out of config.methods'
+      )
+    chosen[name] = (
+      seen_head(stream.classes)
+      if name == 'seen_head'
+      else task_head(stream.task_classes, stream.classes)
+    )
+  return compose.chain(**chosen) if chosen else Method()
+
+
+def known(
+  factory: Callable, values: Mapping[str, Any], stream: Stream, config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Arguments that were left to the stream: {name: value} of those that are None in `values`."""
+  found: dict[str, Any] = {}
+  for name, p in inspect.signature(factory).parameters.items():
+    if name not in KNOWN or values.get(name) is not None:
+      continue
+    free = p.default is p.empty
+    if name == 'classes':
+      found[name] = stream.classes
+    elif name == 'tasks':
+      found[name] = stream.tasks if free or _apart(values, stream) else p.default
+    elif name == 'task_classes':
+      tells = free or 'task_test' in stream.told
+      found[name] = stream.task_classes if tells else p.default
+    elif name == 'prune_after':
+      found[name] = max(1, 2 * stream.index.shape[1] // 3)
+    else:
+      largest = int((np.asarray(stream.ends) >= 0).sum(axis=(1, 2)).max())
+      per_epoch = (
+        largest // config['batch'] if config['drop_last'] else -(-largest // config['batch'])
+      )
+      found[name] = max(1, min(per_epoch, stream.index.shape[1]))
+  return found
+
+
+def _apart(values: Mapping[str, Any], stream: Stream) -> bool:
+  """Whether a memory has to keep tasks apart: they share their labels, and a ring would forget."""
+  same = len(set(stream.task_classes)) == 1
+  return same and 'task_train' in stream.told and values.get('writer', 'ring') == 'ring'

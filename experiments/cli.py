@@ -1,0 +1,113 @@
+"""What the commands share: one-line errors and exit codes, quiet libraries, working directories."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from absl import logging as absl_logging
+
+from cl_jax.errors import Fault, UserError
+from cl_jax.streams import cache
+from experiments.options import Help
+from experiments.watch import Interrupted
+
+
+def guarded(program: str, command: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+  """Runs a command and turns what it raises into one line on stderr and an exit code."""
+  words = list(sys.argv[1:] if argv is None else argv)
+  debug = any(w in ('--debug', '-debug', '--debug=true') for w in words)
+  try:
+    with quiet(debug):
+      return command(words)
+  except Help as text:
+    print(text, end='')
+    return 0
+  except UserError as error:
+    code, line = 2, str(error)
+  except Fault as error:
+    code, line = 3, str(error)
+  except Interrupted as error:
+    code, line = 128 + error.signum, f'{error}; run the same command again to go on'
+  except KeyboardInterrupt:
+    code, line = 130, 'stopped at once; the latest checkpoint is kept, run the same command again'
+  except OSError as error:
+    where = f': {error.filename}' if error.filename else ''
+    code, line = 2, f'{error.strerror or error}{where}'
+  except Exception as error:
+    code = 3
+    line = f'a fault of the program ({type(error).__name__}: {error}); --debug shows where'
+  if debug:
+    traceback.print_exc()
+  print(f'{program}: {" ".join(line.split())}', file=sys.stderr)
+  return code
+
+
+@contextmanager
+def quiet(debug: bool) -> Iterator[None]:
+  """Keeps the libraries' own messages out of sight; those of cl_jax go to stderr as they are."""
+  ours = logging.getLogger('cl_jax')
+  handler, level = logging.StreamHandler(sys.stderr), ours.level
+  verbosity = absl_logging.get_verbosity()
+  ours.addHandler(handler)
+  ours.setLevel(logging.INFO)
+  try:
+    with warnings.catch_warnings():
+      if not debug:
+        warnings.simplefilter('ignore')
+        absl_logging.set_verbosity(absl_logging.FATAL)
+      yield
+  finally:
+    ours.removeHandler(handler)
+    ours.setLevel(level)
+    absl_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def network(offline: bool) -> Iterator[None]:
+  """With `offline`, whatever looks a host up or connects to one in this process is an error."""
+  if not offline:
+    yield
+    return
+  before = {k: os.environ.get(k) for k in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+  os.environ.update(dict.fromkeys(before, '1'))
+  watching = [True]
+
+  def watch(event: str, args: tuple) -> None:
+    if watching[0] and event in ('socket.getaddrinfo', 'socket.connect'):
+      target = args[0] if event.endswith('getaddrinfo') else args[1]
+      if not isinstance(target, str) or event.endswith('getaddrinfo'):  # a path is a local socket
+        raise UserError(f'--offline: something tried to reach {target!r}; prepare the data first')
+
+  sys.addaudithook(watch)  # cannot be removed, hence the switch
+  try:
+    yield
+  finally:
+    watching[0] = False
+    for key, value in before.items():
+      os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def devices(runs: int) -> None:
+  """Before jax first computes: on a CPU a device per core, as far as there are runs for them.
+
+  Compiled programs are kept below CL_JAX_CACHE, unless JAX_COMPILATION_CACHE_DIR names a place.
+  """
+  settings: Any = jax.config
+  if not settings.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(cache.directory() / 'jax'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+  if 'JAX_NUM_CPU_DEVICES' in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', ''):
+    return
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  try:
+    jax.config.update('jax_num_cpu_devices', max(1, min(cores, runs)))
+  except RuntimeError:
+    pass  # jax is at work already (a notebook, a test): its devices are what there is

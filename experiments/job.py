@@ -1,0 +1,139 @@
+"""Runs of one program, side by side: their arguments, where these lie, and what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cl_jax import checkpoint
+from cl_jax.loop import Progress, Record, begin
+from cl_jax.streams.take import take
+from cl_jax.sweep import MAPPED, Many, default_width, stack_streams
+from cl_jax.types import Stream, Tree
+from experiments.build import Setup, hyper, stacked
+
+
+class Job(NamedTuple):
+  """Runs that share one compiled program.
+
+  Attributes:
+    setup: of that program.
+    configs, seeds, streams: of each run.
+    labels: what messages call each run: its seed, and how it differs from the others.
+    name: in messages, the job.
+    workdir: where it leaves its files.
+    folder: of its checkpoints.
+    sha256: of what the runs are; a checkpoint of other runs is refused.
+  """
+
+  setup: Setup
+  configs: list[dict[str, Any]]
+  seeds: list[int]
+  streams: list[Stream]
+  labels: list[str]
+  name: str
+  workdir: Path
+  folder: Path
+  sha256: str
+
+
+class Plan(NamedTuple):
+  """How a job is spread: its arguments padded to whole rows of devices, and where they lie.
+
+  Attributes:
+    n: runs with their padding; the last run is repeated, and its copies are dropped at the end.
+    lift: for `run_chunks`; None for a single run, which is not mapped.
+    stream, hp, key, weights: the arguments.
+    place: moves a tree with a leading run axis to its devices.
+  """
+
+  n: int
+  lift: Callable | None
+  stream: Stream
+  hp: Tree
+  key: jax.Array
+  weights: Tree
+  place: Callable[[Tree], Tree]
+
+
+def spread(job: Job) -> Plan:
+  runs = len(job.seeds)
+  hps = [hyper(c, s) for c, s in zip(job.configs, job.streams, strict=True)]
+  if runs == 1:
+    put = jax.device_put
+    key = jax.random.key(job.seeds[0])
+    return Plan(1, None, put(job.streams[0]), hps[0], key, put(job.setup.weights), put)
+  devices = tuple(jax.devices()[:runs])
+  order = [min(i, runs - 1) for i in range(-(-runs // len(devices)) * len(devices))]
+  stream, axes = stack_streams([job.streams[i] for i in order])
+  mesh = Mesh(np.array(devices), ('runs',))
+  apart = NamedSharding(mesh, PartitionSpec('runs'))
+  whole = NamedSharding(mesh, PartitionSpec())
+  # Placed once: what lay elsewhere would be copied to every device in every chunk.
+  place = lambda tree: jax.device_put(tree, apart)  # noqa: E731
+  stream = jax.tree.map(
+    lambda a, axis: jax.device_put(a, apart if axis == MAPPED else whole), stream, axes
+  )
+  many = Many(len(order), axes, default_width(len(order)), devices)
+  key = jnp.stack([jax.random.key(job.seeds[i]) for i in order])
+  weights = jax.device_put(job.setup.weights, whole)
+  hp = place(stacked([hps[i] for i in order]))
+  return Plan(len(order), many.lift, stream, hp, place(key), weights, place)
+
+
+def blank(job: Job, plan: Plan, every: int) -> Progress:
+  """Shapes and dtypes of the job's progress, for a checkpoint to be read into."""
+  s, lead = job.streams[0], (plan.n,) if plan.lift else ()
+  L, S = s.index.shape[:2]
+  hp = hyper(job.configs[0], s)
+
+  def start(hp, key, stream, weights):
+    made = job.setup.build(hp, weights)
+    return begin(made, key, stream, take(stream, stream.index[0, 0], 0))
+
+  one, _ = jax.eval_shape(start, hp, jax.random.key(0), s, job.setup.weights)
+  state = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype), one)
+  f32: Any = lambda *shape: jax.ShapeDtypeStruct((*lead, *shape), np.float32)  # noqa: E731
+  curve = f32(L, S // every if every else 0, s.tasks)
+  return Progress(state, Record(f32(s.tasks), f32(L, s.tasks), f32(L, S), curve), 0, 0)
+
+
+def host(p: Progress) -> Progress:
+  """On the host, and independent of what the loop goes on writing to."""
+  state = jax.tree.map(lambda a: a if checkpoint.is_key(a) else np.asarray(a), p.state)
+  return p._replace(state=state, record=jax.tree.map(np.array, p.record))
+
+
+def forget(p: Progress, every: int) -> Progress:
+  """`p` without what the record, which the loop writes in place, has got since."""
+  record = jax.tree.map(np.array, p.record)
+  record.loss[..., p.leg, p.done :] = np.nan
+  if every:
+    record.curve[..., p.leg, p.done // every :, :] = np.nan
+  record.loss[..., p.leg + 1 :, :] = np.nan
+  record.curve[..., p.leg + 1 :, :, :] = np.nan
+  record.R[..., p.leg :, :] = np.nan
+  return p._replace(record=record)
+
+
+def all_finite(params: Tree, n: int, mapped: bool) -> jax.Array:
+  """bool[n], or bool[] for a single run: no parameter is NaN or infinite."""
+  lead = (n,) if mapped else ()
+  axes = lambda a: tuple(range(len(lead), a.ndim))  # noqa: E731
+  flags = [
+    jnp.isfinite(a).all(axes(a))
+    for a in jax.tree.leaves(params)
+    if jnp.issubdtype(a.dtype, jnp.floating)
+  ]
+  return jnp.stack([jnp.ones(lead, bool), *flags]).all(0)
+
+
+def leg_steps(s: Stream) -> np.ndarray:
+  """i32[L], the steps of each leg."""
+  return np.full(len(s.index), s.index.shape[1]) if s.steps is None else np.asarray(s.steps)

@@ -1,0 +1,191 @@
+"""What the values of a configuration may be, each alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cl_jax.errors import UserError
+from configs.common import SCHEDULES, SEPARATE, Maybe, defaults
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def least(n: float) -> Rule:
+  return lambda v: v >= n, f'must be at least {n}'
+
+
+def above(n: float) -> Rule:
+  return lambda v: v > n, f'must be greater than {n}'
+
+
+def fraction(low: bool = True) -> Rule:
+  """In [0, 1) or (0, 1)."""
+  return lambda v: (0 <= v if low else 0 < v) and v < 1, (
+    f'must lie in {"[0" if low else "(0"}, 1)'
+  )
+
+
+def one_of(*names: str) -> Rule:
+  return lambda v: v in names, f'must be one of {", ".join(map(repr, names))}'
+
+
+def whole(v: Any, n: int = 0) -> bool:
+  return type(v) is int and v >= n
+
+
+RULES: dict[str, Rule] = {
+  'seeds': (
+    lambda v: v and all(map(whole, v)) and len(set(v)) == len(v),
+    'must be different whole numbers of at least 0, as in (0, 1, 2)',
+  ),
+  'data.examples_per_class': least(1),
+  'data.examples_per_task': least(1),
+  'data.test_per_task': least(1),
+  'data.test_batch': least(1),
+  'data.seed': least(0),
+  'data.length': least(1),
+  'data.hold_out': fraction(),
+  'validation': fraction(),
+  'evaluate': one_of('test', 'valid'),
+  'scenario': one_of(*SEPARATE, *SCHEDULES),
+  'base': one_of('', *SEPARATE),
+  'tasks': least(1),
+  'task_sizes': (lambda v: all(whole(n, 1) for n in v), 'must be whole numbers of at least 1'),
+  'by': one_of('label', 'domain'),
+  'order': (
+    lambda v: v in ('fixed', 'seed') or v.isdigit(),
+    "must be 'fixed', 'seed' or a whole number (as a text)",
+  ),
+  'transform.name': one_of('none', 'permuted', 'rotated'),
+  'transform.pad': least(0),
+  'transform.degrees': (
+    lambda v: all(isinstance(d, int | float) for d in v),
+    'must be numbers, as in (0.0, 90.0)',
+  ),
+  'blurry.segments': least(1),
+  'blurry.by': one_of('task', 'class'),
+  'blurry.width': least(0.0),
+  'epochs': least(1),
+  'iterations': least(1),
+  'batch': least(1),
+  'ends_batch': least(1),
+  'head': one_of('all', 'seen', 'task'),
+  'optimizer.lr': above(0.0),
+  'optimizer.weight_decay': least(0.0),
+  'optimizer.schedule': one_of('constant', 'cosine'),
+  'optimizer.groups': (
+    lambda v: all(
+      isinstance(g, tuple)
+      and len(g) == 2
+      and isinstance(g[0], str)
+      and isinstance(g[1], int | float)
+      and g[1] >= 0
+      for g in v
+    ),
+    'must be ((pattern, factor), ...) with factors of at least 0',
+  ),
+  'freeze': (lambda v: all(isinstance(p, str) for p in v), 'must be patterns, as in (".*/w",)'),
+  'chunk': least(1),
+  'eval_every': least(0),
+}
+# By the name of an argument, of optimisers and of methods alike. Others follow from their default: what
+# is a positive number there may not become 0 or negative (0.0 may stay where a float is concerned).
+ARGUMENTS: dict[str, Rule] = {
+  **dict.fromkeys(('momentum', 'b1', 'b2', 'nesterov_momentum'), fraction()),
+  **dict.fromkeys(('eps', 'temperature', 'alpha', 'smax'), above(0.0)),
+  **dict.fromkeys(('prune', 'first'), fraction(low=False)),
+  **dict.fromkeys(('decay', 'retrain', 'shrinkage'), (lambda v: 0 <= v <= 1, 'must lie in [0, 1]')),
+  **dict.fromkeys(('tasks', 'classes', 'steps_per_epoch', 'prune_after'), least(1)),
+}
+
+
+def check(config: Mapping[str, Any], chosen: tuple[str, ...]) -> None:
+  """Raises UserError for the first field that is out of range or does not go with the others."""
+  for dotted, (holds, text) in RULES.items():
+    value = _at(config, dotted)
+    if value is not None and not holds(value):
+      raise UserError(f'config.{dotted} {text}; got {value!r}')
+  for part in ('optimizer', *chosen):
+    for name, value in config[part].items():
+      _argument(f'config.{part}.{name}', name, value)
+  for name, value in config['model'].items():
+    if type(value) is int and value < 0:
+      raise UserError(f'config.model.{name} must be at least 0; got {value}')
+  if any(not whole(n, 1) for n in config['model'].get('sizes', ())):
+    raise UserError(f'config.model.sizes must be positive; got {config["model"]["sizes"]!r}')
+  _together(config)
+
+
+def _argument(where: str, name: str, value: Any) -> None:
+  if value is None or isinstance(value, bool | str | tuple):
+    return
+  holds, text = ARGUMENTS.get(name, least(1) if isinstance(value, int) else least(0.0))
+  if f'config.{where}'.endswith('optimizer.lr') or holds(value):
+    return
+  raise UserError(f'{where} {text}; got {value!r}')
+
+
+def _together(c: Mapping[str, Any]) -> None:
+  base, transform, plain = c['base'], c['transform'], defaults()
+  if c['scenario'] in SEPARATE and base not in ('', c['scenario']):
+    raise UserError(
+      f'config.base says what {", ".join(SCHEDULES)} start from; with config.scenario='
+      f'{c["scenario"]!r} leave it empty'
+    )
+  if c['iterations'] is not None and c['epochs'] != 1:
+    raise UserError('config.iterations takes the place of config.epochs: leave that at 1')
+  if c['scenario'] in ('online', 'blurry') and c['iterations'] is not None:
+    raise UserError(
+      f'config.iterations: a {c["scenario"]!r} stream is counted in epochs; leave it unset'
+    )
+  if c['scenario'] == 'online' and c['epochs'] != 1:
+    raise UserError('config.epochs: an online stream is a single pass; leave it at 1')
+  if c['scenario'] != 'blurry' and c['blurry'] != resolved(plain['blurry']):
+    raise UserError("config.blurry applies to config.scenario='blurry' only")
+  if c['evaluate'] == 'valid' and not c['validation']:
+    raise UserError("config.evaluate='valid' needs config.validation, for example 0.1")
+  kind = transform['name']
+  for name, of in (('first_plain', 'permuted'), ('pad', 'permuted'), ('degrees', 'rotated')):
+    if kind != of and transform[name] != plain['transform'][name]:
+      raise UserError(f'config.transform.{name} applies to config.transform.name={of!r} only')
+  if kind != 'none' and (c['by'] != 'label' or c['task_sizes']):
+    raise UserError(
+      f'config.transform.name={kind!r}: every task is the whole dataset; leave config.by and '
+      'config.task_sizes as they are'
+    )
+  if kind != 'none' and c['cache_features']:
+    raise UserError('config.cache_features: transformed inputs have features of their own per task')
+  if kind == 'rotated' and transform['degrees'] and c['tasks'] != len(transform['degrees']):
+    raise UserError(
+      f'config.transform.degrees has {len(transform["degrees"])} angles for config.tasks='
+      f'{c["tasks"]}: give as many'
+    )
+  if kind == 'rotated' and c['order'] != 'fixed':
+    raise UserError('config.order: rotations have no order to draw; leave it fixed')
+  if c['task_sizes'] and c['tasks'] not in (None, len(c['task_sizes'])):
+    raise UserError(
+      f'config.task_sizes has {len(c["task_sizes"])} tasks and config.tasks is {c["tasks"]}: give as many'
+    )
+  if c['by'] == 'domain' and (c['tasks'] is not None or c['task_sizes']):
+    raise UserError('config.tasks: by domain every domain is a task; set it to None')
+  if c['tasks'] is None and not c['task_sizes'] and c['by'] != 'domain':
+    raise UserError('config.tasks must be given, unless tasks are domains (config.by)')
+  if c['cache_features'] and not c['freeze'] and c['model']['name'] != 'identity':
+    raise UserError(
+      'config.cache_features needs a network that is frozen below its head: set config.freeze'
+    )
+  if c['optimizer']['reset'] and c['told'] is not None and 'boundary' not in c['told']:
+    raise UserError('config.optimizer.reset happens at boundaries, which config.told does not tell')
+
+
+def resolved(plain: Mapping[str, Any]) -> dict[str, Any]:
+  """A sub-dict of the defaults as it is in a resolved configuration."""
+  return {k: v.default if isinstance(v, Maybe) else v for k, v in plain.items()}
+
+
+def _at(config: Mapping[str, Any], dotted: str) -> Any:
+  node: Any = config
+  for part in dotted.split('.'):
+    node = node[part]
+  return node

@@ -1,0 +1,84 @@
+"""One experiment: `python -m experiments.run --config=configs/NAME.py[:ARG] --workdir=DIR`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_jax.errors import UserError
+from experiments import build, cli, config, engine, results, show, tables, workdir
+from experiments.job import Job
+from experiments.options import Options, parse
+from experiments.watch import Stop
+
+PROGRAM = 'experiments.run'
+ABOUT = 'Runs one experiment (every seed of it in one program), resumes when repeated.'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  return cli.guarded(PROGRAM, command, argv)
+
+
+def command(argv: list[str]) -> int:
+  options = parse(argv, PROGRAM, ABOUT)
+  if options.sweep:
+    raise UserError('config.sweep holds a grid: use python -m experiments.sweep')
+  shown = show.make()
+  with cli.network(options.offline), workdir.claimed(options.workdir) as place:
+    try:
+      workdir.remember(place, options.config)
+      finished = run(options, place, shown)
+    finally:
+      shown.close()
+    print(tables.table(finished), flush=True)
+    workdir.report(place, shown)
+  return 0
+
+
+def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]:
+  """The lines of all seeds, of this process and of those before it."""
+  resolved = options.config
+  sha = config.sha256(resolved)
+  if {(sha, seed) for seed in resolved['seeds']} <= results.done(place):
+    count = len(resolved['seeds'])
+    shown.say(f'{resolved["name"]} is finished: {count} runs are in {place / results.FILE}')
+  else:
+    cli.devices(len(resolved['seeds']))
+    for setup in build.prepare(resolved, options.data_dir, shown.say):
+      if {(sha, seed) for seed in setup.seeds} <= results.done(place):
+        continue
+      work = job(setup, place, sha)
+      with Stop().listening() as stop:
+        outcome = engine.train(work, options.save_every, stop, shown)
+      results.append(place, results.lines(work, outcome, options.command))
+  (place / 'fault.json').unlink(missing_ok=True)
+  return [line for line in results.read(place) if line['config_sha256'] == sha]
+
+
+def job(setup: build.Setup, place: Path, sha: str) -> Job:
+  seeds = list(setup.seeds)
+  name = f'{setup.config["name"]} {results.method_name(setup.config)}'
+  return Job(
+    setup=setup,
+    configs=[setup.config] * len(seeds),
+    seeds=seeds,
+    streams=setup.streams,
+    labels=[f'seed {seed}' for seed in seeds],
+    name=name,
+    workdir=place,
+    folder=place / 'checkpoints' / f'seeds-{span(seeds)}',
+    sha256=f'{sha}/{",".join(map(str, seeds))}',
+  )
+
+
+def span(seeds: Sequence[int]) -> str:
+  """'0-4', or '1_5_7'."""
+  if len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+    return f'{seeds[0]}-{seeds[-1]}'
+  return '_'.join(map(str, seeds[:8])) + ('_etc' if len(seeds) > 8 else '')
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,53 @@
+"""The table that a command prints at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cl_jax import metrics
+from experiments.config import flat
+
+HEAD = ('method', 'scenario', 'dataset')
+FIGURES = ('seeds', 'acc %', 'forgetting %', 'state kB', 's / run')
+
+
+def table(lines: Sequence[Mapping[str, Any]], fields: Iterable[str] = ()) -> str:
+  """Mean and 95 % interval over seeds, a row per configuration.
+
+  Args:
+    lines: of results.jsonl.
+    fields: dotted fields of the configuration that get a column each.
+  """
+  fields = tuple(fields)
+  groups: dict[str, list[Mapping[str, Any]]] = {}
+  for line in lines:
+    groups.setdefault(line['config_sha256'], []).append(line)
+  rows: list[tuple[str, ...]] = [(*HEAD, *fields, *FIGURES)]
+  for group in groups.values():
+    first = group[0]
+    values = flat(first['config'])
+    rows.append(
+      (
+        *(str(first[name]) for name in HEAD),
+        *(str(values.get(name, '-')) for name in fields),
+        str(len(group)),
+        percent([line['acc'] for line in group]),
+        percent([line['forgetting'] for line in group]),
+        f'{first["state_bytes"]["total"] / 1000:.0f}',
+        f'{sum(line["wall_s"] for line in group) / len(group):.1f}',
+      )
+    )
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return '\n'.join(
+    '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+  )
+
+
+def percent(values: Sequence[float | None]) -> str:
+  """'63.2 ± 1.4' of values between 0 and 1; '-' where there are none."""
+  known = [v for v in values if v is not None]
+  if not known:
+    return '-'
+  mean, half = metrics.interval([100 * v for v in known])
+  return f'{mean:.1f}' if half is None else f'{mean:.1f} ± {half:.1f}'
