@@ -16,6 +16,7 @@ from cl_jax.streams import schedules, splits
 from cl_jax.streams.arrays import Arrays
 from cl_jax.streams.load import dataset
 from cl_jax.streams.order import shuffled
+from cl_jax.sweep import even
 from cl_jax.types import Stream
 from configs.common import SEPARATE, defaults
 
@@ -168,35 +169,13 @@ def share(streams: Sequence[Stream]) -> list[Stream]:
 
 
 def alike(streams: Sequence[Stream]) -> list[Stream]:
-  """The streams padded to equal shapes, so that one program serves all.
+  """The streams padded to equal shapes, so that one program serves all; see `sweep.even`.
 
-  Steps after a leg's end are left out by `steps`; padded rows have weight 0. The names of tasks, which
-  the loop does not read, become numbers where they differ, and so do the labels of tasks.
+  The names of tasks, which the loop does not read, become numbers where they differ, and so do the
+  labels of tasks.
   """
-  streams = list(streams)
-  steps = max(s.index.shape[1] for s in streams)
-  ends = max(s.ends.shape[1] for s in streams)
-  tests = max(s.test.y.shape[1] for s in streams)
-  ragged = any(s.steps is not None or s.index.shape[1] < steps for s in streams)
-  names = {(s.task_names, s.task_classes) for s in streams}
-  out = []
-  for s in streams:
-    new: dict[str, Any] = {}
-    if s.index.shape[1] < steps:
-      new['index'] = _pad(s.index, steps, -1)
-    if ragged and s.steps is None:
-      new['steps'] = np.full(len(s.index), s.index.shape[1], np.int32)
-    if s.ends.shape[1] < ends:
-      new['ends'] = _pad(s.ends, ends, -1)
-    if s.test.y.shape[1] < tests:
-      new['test'] = jax.tree.map(lambda a: _pad(a, tests, 0), s.test)
-    if len(names) > 1:
-      new['task_names'] = tuple(map(str, range(s.tasks)))
-      new['task_classes'] = streams[0].task_classes
-    out.append(dataclasses.replace(s, **new) if new else s)
+  out = even(streams)
+  if len({(s.task_names, s.task_classes) for s in out}) > 1:
+    names, classes = tuple(map(str, range(out[0].tasks))), out[0].task_classes
+    out = [dataclasses.replace(s, task_names=names, task_classes=classes) for s in out]
   return share(out)
-
-
-def _pad(a: Any, length: int, value: int) -> np.ndarray:
-  widths = [(0, 0), (0, length - a.shape[1]), *[(0, 0)] * (a.ndim - 2)]
-  return np.pad(a, widths, constant_values=value)
