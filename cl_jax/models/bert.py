@@ -187,14 +187,9 @@ def load(path: str | Path) -> tuple[Config, Tree]:
     'positions': ('embeddings.position_embeddings.weight', c.positions),
     'types': ('embeddings.token_type_embeddings.weight', c.types),
   }
-  sizes = {'up': (c.ffn, d), 'down': (d, c.ffn)}
   wanted = {name: (rows, d) for name, rows in tables.values()}
   wanted |= {f'embeddings.LayerNorm.{k}': (d,) for k in ('weight', 'bias')}
-  for i in range(c.depth):
-    for ours, theirs in _BLOCK.items():
-      shape = (d,) if ours.startswith('norm') else sizes.get(ours, (d, d))
-      wanted[f'encoder.layer.{i}.{theirs}.weight'] = shape
-      wanted[f'encoder.layer.{i}.{theirs}.bias'] = shape[:1]
+  wanted |= pretrained.stack_shapes('encoder.layer.{}.', _BLOCK, c.depth, d, c.ffn)
   t = pretrained.tensors(path, wanted, prefix='bert.', ignored=_IGNORED)
   norm = {'scale': t['embeddings.LayerNorm.weight'], 'bias': t['embeddings.LayerNorm.bias']}
   embed = {ours: t[name] for ours, (name, _) in tables.items()} | {'norm': norm}

@@ -170,6 +170,19 @@ def tensors(
   return found
 
 
+def stack_shapes(
+  start: str, names: dict[str, str], depth: int, d: int, ffn: int
+) -> dict[str, tuple[int, ...]]:
+  """The shapes of the tensors that `stack` takes, by name, as torch keeps them."""
+  shapes, sizes = {}, {'up': (ffn, d), 'down': (d, ffn)}
+  for i in range(depth):
+    for ours, theirs in names.items():
+      shape = (d,) if ours.startswith('norm') else sizes.get(ours, (d, d))
+      shapes[f'{start.format(i)}{theirs}.weight'] = shape
+      shapes[f'{start.format(i)}{theirs}.bias'] = shape[:1]
+  return shapes
+
+
 def stack(t: dict[str, np.ndarray], start: str, names: dict[str, str], depth: int) -> Tree:
   """The tensors of a stack of layers as one tree with a leading axis of layers.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.models.layers import dense, dense_init
 from cl_jax.types import Array, Tree
 
@@ -42,6 +43,8 @@ def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Arr
     tap, layer: see `cl_jax.types.Model`.
   """
   b, length, d = h.shape
+  if d % heads:
+    raise UserError(f'{heads} attention heads do not divide {d} channels')
   k, v = tap('k', dense(p['k'], h), layer), tap('v', dense(p['v'], h), layer)
   q, k, v = (a.reshape(b, -1, heads, d // heads) for a in (dense(p['q'], h), k, v))
   scores = jnp.einsum('bqhd,bkhd->bhqk', q, k).astype(jnp.float32) * (d // heads) ** -0.5

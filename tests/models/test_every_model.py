@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax.models import bert, layers
+from cl_jax.models import bert, layers, vit
 from cl_jax.models.cnn import cnn
 from cl_jax.models.mlp import mlp
 from cl_jax.models.resnet import resnet
@@ -32,6 +32,7 @@ CASES = {
   'bert': (bert.bert(bert.Config(30, 8, 2, 2, 12, 10, 2), CLASSES, init=0.5), sentences()),
   'cnn': (cnn((4, 3), (6,), CLASSES), images(9, 8, 3)),
   'resnet': (resnet(CLASSES, 3, (1, 1)), images(8, 8)),
+  'vit': (vit.vit(vit.Config(8, 4, 3, 8, 2, 2, 12), CLASSES, init=0.5), images(8, 8, 3)),
   'linear': (mlp((), CLASSES), images(6, 6, 1)),
 }
 
