@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -17,7 +19,7 @@ def tree_bytes(tree: Tree) -> int:
   """Bytes of all leaves, arrays or `ShapeDtypeStruct`s; typed keys count their words."""
   total = 0
   for leaf in jax.tree.leaves(tree):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.eval_shape(jax.random.key_data, leaf)
     total += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
   return total
@@ -68,14 +70,18 @@ def count(jaxpr: core.Jaxpr, where: str = '', times: int = 1) -> Counter:
       total += sum(branches, Counter())
     if eqn.primitive.name == 'dot_general':
       (contract, _), _ = eqn.params['dimension_numbers']
-      k = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-      total[role] += 2 * times * k * math.prod(eqn.outvars[0].aval.shape)
+      k = math.prod(shape(eqn.invars[0])[i] for i in contract)
+      total[role] += 2 * times * k * math.prod(shape(eqn.outvars[0]))
     elif eqn.primitive.name == 'conv_general_dilated':
-      kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+      kernel, out = shape(eqn.invars[1]), shape(eqn.outvars[0])
       spec = eqn.params['dimension_numbers'].rhs_spec  # (out features, in features, *window)
       per_output = math.prod(kernel) // kernel[spec[0]]
       total[role] += 2 * times * per_output * math.prod(out)
   return total
+
+
+def shape(var: Any) -> tuple[int, ...]:
+  return var.aval.shape
 
 
 def subjaxprs(eqn) -> list[core.Jaxpr]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.durable import files, first_line, reason, sha256, sync, sync_one
@@ -67,7 +68,7 @@ def plain(leaf: Any) -> np.ndarray:
 
 
 def is_key(leaf: Any) -> bool:
-  return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def save(
@@ -194,7 +195,7 @@ def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
     if a is None and 0 in shape:
       a = np.zeros(shape, dtype)
     _fits(place, name, a, shape, np.dtype(dtype))
-    leaves.append(jax.random.wrap_key_data(a, impl=_impl(want)) if key else a)
+    leaves.append(jax.random.wrap_key_data(jnp.asarray(a), impl=_impl(want)) if key else a)
   if stored:
     raise UserError(f'{place} holds {next(iter(stored))}, which this program has no place for')
   tree = jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -268,11 +268,11 @@ def run_chunks(
   L, S = stream.index.shape[-3:-1]
   if feed is not None and np.ndim(stream.index) != 3:
     raise ValueError('mapped runs take their data from the device: give feed or lift, not both')
-  host_index = np.asarray(stream.index) if feed is not None else None
+  host_index = None if feed is None else np.asarray(stream.index)
   resident = stream if feed is None else dataclasses.replace(stream, x=None, y=None)
 
   def rows(leg, lo):  # the batches of a chunk; past the end of a leg comes padding that is not used
-    if feed is None:
+    if feed is None or host_index is None:
       return None
     wanted = host_index[leg, lo : lo + chunk]
     short = chunk - len(wanted)
@@ -280,13 +280,16 @@ def run_chunks(
 
   if resume is None:
     first = None
-    if feed is not None:
+    if feed is not None and host_index is not None:
       first = jax.tree.map(lambda a: a[0], feed(0, host_index[0, :1]))
     state, start = parts.begin(hp, key, resident, weights, first)
     lead = start.shape[:-1]
-    empty = lambda *shape: np.full((*lead, *shape), np.nan, np.float32)  # noqa: E731
     T, K = stream.tasks, S // every if every else 0
-    record = Record(np.asarray(start), empty(L, T), empty(L, S), empty(L, K, T))
+
+    def empty(*shape: int) -> Any:
+      return np.full((*lead, *shape), np.nan, np.float32)
+
+    record = Record(jax.device_get(start), empty(L, T), empty(L, S), empty(L, K, T))
     leg, done = 0, 0
     yield Progress(state, record, leg, done)
   else:

@@ -50,10 +50,9 @@ def mnist(data_dir):
 
 def stream_of(scenario, schedule=None):
   def make(seed, data_dir):
-    train, test = mnist(data_dir)
-    order = relabel(train, test, seed)
+    train, test = relabel(*mnist(data_dir), seed)
     plan = Plan(batch=BATCH, iterations=STEPS, drop_last=True, seed=seed)
-    stream = split(*order, scenario, TASKS, plan=plan)
+    stream = split(train, test, scenario, TASKS, plan=plan)
     return schedule(stream, plan) if schedule else stream
 
   return make
@@ -63,7 +62,7 @@ def relabel(train, test, seed):
   """Shuffles the digits among the labels, as the official code does; then task t has labels 2t, 2t + 1."""
   new = np.random.default_rng([seed, 2019]).permutation(10).astype(np.int32)
   names = tuple(train.names[i] for i in np.argsort(new))
-  return tuple(part._replace(y=new[part.y], names=names) for part in (train, test))
+  return train._replace(y=new[train.y], names=names), test._replace(y=new[test.y], names=names)
 
 
 def head(scenario):

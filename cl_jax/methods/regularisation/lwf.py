@@ -86,7 +86,7 @@ def lwf(
         (s.tasks > t) * distil(old.aux['lwf'][:, list(c)], out.aux['lwf'][:, list(c)])
         for t, c in enumerate(task_classes)
       ]
-      kd = sum(per_head)
+      kd = sum(per_head, jnp.zeros(()))
       kd = kd / jnp.maximum(s.tasks, 1) if mean else kd
     elif outputs == 'seen':
       kd = distil(jnp.where(s.seen, old.logits, MINUS_INF), out.logits)
