@@ -9,6 +9,7 @@ import optax
 from cl_jax.compose import named_key
 from cl_jax.linalg import weighted_mean
 from cl_jax.masks import subtract
+from cl_jax.rng import plain, unrolled
 from cl_jax.types import Batch, Forward, Learner, Method, Model, State, Transition, Tree, overlay
 
 
@@ -40,13 +41,14 @@ def learner(
     return Forward(method.wrap(s, model.apply), frozen, stats)
 
   def init(key, batch: Batch) -> State:
+    key = unrolled(key)
     params, stats = model.init(named_key(key, 'model'), batch)
     params = subtract(params, frozen)
     added, s = method.init(
       named_key(key, 'method'), params, batch, Forward(model.apply, frozen, stats)
     )
     params = {**params, **added}
-    return State(params, stats, tx.init(params), s, named_key(key, 'steps'), jnp.int32(0))
+    return State(params, stats, tx.init(params), s, plain(named_key(key, 'steps')), jnp.int32(0))
 
   def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
     s, rows = state.method, batch.y.shape[0]
@@ -65,13 +67,13 @@ def learner(
     params = optax.apply_updates(state.params, updates)
     own = jax.tree.map(lambda a: a[:rows], out._replace(stats={}))._replace(stats=out.stats)
     seen = Transition(state.params, g, batch, own)
-    params, s = method.after(s, params, seen, jax.random.fold_in(state.key, state.step))
+    params, s = method.after(s, params, seen, jax.random.fold_in(unrolled(state.key), state.step))
     stats = overlay(state.stats, out.stats)
     return State(params, stats, opt, s, state.key, state.step + 1), loss
 
   def boundary(state: State, batches: Batch) -> State:
     fwd = forward(state.method, state.stats)
-    key = named_key(jax.random.fold_in(state.key, state.step), 'boundary')
+    key = named_key(jax.random.fold_in(unrolled(state.key), state.step), 'boundary')
     params, s = method.boundary(state.method, state.params, batches, fwd, key)
     return state._replace(params=params, method=s)
 
