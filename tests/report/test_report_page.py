@@ -1,0 +1,204 @@
+"""The report: its figures are what the metrics give, oracles stand apart, the bytes are always the same."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import struct
+
+import numpy as np
+import pytest
+
+from cl_jax import metrics
+from cl_jax.errors import UserError
+from cl_jax.report import write
+from cl_jax.report.lines import read, sections
+from cl_jax.report.tables import percent, scaled, tables
+
+
+class Rows(html.parser.HTMLParser):
+  """The tables of a page: [(caption, [[cell, ...], ...]), ...]; also checks that tags are closed."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.tables: list[tuple[str, list[list[str]]]] = []
+    self.open: list[str] = []
+    self.images: list[dict] = []
+    self.feed(text)
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    if tag in ('meta', 'img', 'source'):
+      self.images += [dict(attrs)] if tag == 'img' else []
+      return
+    self.open.append(tag)
+    if tag == 'table':
+      self.tables.append(('', []))
+    elif tag == 'tr':
+      self.tables[-1][1].append([])
+    elif tag in ('td', 'th'):
+      self.tables[-1][1][-1].append('')
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if 'caption' in self.open:
+      self.tables[-1] = (self.tables[-1][0] + data, self.tables[-1][1])
+    elif self.open and self.open[-1] in ('td', 'th'):
+      self.tables[-1][1][-1][-1] += data
+
+
+@pytest.fixture
+def folder(put, make, fade):
+  """Three methods with three seeds, an oracle, a single seed, a bound, and a damaged line."""
+  lines = [make('er', s, fade(s, 0.9), total=2_000_000) for s in range(3)]
+  lines += [make('naive', s, fade(s, 0.3)) for s in range(3)]
+  lines += [make('hat', s, fade(s, 0.99), ('task_test', 'task_train')) for s in range(3)]
+  lines += [make('ewc', 0, fade(0, 0.5), ('boundary',))]
+  lines += [make('naive', s, fade(s, 0.99), scenario='joint') for s in range(3)]
+  return put(*lines, '{"method": "half a li')
+
+
+def cell(rows: list[list[str]], method: str, column: str) -> str:
+  row = next(r for r in rows[1:] if r[0] == method)
+  return row[rows[0].index(column)]
+
+
+def test_the_table_says_what_the_metrics_give(folder, fade):
+  page = Rows(write(folder).read_text())
+  caption, rows = page.tables[0]
+  assert caption == 'Results, not told the task at test time'
+  assert [r[0] for r in rows[1:]] == ['er', 'ewc', 'naive', 'joint (bound)']
+  for column, measure in (
+    ('ACC %', metrics.accuracy),
+    ('forgetting', metrics.forgetting),
+    ('BWT', metrics.backward_transfer),
+    ('learning ACC', metrics.learning_accuracy),
+    ('average ACC', metrics.average_incremental_accuracy),
+    ('min-ACC', metrics.minimum_accuracy),
+  ):
+    values = [100 * measure(fade(s, 0.9)) for s in range(3)]
+    centre, half = np.mean(values), 4.303 * np.std(values, ddof=1) / np.sqrt(3)
+    assert cell(rows, 'er', column) == f'{centre:.1f} ± {half:.1f}'
+  assert cell(rows, 'er', 'state') == '2.00 MB' and cell(rows, 'er', 'time') == '12.5 s'
+  assert cell(rows, 'er', 'seeds') == '3' and cell(rows, 'ewc', 'needs') == 'boundary'
+  assert cell(rows, 'joint (bound)', 'forgetting') == '–'
+  assert 'FWT' not in rows[0]  # no line has it
+
+
+def test_one_seed_has_no_interval(folder, fade):
+  rows = Rows(write(folder).read_text()).tables[0][1]
+  assert cell(rows, 'ewc', 'ACC %') == f'{100 * fade(0, 0.5)[-1].mean():.1f}'
+
+
+def test_oracles_are_in_a_table_of_their_own(folder):
+  page = Rows(write(folder).read_text())
+  with_hat = [c for c, rows in page.tables if any(r[0] == 'hat' for r in rows)]
+  assert with_hat == [f'{t}, told the task at test time (an oracle)' for t in ('Results', 'Costs')]
+  for caption, rows in page.tables:
+    if 'oracle' in caption:
+      assert [r[0] for r in rows[1:]] == ['hat']
+  assert cell(page.tables[1][1], 'hat', 'needs') == 'task_test, task_train'
+
+
+def test_costs_are_listed_by_role(folder):
+  page = Rows(write(folder).read_text())
+  rows = next(r for c, r in page.tables if c == 'Costs, not told the task at test time')
+  assert rows[0][1:6] == ['frozen', 'trainable', 'optimiser', 'method state', 'loop']
+  assert cell(rows, 'er', 'method state') == '300 B' and cell(rows, 'er', 'frozen') == '500 kB'
+  assert cell(rows, 'er', 'FLOPs / step') == '2.50 M' and cell(rows, 'er', 'backward') == '1'
+  assert cell(rows, 'er', 'of it compiling') == '2.50 s'
+
+
+def test_damage_is_reported_by_line(folder):
+  text = write(folder).read_text()
+  assert '1 line was left out' in text and 'results.jsonl, line 14: not JSON' in text
+
+
+def test_the_page_needs_no_other_file(folder):
+  text = write(folder).read_text()
+  page = Rows(text)
+  assert len(page.images) == 3
+  assert all(i['src'].startswith('data:image/png;base64,') and i['alt'] for i in page.images)
+  assert not re.search(r'<(script|link|iframe)|https?://|url\(', text)
+  assert 'prefers-color-scheme: dark' in text and '<html lang="en">' in text
+
+
+def test_figures_are_pngs_and_always_the_same_bytes(folder, monkeypatch):
+  page = write(folder).read_bytes()
+  names = sorted(p.name for p in (folder / 'figures').iterdir())
+  assert names == [f'clinc150-class-{n}.png' for n in ('accuracy', 'bytes', 'matrices')]
+  before = {n: (folder / 'figures' / n).read_bytes() for n in names}
+  for png in before.values():
+    assert png.startswith(b'\x89PNG') and b'tEXt' not in png and b'tIME' not in png
+    width, height = struct.unpack('>II', png[16:24])
+    assert 500 < width < 2500 and 300 < height < 2500 and len(png) < 300_000
+  import matplotlib
+
+  with matplotlib.rc_context({'axes.facecolor': 'red', 'font.size': 30, 'savefig.dpi': 40}):
+    assert write(folder).read_bytes() == page  # the user's own style changes nothing
+  assert before == {n: (folder / 'figures' / n).read_bytes() for n in names}
+
+
+def test_a_curve_inside_the_tasks_is_drawn_where_there_is_one(put, make):
+  curve = np.random.default_rng(0).random((4, 5, 4)).round(3)
+  curve[2, 3:] = np.nan  # a shorter leg
+  rows = [[[None if np.isnan(v) else v for v in r] for r in leg] for leg in curve]
+  folder = put(make('er', curve=rows, config={'eval_every': 10}), make())
+  page = Rows(write(folder).read_text())
+  assert (folder / 'figures' / 'clinc150-class-stability.png').stat().st_size > 5000
+  assert any('during training of er' in i['alt'] for i in page.images)
+
+
+def test_names_from_the_lines_cannot_break_the_page(put, make):
+  folder = put(make('<b>$x_1$ & "er"', dataset='a<script>alert(1)</script>'))
+  text = write(folder).read_text()
+  assert '<script>' not in text and '<b>' not in text
+  assert Rows(text).tables[0][1][1][0] == '<b>$x_1$ & "er"'
+
+
+def test_many_methods_make_readable_figures_that_say_what_is_left_out(put, make, fade):
+  lines = [make(f'method{i}', R=fade(i, 0.05 * i)) for i in range(15)]
+  text = write(put(*lines)).read_text()
+  assert 'The first 12 methods of the table; 3 are left out.' in text
+
+
+def test_a_report_without_a_single_usable_line_says_so(put):
+  text = write(put('nonsense')).read_text()
+  assert '1 line was left out' in text and '<table' not in text
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(put, make):
+  folder = put(make())
+  (folder / 'figures').write_text('in the way')
+  with pytest.raises(UserError, match=r'report\.html cannot be written'):
+    write(folder)
+
+
+def test_no_table_holds_oracles_and_others(folder):
+  lines, _ = read(folder / 'results.jsonl')
+  for section in sections(lines):
+    for pair in tables(section):
+      for table in pair:
+        assert ('hat' in {row[0] for row in table.rows}) == ('oracle' in table.caption)
+
+
+@pytest.mark.parametrize(
+  ('n', 'shown'),
+  [
+    (None, '–'),
+    (0, '0 B'),
+    (999, '999 B'),
+    (999_600, '1.00 MB'),
+    (1500, '1.50 kB'),
+    (4.25e10, '42.5 GB'),
+  ],
+)
+def test_sizes_have_three_digits(n, shown):
+  assert scaled(n, 'B') == shown
+
+
+def test_percent_of_nothing_is_a_dash():
+  assert percent([]) == '–' and percent([0.5]) == '50.0'
+  assert percent([0.5, 0.6]) == '55.0 ± 63.5'
