@@ -187,7 +187,8 @@ def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
     )
   leaves = []
   for name, want in named(like):
-    key, shape, dtype = is_key(want), np.shape(want), getattr(want, 'dtype', np.asarray(want).dtype)
+    key, shape = is_key(want), np.shape(want)
+    dtype = want.dtype if hasattr(want, 'dtype') else np.asarray(want).dtype
     if key:
       data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
       shape, dtype = data.shape, data.dtype

@@ -196,3 +196,10 @@ def test_the_digest_sees_every_bit_and_no_names():
   assert checkpoint.digest(a) != checkpoint.digest({'x': np.array([1.0, 0.0], np.float32)})
   assert checkpoint.digest(a) != checkpoint.digest({'x': a['x'][None]})
   assert checkpoint.digest(a) != checkpoint.digest({'x': a['x'].view(np.int32)})
+
+
+def test_arrays_serve_as_the_structure(tmp_path):
+  tree = {'w': jnp.arange(6.0), 'key': jax.random.key(0), 'n': 3}
+  checkpoint.save(tmp_path, 1, tree)
+  found = checkpoint.restore(tmp_path, like=tree)
+  assert found is not None and checkpoint.digest(found.tree) == checkpoint.digest(tree)
