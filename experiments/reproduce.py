@@ -114,7 +114,7 @@ def table_rows(rows: list[Row], out: Path, command: str) -> list[dict]:
 
 
 def write_csv(path: Path, lines: list[dict]) -> None:
-  part = path.with_suffix('.part')
+  part = path.with_suffix(f'.{os.getpid()}.part')
   with part.open('w', newline='') as f:
     writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
     writer.writeheader()

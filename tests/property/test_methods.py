@@ -1,0 +1,181 @@
+"""What the papers promise, for random inputs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cl_jax.compose import chain
+from cl_jax.learner import learner
+from cl_jax.loop import run
+from cl_jax.methods.closed_form.ncm import ncm
+from cl_jax.methods.closed_form.ranpac import ranpac
+from cl_jax.methods.closed_form.slda import slda
+from cl_jax.methods.heads.task_head import task_head
+from cl_jax.methods.isolation.hat import hat, number
+from cl_jax.methods.isolation.packnet import packnet
+from cl_jax.methods.lowrank.lora import lora, merge
+from cl_jax.methods.regularisation.ewc import ewc
+from cl_jax.methods.regularisation.lwf import lwf
+from cl_jax.methods.replay.agem import AGEMState, agem
+from cl_jax.methods.replay.er import er
+from cl_jax.models.identity import identity
+from cl_jax.models.mlp import mlp
+from cl_jax.streams.take import take
+from cl_jax.types import Batch, Method, no_tap
+
+
+@given(seed=st.integers(0, 10_000))
+def test_agem_never_goes_against_the_reference(seed):
+  """<g, r> >= 0 after the projection, and a gradient that agrees is left bit for bit."""
+  a, b = jax.random.normal(jax.random.key(seed), (2, 7))
+  method = agem(20, 5, 2)
+  batch = Batch(jnp.zeros((5, 1)), jnp.zeros(5, jnp.int32), jnp.ones(5), jnp.zeros(5, jnp.int32))
+  s = method.init(None, None, batch, None)[1]
+  s = AGEMState(s.memory._replace(draw=batch), s.finished)
+  out, _ = method.grads(s, {'p': a}, None, batch, lambda p, d: ((0.0, None), {'p': b}))
+  dot = float(a @ b)
+  assert float(out['p'] @ b) >= -1e-5
+  if dot >= 0:
+    assert np.array_equal(out['p'], a)
+  empty = s._replace(memory=s.memory._replace(draw=batch._replace(w=jnp.zeros(5))))
+  same, _ = method.grads(empty, {'p': a}, None, batch, lambda p, d: ((0.0, None), {'p': b}))
+  assert np.array_equal(same['p'], a)  # nothing to refer to
+
+
+def train(stream, method, tx=None, seed=0):
+  build = lambda hp, w: learner(mlp((16, 12), 6), tx or optax.sgd(0.02), method)  # noqa: E731
+  return jax.jit(lambda k, s: run(build, None, k, s))(jax.random.key(seed), stream)
+
+
+@pytest.fixture(scope='module')
+def naive(toy_stream):
+  return train(toy_stream, Method())
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    lambda: ewc(0.0),
+    lambda: lwf(0.0),
+    lambda: er(30, 10, coef=0.0),
+    lambda: chain(a=ewc(0.0, online=True), b=lwf(0.0)),
+  ],
+  ids=['ewc', 'lwf', 'er', 'both'],
+)
+def test_coefficient_zero_is_naive(method, toy_stream, naive):
+  state, record = train(toy_stream, method())
+  np.testing.assert_allclose(record.R, naive[1].R, atol=0.011)  # one of 100 examples
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(naive[0].params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('tx', [optax.sgd(0.02, momentum=0.9), optax.adamw(0.01, weight_decay=0.1)])
+def test_packnet_keeps_frozen_weights_for_ever(tx, toy_stream):
+  """Weights of finished tasks keep their bits under momentum and weight decay, and so do predictions."""
+  heads = toy_stream.task_classes
+  method = chain(pack=packnet(0.5, 0.5, 20), head=task_head(heads, 6))
+  learn = learner(mlp((16, 12), 6), tx, method)
+  step, end, predict = jax.jit(learn.step), jax.jit(learn.boundary), jax.jit(learn.predict)
+  state = learn.init(jax.random.key(0), take(toy_stream, toy_stream.index[0, 0], 0))
+  probe = jax.tree.map(lambda a: a[0, 0], toy_stream.test)
+  kept = None
+  for t in range(3):
+    for i in range(30):
+      state, _ = step(state, take(toy_stream, toy_stream.index[t, i], t))
+      if kept is not None:
+        owner, values, answers = kept
+        for name in ('l0', 'l1'):
+          mine = np.asarray(owner[f'{name}/w'] == 1)
+          assert mine.any()
+          assert np.array_equal(np.asarray(state.params[name]['w'])[mine], values[name][mine])
+        if i in (0, 19, 29):
+          assert np.array_equal(predict(state, probe), answers)
+    state = end(state, jax.vmap(lambda r, t=t: take(toy_stream, r, t))(toy_stream.ends[t]))
+    if t == 0:
+      values = {n: np.asarray(state.params[n]['w']) for n in ('l0', 'l1')}
+      kept = (state.method['pack'].owner, values, predict(state, probe))
+  owned = [np.mean(np.asarray(state.method['pack'].owner['l0/w']) == k) for k in range(4)]
+  assert owned[1] == 0.5 and abs(owned[2] - 0.25) < 0.01 and abs(owned[0] - 0.125) < 0.01
+
+
+def test_hat_protects_what_it_used(toy_stream):
+  """Units that a finished task used do not move; those that it left free do."""
+  method = chain(hat=hat(3, 15, 0.1), head=task_head(toy_stream.task_classes, 6))
+  learn = learner(mlp((16, 12), 6), optax.sgd(0.05), method)
+  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  state = learn.init(jax.random.key(0), take(toy_stream, toy_stream.index[0, 0], 0))
+  for i in range(30):
+    state, _ = step(state, take(toy_stream, toy_stream.index[0, i], 0))
+  state = end(state, jax.vmap(lambda r: take(toy_stream, r, 0))(toy_stream.ends[0]))
+  used = np.asarray(state.method['hat'].used['l0'])
+  before = np.asarray(state.params['l0']['w'])
+  for i in range(30):
+    state, _ = step(state, take(toy_stream, toy_stream.index[1, i], 1))
+  moved = np.abs(np.asarray(state.params['l0']['w']) - before).max(0)
+  assert (used > 0.999).any() and (used < 0.001).any()
+  assert moved[used > 0.9999999].max(initial=0) == 0
+  assert moved[used < 0.001].max() > 1e-3
+
+
+def test_layers_follow_each_other_by_number():
+  assert sorted(['l10', 'l2', 'l1'], key=number) == ['l1', 'l2', 'l10']
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 10_000))
+@pytest.mark.parametrize('name', ['ncm', 'ranpac', 'slda'])
+def test_closed_forms_do_not_depend_on_the_order(name, seed):
+  """The same head from the same examples in any order and any cut into batches (SLDA: its means)."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(60, 5)).astype(np.float32)
+  y = rng.integers(0, 4, 60).astype(np.int32)
+  method = {'ncm': ncm(4), 'slda': slda(4), 'ranpac': ranpac(4, 16, 1.0)}[name]
+  learn = learner(identity(4), optax.sgd(0.0), method)
+  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+
+  def fit(order, size):
+    rows = order.reshape(-1, size)
+    batch = lambda i: Batch(x[i], y[i], jnp.ones(i.shape), jnp.full(i.shape, -1))  # noqa: E731
+    state = learn.init(jax.random.key(0), batch(rows[0]))
+    for i in rows:
+      state, _ = step(state, batch(i))
+    return end(state, batch(rows)).method
+
+  a, b = fit(np.arange(60), 10), fit(rng.permutation(60), 12)
+  if name == 'slda':
+    a, b = (a.mean, a.count, a.seen), (b.mean, b.count, b.seen)
+  for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(u, v, rtol=2e-4, atol=2e-4)
+
+
+def test_lora_starts_as_the_model_and_merges_exactly(toy_stream):
+  model = mlp((16, 12), 6)
+  batch = take(toy_stream, toy_stream.index[0, 0], 0)
+  params, _ = model.init(jax.random.key(0), batch)
+  frozen = {k: params[k] for k in ('l0', 'l1')}
+  learn = learner(model, optax.sgd(0.05), lora(2, 4.0, 'l./w'), frozen)
+  state = learn.init(jax.random.key(1), batch)
+  plain = model.apply({**frozen, **state.params}, batch, no_tap, False)
+  np.testing.assert_array_equal(learn.predict(state, batch), plain.logits)
+  for i in range(10):
+    state, _ = learn.step(state, take(toy_stream, toy_stream.index[0, i], 0))
+  merged = merge({**frozen, **state.params}, 4.0)
+  out = model.apply(merged, batch, no_tap, False).logits
+  np.testing.assert_allclose(out, learn.predict(state, batch), rtol=1e-4, atol=1e-5)
+  assert not np.allclose(merged['l0']['w'], frozen['l0']['w'])
+
+
+def test_replay_helps_and_regularisation_remembers(toy_stream, naive):
+  """Over 4 seeds the first task is kept better than by fine-tuning (two-sided: and not perfectly)."""
+  gain = []
+  for seed in range(4):
+    kept = train(toy_stream, er(60, 10), seed=seed)[1].R[-1, 0]
+    lost = train(toy_stream, Method(), seed=seed)[1].R[-1, 0]
+    gain.append(float(kept - lost))
+  assert 0.05 < np.mean(gain) < 0.9
