@@ -45,7 +45,8 @@ def bert(
   'block', all [B, L, .]. What 'embed' puts before the first position is attended to and left out
   of pooling.
 
-  With `weights`, call `init` outside jit: inside, they become constants of the program.
+  Where `init` is traced, let `weights` be an argument of the program, as `cl_jax.loop.run` does:
+  closed over, they would be copied into it as constants.
 
   Training the token embeddings with Adam touches all of their rows in every step (47 MB of weights
   in MiniLM, three times over with the moments): freeze 'backbone/embed' where that is acceptable.

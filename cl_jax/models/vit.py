@@ -49,7 +49,8 @@ def vit(
   per layer 'k', 'v', 'attention' (its output), 'mlp' (the hidden units) and 'block', all [B, L, .].
   What 'embed' puts before the class token is attended to.
 
-  With `weights`, call `init` outside jit: inside, they become constants of the program.
+  Where `init` is traced, let `weights` be an argument of the program, as `cl_jax.loop.run` does:
+  closed over, they would be copied into it as constants.
 
   Args:
     config: the shape; `load` returns the one of a directory.
