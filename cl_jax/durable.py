@@ -34,17 +34,20 @@ def write(path: Path, text: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-  """Why something could not be written, in words; looks through the chain that libraries raise."""
+  """Why something could not be written, in words."""
+  return MAKE_ROOM if full(error) else f'{first_line(error)}; check that it is writable'
+
+
+def full(error: BaseException) -> bool:
+  """Whether the disk is full; looks through the chain of errors that libraries raise."""
   chain: list[BaseException] = []
   link: BaseException | None = error
   while link is not None and link not in chain:
     chain.append(link)
     link = link.__cause__ or link.__context__
-  if any(
+  return any(
     getattr(e, 'errno', None) in FULL or any(word in str(e) for word in FULL_WORDS) for e in chain
-  ):
-    return MAKE_ROOM
-  return f'{first_line(error)}; check that it is writable'
+  )
 
 
 def first_line(error: BaseException) -> str:

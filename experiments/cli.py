@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from absl import logging as absl_logging
 
+from cl_jax import durable
 from cl_jax.errors import Fault, UserError
 from cl_jax.streams import cache
 from experiments.options import Help
@@ -30,24 +31,30 @@ def guarded(program: str, command: Callable[[list[str]], int], argv: Sequence[st
   except Help as text:
     print(text, end='')
     return 0
-  except UserError as error:
-    code, line = 2, str(error)
-  except Fault as error:
-    code, line = 3, str(error)
-  except Interrupted as error:
-    code, line = 128 + error.signum, f'{error}; run the same command again to go on'
-  except KeyboardInterrupt:
-    code, line = 130, 'stopped at once; the latest checkpoint is kept, run the same command again'
-  except OSError as error:
-    where = f': {error.filename}' if error.filename else ''
-    code, line = 2, f'{error.strerror or error}{where}'
-  except Exception as error:
-    code = 3
-    line = f'a fault of the program ({type(error).__name__}: {error}); --debug shows where'
-  if debug:
-    traceback.print_exc()
-  print(f'{program}: {" ".join(line.split())}', file=sys.stderr)
-  return code
+  except (Exception, KeyboardInterrupt) as error:
+    if debug:
+      traceback.print_exc()
+    code, line = verdict(error)
+    print(f'{program}: {" ".join(line.split())}', file=sys.stderr)
+    return code
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+  """The exit code of an error, and its line."""
+  match error:
+    case UserError():
+      return 2, str(error)
+    case Fault():
+      return 3, str(error)
+    case Interrupted():
+      return 128 + error.signum, f'{error}; run the same command again to go on'
+    case KeyboardInterrupt():
+      return 130, 'stopped at once; the latest checkpoint is kept, run the same command again'
+    case OSError():
+      where = f': {error.filename}' if error.filename else ''
+      return 2, f'{durable.MAKE_ROOM if durable.full(error) else error.strerror or error}{where}'
+    case _:
+      return 3, f'a fault of the program ({type(error).__name__}: {error}); --debug shows where'
 
 
 @contextmanager

@@ -1,0 +1,352 @@
+"""From a configuration to streams, hyperparameters and a learner: every field does something."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cl_jax import checkpoint, methods
+from cl_jax.errors import UserError
+from cl_jax.masks import paths
+from cl_jax.streams.take import take
+from experiments import build, config, optimizer
+from experiments.chain import known
+from experiments.streams import streams
+
+RAW: dict[str, Any] = {
+  'seeds': (0,),
+  'data': {'examples_per_class': 24, 'test_per_task': 20, 'test_batch': 20},
+  'batch': 10,
+  'ends_batch': 40,
+  'model': {'name': 'mlp', 'sizes': (8,)},
+}
+
+
+def resolved(**raw) -> dict[str, Any]:
+  return config.resolve({**RAW, **raw})
+
+
+def setup(**raw) -> build.Setup:
+  (one,) = build.prepare(resolved(**raw))
+  return one
+
+
+def effect(c: dict[str, Any]) -> str:
+  """A digest of all that a configuration makes: arrays, hyperparameters, and the traced programs."""
+  parts = []
+  for one in build.prepare(c):
+    stream, hp = one.streams[0], build.hyper(c, one.streams[0])
+    learner = one.build(hp, one.weights)
+    batch = build.example(stream)
+    ends = jax.vmap(lambda rows, s=stream: take(s, rows, 0))(stream.ends[0])
+    state = jax.eval_shape(learner.init, jax.random.key(0), batch)
+    programs = [
+      jax.make_jaxpr(learner.init)(jax.random.key(0), batch),
+      jax.make_jaxpr(learner.step)(state, batch),
+      jax.make_jaxpr(learner.boundary)(state, ends),
+      jax.make_jaxpr(learner.predict)(state, batch),
+    ]
+    told = (stream.told, stream.scenario, learner.needs)
+    parts += [checkpoint.digest(one.streams), checkpoint.digest(hp), str(programs), str(told)]
+    parts += [checkpoint.digest(one.weights), str(stream.task_classes)]
+  return hashlib.sha256('|'.join(parts).encode()).hexdigest()
+
+
+# What else a field has to be set with to mean something, and values that are not found by arithmetic.
+BESIDE: dict[str, dict[str, Any]] = {
+  'data.seed': {'data.examples_per_class': 3},
+  'evaluate': {'validation': 0.25},
+  'base': {'scenario': 'joint'},
+  'task_sizes': {'tasks': 2},
+  'blurry.segments': {'scenario': 'blurry'},
+  'blurry.by': {'scenario': 'blurry', 'tasks': 2},
+  'blurry.width': {'scenario': 'blurry'},
+  'transform.first_plain': {'transform.name': 'permuted'},
+  'transform.pad': {'transform.name': 'permuted'},
+  'transform.degrees': {'transform.name': 'rotated', 'tasks': 2},
+  'optimizer.nesterov': {'optimizer.momentum': 0.9},
+  'cache_features': {'freeze': ('l0/.*',), 'methods': ('ncm',)},
+}
+OTHER: dict[str, Any] = {
+  'seeds': (3,),
+  'evaluate': 'valid',
+  'scenario': 'domain',
+  'base': 'domain',
+  'told': (),
+  'task_sizes': (4, 6),
+  'order': '7',
+  'transform.name': 'permuted',
+  'transform.degrees': (10.0, 90.0),
+  'blurry.by': 'class',
+  'blurry.segments': 2,
+  'iterations': 3,
+  'model.name': 'cnn',
+  'model.sizes': (7,),
+  'model.init': 'torch',
+  'model.activation': 'tanh',
+  'model.mean': (0.3,),
+  'model.std': (0.3,),
+  'methods': ('lwf',),
+  'head': 'seen',
+  'optimizer.name': 'adam',
+  'optimizer.momentum': 0.9,
+  'optimizer.schedule': 'cosine',
+  'optimizer.groups': (('l0/.*', 0.5), ('.*', 1.0)),
+  'freeze': ('l0/.*',),
+  'tasks': 2,
+  'data.examples_per_task': 30,
+  'data.test_per_task': 7,
+}
+# Of the loop or of another data set; tested with those (test_run, test_features, test_configs).
+ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep'}
+ELSEWHERE |= {f'data.{f}' for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out')}
+FIELDS = [f for f in config.flat(config.resolve(RAW)) if f not in ELSEWHERE]
+
+
+@pytest.fixture(scope='module')
+def effects():
+  known: dict[str, str] = {}
+
+  def of(raw: dict[str, Any]) -> str:
+    c = config.resolve(raw)
+    key = config.dumps(c)
+    if key not in known:
+      known[key] = effect(c)
+    return known[key]
+
+  return of
+
+
+def vary(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+  if dotted == 'model.name':
+    return config.override(raw, 'model', {'name': 'cnn', 'channels': (4,), 'sizes': (8,)})
+  return config.override(raw, dotted, value)
+
+
+@pytest.mark.parametrize('dotted', FIELDS)
+def test_every_field_changes_what_is_run(dotted, effects):
+  raw = RAW
+  for name, value in BESIDE.get(dotted, {}).items():
+    raw = config.override(raw, name, value)
+  old = config.flat(config.resolve(raw)).get(dotted)
+  new = OTHER.get(dotted)
+  if new is None:
+    new = (
+      (not old) if isinstance(old, bool) else (old or 0) + (1 if isinstance(old, int) else 0.125)
+    )
+  assert effects(vary(raw, dotted, new)) != effects(raw), f'{dotted}: {old!r} -> {new!r}'
+
+
+ARGUMENTS = {
+  'ewc': {'labels': 'sampled'},
+  'lwf': {'outputs': 'seen', 'task_classes': ((0, 1, 2), (3, 4), (5, 6), (7, 8), (9,))},
+  'er': {'writer': 'class_balanced', 'tasks': 2, 'classes': 11},
+  'agem': {'tasks': 2, 'classes': 11},
+  'packnet': {'weights': '.*', 'head': 'head/w'},
+  'ranpac': {'lam': 1.0},
+  'ncm': {'metric': 'euclidean'},
+  'slda': {},
+}
+WITH = {
+  ('ewc', 'decay'): {'ewc.online': True},
+  ('er', 'tasks'): {'er.writer': 'ring', 'er.capacity': 100},
+  ('er', 'classes'): {'er.writer': 'ring'},
+  ('lwf', 'task_classes'): {'lwf.outputs': 'heads'},
+}
+
+
+@pytest.mark.parametrize('method', ARGUMENTS)
+def test_every_argument_of_a_method_changes_what_is_run(method, effects):
+  needs_tasks = method in ('packnet', 'lwf')
+  base = {**RAW, 'methods': (method,), 'scenario': 'task' if needs_tasks else 'class'}
+  base |= {'head': 'task'} if needs_tasks else {}
+  for name, old in config.resolve(base)[method].items():
+    if (method, name) in (('ncm', 'classes'), ('slda', 'classes'), ('ranpac', 'classes')):
+      continue  # they must be the stream's
+    raw = base
+    for dotted, value in WITH.get((method, name), {}).items():
+      raw = config.override(raw, dotted, value)
+    new = ARGUMENTS[method].get(name)
+    if new is None:
+      if name == 'prune_after':
+        new = 4
+      elif isinstance(old, bool):
+        new = not old
+      elif isinstance(old, float) or name == 'gate':
+        new = 0.625 * (old or 1.0)
+      else:
+        new = old + 1
+    changed = config.override(raw, f'{method}.{name}', new)
+    assert effects(changed) != effects(raw), f'{method}.{name}: {old!r} -> {new!r}'
+
+
+@pytest.mark.parametrize('scenario', ['task', 'class', 'domain'])
+@pytest.mark.parametrize('schedule', ['', 'joint', 'cumulative', 'online', 'blurry'])
+def test_every_scenario_from_every_base(scenario, schedule):
+  fields = {'scenario': schedule or scenario, 'base': scenario if schedule else ''}
+  (stream,) = streams(resolved(**fields), None)
+  assert stream.scenario == fields['scenario'] and stream.tasks == 5
+  assert stream.classes == (2 if scenario == 'domain' else 10)
+  assert len(stream.index) == {'joint': 1}.get(schedule, 5)
+  expected = {'task': {'task_train', 'task_test', 'boundary'}}.get(
+    scenario, {'task_train', 'boundary'}
+  )
+  assert set(stream.told) == (set() if schedule in ('online', 'blurry') else expected)
+
+
+def test_class_orders_of_seeds_give_one_program():
+  """Tasks have the same labels whatever their order, so the seeds are one mapped program."""
+  one = setup(seeds=(0, 1, 2), order='seed', scenario='task', head='task', methods=('lwf',))
+  assert one.seeds == (0, 1, 2) and len(one.streams) == 3
+  assert {s.task_classes for s in one.streams} == {((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))}
+  firsts = [np.asarray(s.y)[np.unique(s.ends[0][s.ends[0] >= 0])] for s in one.streams]
+  assert all(set(y.tolist()) == {0, 1} for y in firsts)
+  assert not np.array_equal(one.streams[0].y, one.streams[1].y)
+
+
+def test_seeds_share_what_is_the_same():
+  one = setup(seeds=(0, 1))
+  a, b = one.streams
+  assert a.x is b.x and a.y is b.y and a.test.x is b.test.x
+  assert not np.array_equal(a.index, b.index)
+
+
+def test_a_number_as_order_is_the_same_for_every_seed():
+  a, b = setup(seeds=(0, 1), order='4').streams
+  c, _ = setup(seeds=(4, 1), order='seed').streams
+  assert a.y is b.y and np.array_equal(a.y, c.y)
+  assert not np.array_equal(a.y, setup().streams[0].y)
+
+
+def test_tasks_must_divide_the_classes_and_data_must_be_there():
+  for raw, message in (
+    ({'tasks': 3}, r'does not divide the 10 classes.*config\.task_sizes'),
+    ({'tasks': 11}, 'has 10 classes only'),
+    ({'task_sizes': (5, 4), 'tasks': 2}, 'sum to 10'),
+    ({'dataset': 'fashion_mnist_smal'}, 'fashion_mnist_small'),
+    ({'data': {'length': 4}}, r'config\.data\.length does not apply'),
+    ({'data': {'train': 'train[:50%]'}}, r'config\.data\.train does not apply'),
+    ({'dataset': 'clinc150'}, r'set config\.data\.tokenizer'),
+    (
+      {'methods': ('er',), 'er': {'capacity': 5, 'writer': 'ring'}},
+      r'config\.er: ring memory of 5',
+    ),
+    ({'methods': ('er',), 'er': {'writer': 'rung'}}, r"config\.er: no memory writer 'rung'"),
+    ({'methods': ('hat',)}, 'needs task_test'),
+    ({'head': 'task'}, 'needs task_test'),
+    ({'methods': ('ewc',), 'scenario': 'blurry'}, 'needs boundary'),
+    ({'methods': ('seen_head',), 'head': 'seen'}, r"config\.head='seen' adds 'seen_head'"),
+    ({'freeze': ('backbone/.*',)}, r"config\.freeze: pattern 'backbone/\.\*' matches no parameter"),
+    ({'optimizer': {'groups': (('l0/.*', 1.0),)}}, r'config\.optimizer\.groups: no pattern covers'),
+    ({'model': {'name': 'cnn', 'channels': (4,) * 9, 'sizes': (8,)}}, 'too small|halved'),
+    ({'model': {'name': 'mlp', 'activation': 'rely'}}, r"jax\.nn has no 'rely'"),
+  ):
+    with pytest.raises(UserError, match=message) as caught:
+      build.prepare(config.resolve({**RAW, **raw}))
+    assert '\n' not in str(caught.value)
+
+
+def test_what_the_stream_knows_is_filled_in():
+  """A ring keeps tasks apart where they share their labels; PackNet prunes after two thirds."""
+  raw = {'methods': ('er',), 'er': {'capacity': 100, 'writer': 'ring', 'draw': 5}}
+  for scenario, groups in (('class', 10), ('domain', 10)):
+    one = setup(scenario=scenario, **raw)
+    hp = build.hyper(one.config, one.streams[0])
+    learner = one.build(hp, one.weights)
+    state = jax.eval_shape(learner.init, jax.random.key(0), build.example(one.streams[0]))
+    assert state.method['er'].aux.shape == (groups,), scenario
+  one = setup(scenario='task', head='task', methods=('packnet', 'hat'), epochs=3)
+  stream = one.streams[0]
+  assert stream.index.shape[1] == 15
+  assert known(methods.find('packnet'), one.config['packnet'], stream, one.config) == {
+    'prune_after': 10
+  }
+  assert known(methods.find('hat'), one.config['hat'], stream, one.config) == {
+    'tasks': 5,
+    'steps_per_epoch': 5,
+  }
+  assert known(methods.find('er'), {'tasks': 4, 'classes': 3}, stream, one.config) == {}
+
+
+def test_the_head_comes_last_and_a_gate_of_zero_is_absence():
+  one = setup(methods=('ewc',), head='seen', ewc={'gate': 0.0, 'coef': 5.0})
+  hp = build.hyper(one.config, one.streams[0])
+  assert hp['methods']['ewc'] == {'gate': 0.0, 'coef': 5.0, 'decay': 1.0}
+  batch = build.example(one.streams[0])
+  plain = setup(head='seen')
+  states = []
+  for s in (one, plain):
+    learner = s.build(build.hyper(s.config, s.streams[0]), s.weights)
+    state = jax.jit(learner.init)(jax.random.key(0), batch)
+    states.append(jax.jit(learner.step)(state, batch)[0])
+  assert list(states[0].method) == ['ewc', 'seen_head']
+  assert checkpoint.digest(states[0].params) == checkpoint.digest(states[1].params)
+
+
+# --- the optimiser ----------------------------------------------------------------------------------
+
+
+def make(**options):
+  c = resolved(optimizer=options)
+  hp = build.hyper(c, streams(c, None)[0])
+  return (*optimizer.make(c, hp), hp)
+
+
+PARAMS = {'l0': {'w': jnp.ones(2)}, 'head': {'w': jnp.ones(2)}}
+GRADS = {'l0': {'w': jnp.full(2, 0.5)}, 'head': {'w': jnp.full(2, 0.5)}}
+
+
+def test_groups_scale_the_rate_like_an_optimiser_of_their_own():
+  groups = (('l0/.*', 0.1), ('.*', 1.0))
+  tx, _, _ = make(name='adamw', lr=0.1, weight_decay=0.1, groups=groups)
+  ours, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+  each = {'l0': optax.adamw(0.01, weight_decay=0.1), 'head': optax.adamw(0.1, weight_decay=0.1)}
+  split = optax.multi_transform(each, {'l0': {'w': 'l0'}, 'head': {'w': 'head'}})
+  theirs, _ = split.update(GRADS, split.init(PARAMS), PARAMS)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)  # 1 - b2 of a traced float32
+
+
+def test_weight_decay_is_added_to_the_gradient_where_the_optimiser_has_none():
+  tx, _, _ = make(name='sgd', lr=0.1, weight_decay=0.25)
+  updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(updates['l0']['w'], -0.1 * (0.5 + 0.25), rtol=1e-6)
+
+
+def test_momentum_of_zero_keeps_no_state():
+  tx, _, hp = make(name='sgd', lr=0.1, momentum=0.0)
+  assert not jax.tree.leaves(tx.init(PARAMS)) and set(hp['optimizer']) == {'lr'}
+  tx, _, hp = make(name='sgd', lr=0.1, momentum=0.9)
+  assert len(jax.tree.leaves(tx.init(PARAMS))) == 2 and hp['optimizer']['momentum'] == np.float32(
+    0.9
+  )
+
+
+def test_cosine_falls_to_zero_within_every_leg_and_goes_on_after_a_reset():
+  tx, reset, hp = make(name='sgd', lr=1.0, momentum=0.9, schedule='cosine', reset=True)
+  factor = optimizer.cosine(hp['legs'])
+  n = int(hp['legs'][1])
+  values = [float(factor(i)) for i in range(2 * n)]
+  expected = [0.5 * (1 + np.cos(np.pi * (i % n) / n)) for i in range(2 * n)]
+  np.testing.assert_allclose(values, expected, atol=1e-6)
+  state = tx.init(PARAMS)
+  for _ in range(3):
+    _, state = tx.update(GRADS, state, PARAMS)
+  assert reset is not None
+  again = reset(state, PARAMS)
+  assert all(not np.any(a) for a in jax.tree.leaves(again[0]))
+  assert jax.tree.leaves(again[1]) == jax.tree.leaves(state[1]) == [3]
+
+
+def test_what_is_frozen_is_shared_and_not_in_the_state():
+  one = setup(freeze=('l0/.*',), methods=('ewc',))
+  learner = one.build(build.hyper(one.config, one.streams[0]), one.weights)
+  state = jax.eval_shape(learner.init, jax.random.key(5), build.example(one.streams[0]))
+  assert set(paths(one.frozen)) == {'l0/w', 'l0/b'} == set(paths(one.weights['frozen']))
+  assert set(paths(state.params)) == {'head/w', 'head/b'}

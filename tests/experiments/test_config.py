@@ -1,0 +1,171 @@
+"""Configurations: completed from signatures, checked, and nothing in them is without effect."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+
+import pytest
+
+from cl_jax import methods
+from cl_jax.errors import UserError
+from configs import common
+from experiments import config
+
+
+def resolve(**raw):
+  return config.resolve(raw)
+
+
+def test_every_field_has_a_comment():
+  """A comment stands before every field, or before the first of a few that belong together."""
+  source = inspect.getsource(common.defaults).splitlines()
+  explained, described = False, 0
+  for line in source:
+    text = line.strip()
+    if text.startswith('#'):
+      explained = True
+    elif text.endswith('{'):
+      explained = False  # the fields inside speak for themselves
+    elif re.match(r"'(\w+)': ", text):
+      described += explained
+      assert explained, text
+    elif text.startswith('}'):
+      explained = False
+  assert described > 40
+
+
+def test_defaults_are_complete_and_survive_json():
+  resolved = resolve()
+  assert resolved['tasks'] == 5 and resolved['model']['sizes'] == (256, 256)
+  again = config.resolve(config.tuples(json.loads(config.dumps(resolved))))
+  assert again == resolved and config.sha256(again) == config.sha256(resolved)
+
+
+@pytest.mark.parametrize('name', [n for n in methods.names()])
+def test_every_argument_of_every_method_is_a_field(name):
+  """Whatever a factory takes can be overridden, with the factory's own default."""
+  own = resolve(methods=(name,))[name]
+  for argument, p in inspect.signature(methods.find(name)).parameters.items():
+    assert argument in own, argument
+    if argument not in config.KNOWN:
+      assert own[argument] == (None if p.default is p.empty else p.default)
+
+
+def test_arguments_of_model_and_optimiser_are_fields():
+  resolved = resolve(optimizer={'name': 'adamw', 'lr': 1e-3}, model={'name': 'bert'})
+  assert resolved['optimizer'] | {'b1': 0.9, 'weight_decay': 1e-4} == resolved['optimizer']
+  assert resolved['model']['config']['depth'] == 6 and resolved['model']['pool'] == 'mean'
+  assert 'momentum' in resolve()['optimizer']
+
+
+@pytest.mark.parametrize(
+  ('raw', 'message'),
+  [
+    ({'optimiser': {}}, r'no field config\.optimiser: did you mean config\.optimizer\?'),
+    ({'optimizer': {'rl': 1.0}}, r'did you mean config\.optimizer\.lr\?'),
+    ({'lr': 1.0}, r'did you mean .*config\.optimizer\.lr'),
+    ({'ewc': {'coef': 1.0}}, r"config\.ewc belongs to a method that is not used: add 'ewc'"),
+    ({'methods': ('er',), 'er': {'capacty': 3}}, r'did you mean config\.er\.capacity\?'),
+    ({'methods': ('ewcc',)}, r"no method 'ewcc': did you mean ewc\?"),
+    ({'methods': ('er', 'er')}, 'must be different names'),
+    ({'methods': 'er'}, r'config\.methods must be of type tuple'),
+    ({'model': {'name': 'mpl'}}, r"no model 'mpl': did you mean mlp\?"),
+    ({'model': {'name': 'layers'}}, "no model 'layers'"),
+    ({'optimizer': {'name': 'adm'}}, r"no optimiser 'adm': did you mean adam\?"),
+    ({'optimizer': {'name': 'chain'}}, "no optimiser 'chain'"),
+    ({'seeds': [0, 1]}, r'config\.seeds is a list.*write a tuple, \(0, 1\)'),
+    ({'seeds': ()}, r'config\.seeds must be different whole numbers'),
+    ({'seeds': (1, 1)}, r'config\.seeds must be different whole numbers'),
+    ({'optimizer': {'lr': float('nan')}}, r'config\.optimizer\.lr is nan: give a finite number'),
+    ({'optimizer': {'lr': float('inf')}}, r'config\.optimizer\.lr is inf'),
+    ({'optimizer': {'lr': -0.1}}, r'config\.optimizer\.lr must be greater than 0'),
+    ({'optimizer': {'lr': 0}}, r'config\.optimizer\.lr must be greater than 0'),
+    ({'optimizer': {'momentum': 1.0}}, r'config\.optimizer\.momentum must lie in \[0, 1\)'),
+    ({'optimizer': {'groups': (('l0', -1.0),)}}, r'config\.optimizer\.groups must be'),
+    ({'transform': {'name': 'rotated', 'degrees': (0.0, float('nan'))}}, 'degrees is nan'),
+    ({'tasks': 0}, r'config\.tasks must be at least 1; got 0'),
+    ({'tasks': None}, r'config\.tasks must be given'),
+    ({'batch': 2.5}, r'config\.batch must be of type int; got 2\.5'),
+    ({'batch': True}, r'config\.batch must be of type int; got True'),
+    ({'batch': None}, r'config\.batch cannot be None'),
+    ({'validation': 1.0}, r'config\.validation must lie in \[0, 1\)'),
+    ({'evaluate': 'valid'}, r'needs config\.validation'),
+    ({'scenario': 'blury'}, r"config\.scenario must be one of 'task', 'class'"),
+    ({'base': 'task'}, r'config\.base says what joint.*leave it empty'),
+    ({'epochs': 3, 'iterations': 10}, 'leave that at 1'),
+    ({'scenario': 'online', 'epochs': 2}, 'single pass'),
+    ({'scenario': 'blurry', 'iterations': 5}, 'counted in epochs'),
+    ({'blurry': {'width': 0.1}}, r"applies to config\.scenario='blurry' only"),
+    ({'transform': {'pad': 2}}, r"applies to config\.transform\.name='permuted' only"),
+    ({'transform': {'name': 'rotated', 'degrees': (0.0, 90.0)}}, r'2 angles for config\.tasks=5'),
+    ({'transform': {'name': 'permuted'}, 'task_sizes': (5, 5), 'tasks': 2}, 'the whole dataset'),
+    ({'order': 'random'}, r"config\.order must be 'fixed', 'seed' or a whole number"),
+    ({'task_sizes': (4, 3, 3)}, 'has 3 tasks and config.tasks is 5'),
+    ({'by': 'domain'}, 'by domain every domain is a task'),
+    ({'model': {'sizes': (8, 0)}}, r'config\.model\.sizes must be positive'),
+    ({'model': {'init': float('nan')}}, r'config\.model\.init is nan'),
+    ({'methods': ('er',), 'er': {'capacity': 0}}, r'config\.er\.capacity must be at least 1'),
+    ({'methods': ('er',), 'er': {'coef': -1.0}}, r'config\.er\.coef must be at least 0'),
+    ({'methods': ('packnet',), 'packnet': {'prune': 1.0}}, r'must lie in \(0, 1\)'),
+    ({'methods': ('lwf',), 'lwf': {'temperature': 0.0}}, r'temperature must be greater than 0'),
+    ({'cache_features': True}, r'set config\.freeze'),
+    ({'optimizer': {'reset': True}, 'told': ()}, r'config\.told does not tell'),
+  ],
+)
+def test_mistakes_name_the_field_and_what_to_do(raw, message):
+  with pytest.raises(UserError, match=message) as caught:
+    config.resolve(raw)
+  assert '\n' not in str(caught.value)
+
+
+def test_numbers_become_what_the_field_holds():
+  resolved = resolve(optimizer={'lr': 1}, model={'name': 'mlp', 'init': '0.5'})
+  assert resolved['optimizer']['lr'] == 1.0 and isinstance(resolved['optimizer']['lr'], float)
+  assert resolved['model']['init'] == 0.5
+  assert resolve(model={'name': 'mlp', 'init': 'torch'})['model']['init'] == 'torch'
+
+
+def test_another_choice_drops_the_arguments_of_the_old_one():
+  raw = {
+    'methods': ('ewc',),
+    'ewc': {'coef': 3.0},
+    'model': {'name': 'mlp', 'sizes': (4,)},
+    'optimizer': {'name': 'adam', 'b1': 0.5, 'lr': 0.01},
+  }
+  for dotted, value in (
+    ('methods', ('er',)),
+    ('model.name', 'resnet'),
+    ('optimizer.name', 'sgd'),
+  ):
+    raw = config.override(raw, dotted, value)
+  resolved = config.resolve(raw)
+  assert 'ewc' not in resolved and resolved['er']['capacity'] == 500
+  assert 'sizes' not in resolved['model'] and resolved['optimizer']['lr'] == 0.01
+
+
+def test_difference_names_the_fields():
+  a, b = resolve(), resolve(batch=3, optimizer={'lr': 0.5})
+  assert config.difference(a, b) == ['batch: 128 / 3', 'optimizer.lr: 0.1 / 0.5']
+  assert config.difference(a, json.loads(config.dumps(a))) == []
+
+
+def test_configuration_files_that_cannot_be_used(tmp_path):
+  for text, message in (
+    ('def get_config(:', 'cannot be read'),
+    ('x = 1', 'no function get_config'),
+    ('def get_config(arg=""):\n  return 3', 'must return a dict'),
+  ):
+    path = tmp_path / 'c.py'
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+      config.load(str(path))
+  with pytest.raises(UserError, match=r'no file .*cc\.py; did you mean .*c\.py'):
+    config.load(str(tmp_path / 'cc.py'))
+  (tmp_path / 'c.json').write_text('{')
+  with pytest.raises(UserError, match='is not JSON'):
+    config.load(str(tmp_path / 'c.json'))
+  (tmp_path / 'c.txt').write_text('')
+  with pytest.raises(UserError, match=r'neither \.py nor \.json'):
+    config.load(str(tmp_path / 'c.txt'))

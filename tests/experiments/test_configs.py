@@ -1,0 +1,114 @@
+"""The configurations that ship: each resolves as its docstring says, and its data becomes a stream."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from cl_jax import methods
+from experiments import config, options
+from experiments.streams import streams
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+NAMES = [
+  'split_mnist',
+  'permuted_mnist',
+  'rotated_mnist',
+  'split_fashion',
+  'split_cifar10',
+  'blurry_fashion',
+  'clinc150',
+]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_commands_of_the_docstring_are_valid(name):
+  text = ast.get_docstring(ast.parse((CONFIGS / f'{name}.py').read_text())) or ''
+  found = re.findall(r'python -m experiments\.run ((?:[^\n\\]|\\\n)+)', text)
+  assert found
+  for command in found:
+    argv = command.replace('\\\n', ' ').split()
+    argv = [w.replace('--config=', f'--config={CONFIGS.parent}/', 1) for w in argv]
+    parsed = options.parse(argv, 'experiments.run', '')
+    assert parsed.config['name'] == name and len(parsed.config['seeds']) >= 3
+    assert str(parsed.workdir).startswith(f'runs/{name}/')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_word_that_fits_gives_a_configuration(name):
+  for method in ('naive', 'er', 'ewc', 'lwf', 'agem'):
+    raw = config.load(f'{CONFIGS / name}.py:{method}')
+    assert config.resolve(raw)['methods'] == (() if method == 'naive' else (method,))
+  if name.startswith('split'):
+    for scenario in ('task', 'class', 'domain'):
+      for words in (scenario, f'{scenario},joint', f'cumulative,{scenario},er'):
+        resolved = config.resolve(config.load(f'{CONFIGS / name}.py:{words}'))
+        assert scenario in (resolved['scenario'], resolved['base'])
+        assert resolved['head'] == {'task': 'task', 'class': 'seen', 'domain': 'all'}[scenario]
+
+
+def test_every_method_finds_its_configuration():
+  for method in methods.names():
+    if not method.endswith('_head'):
+      words = f'task,{method}'
+      resolved = config.resolve(config.load(f'{CONFIGS / "split_fashion"}.py:{words}'))
+      assert method in resolved
+
+
+@pytest.mark.parametrize('name', ['split_fashion', 'blurry_fashion'])
+def test_streams_of_the_data_that_ships(name):
+  resolved = config.resolve(config.load(f'{CONFIGS / name}.py'))
+  found = streams(resolved, None)
+  assert len(found) == 5 and found[0].tasks == resolved['tasks']
+
+
+@pytest.mark.parametrize(
+  'name', ['split_mnist', 'permuted_mnist', 'rotated_mnist', 'split_cifar10']
+)
+def test_streams_of_the_data_that_is_looked_up(name, data_dir):
+  raw = config.load(f'{CONFIGS / name}.py')
+  raw = config.override(raw, 'seeds', (0, 1))
+  raw = config.override(raw, 'data.test_per_task', 100)
+  one, other = streams(config.resolve(raw), data_dir)
+  assert one.x is other.x and one.tasks == raw['tasks']
+  if name != 'rotated_mnist':
+    assert (one.y != other.y).any() or (one.views != other.views).any()
+
+
+def test_options_of_prepared_data_sets(data_dir):
+  """`train`, `test`, `domain` and `hold_out` reach the reader: alphabets of Omniglot as domains."""
+  raw = {
+    'dataset': 'omniglot',
+    'data': {'train': 'small1', 'hold_out': 0.25, 'domain': 'alphabet', 'seed': 1},
+    'by': 'domain',
+    'tasks': None,
+    'model': {'name': 'mlp', 'sizes': (8,)},
+  }
+  (stream,) = streams(config.resolve(raw), data_dir)
+  assert stream.tasks == 5 and stream.classes == 136
+  assert len(stream.y) == 2720 * 3 // 4 and stream.test.w.sum() == 2720 // 4
+  (other,) = streams(config.resolve(config.override(raw, 'data.seed', 2)), data_dir)
+  assert (other.y != stream.y).any() or (other.x != stream.x).any()
+  (less,) = streams(config.resolve(config.override(raw, 'data.train', 'small1[:50%]')), data_dir)
+  assert len(less.y) < len(stream.y)
+
+
+def test_text_options_reach_the_tokenizer():
+  from cl_jax.errors import UserError
+  from cl_jax.models import pretrained
+
+  try:
+    files = pretrained.find('all-MiniLM-L6-v2')
+  except UserError as error:
+    pytest.skip(str(error))
+  raw = {
+    'dataset': 'clinc150',
+    'data': {'length': 12, 'tokenizer': str(files.tokenizer), 'examples_per_class': 2},
+    'tasks': 10,
+    'model': {'name': 'bert'},
+  }
+  (stream,) = streams(config.resolve(raw), None)
+  assert stream.x['tokens'].shape == (300, 12)

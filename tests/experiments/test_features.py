@@ -1,0 +1,139 @@
+"""Cached features: the same numbers as the network's, computed once, and refused where they would move."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cl_jax.errors import UserError
+from cl_jax.models import pretrained
+from experiments import build, config, features, run
+from tests.experiments.conftest import lines
+
+FROZEN = {
+  'data': {'examples_per_class': 20, 'test_per_task': 15, 'test_batch': 10},
+  'batch': 10,
+  'ends_batch': 40,
+  'model': {'name': 'mlp', 'sizes': (16, 12)},
+  'freeze': ('l.*',),
+  'cache_features': True,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('CL_JAX_CACHE', str(tmp_path / 'cache'))
+
+
+def setup(**raw) -> tuple[build.Setup, list[str]]:
+  said: list[str] = []
+  (one,) = build.prepare(config.resolve({**FROZEN, **raw}), None, said.append)
+  return one, said
+
+
+def test_features_are_those_of_the_network_and_are_computed_once():
+  one, said = setup(methods=('slda',), seeds=(0, 1))
+  plain, _ = setup(methods=('slda',), cache_features=False)
+  model = plain.model(plain.weights)
+  params, _ = model.init(jax.random.key(0), build.example(plain.streams[0]))
+  inside = {**params, **plain.weights['frozen']}
+  wanted = model.apply(inside, features.batch_of(plain.streams[0].x)).features
+  np.testing.assert_allclose(one.streams[0].x, wanted, atol=1e-5)
+  test = plain.streams[0].test
+  flat = test.x.reshape(-1, *test.x.shape[3:])
+  wanted = model.apply(inside, features.batch_of(flat)).features.reshape(*test.y.shape, -1)
+  real = test.w > 0
+  np.testing.assert_allclose(one.streams[0].test.x[real], np.asarray(wanted)[real], atol=1e-5)
+  assert not one.streams[0].test.x[~real].any() and (~real).any()
+  assert one.streams[0].x is one.streams[1].x and one.streams[0].test.x is one.streams[1].test.x
+  assert sum('training data' in line for line in said) >= 1
+  again, said = setup(methods=('slda',))
+  assert said == [] and np.array_equal(again.streams[0].x, one.streams[0].x)
+  other, said = setup(methods=('slda',), model={'name': 'mlp', 'sizes': (16, 11)})
+  assert said and other.streams[0].x.shape[1] == 11
+
+
+@pytest.mark.parametrize('method', ['slda', 'ncm'])
+def test_a_closed_form_method_gives_the_same_with_and_without(call, tmp_path, method):
+  for name, cache in (('with', True), ('without', False)):
+    c = config.resolve({**FROZEN, 'methods': (method,), 'cache_features': cache, 'seeds': (0,)})
+    path = tmp_path / f'{name}.json'
+    path.write_text(json.dumps(c))
+    assert call(run.main, f'--config={path}', f'--workdir={tmp_path / name}').code == 0
+  (one,), (other,) = lines(tmp_path / 'with'), lines(tmp_path / 'without')
+  np.testing.assert_allclose(one['R'], other['R'], atol=0.07)  # one of 15 may fall the other way
+  assert one['state_bytes']['frozen'] == other['state_bytes']['frozen'] > 50_000
+  assert one['acc'] > 0.3 and one['model'] == 'mlp'
+
+
+def test_without_a_closed_form_method_a_linear_head_learns():
+  one, _ = setup(methods=('er',), er={'capacity': 20, 'draw': 5})
+  learner = one.build(build.hyper(one.config, one.streams[0]), one.weights)
+  state = jax.eval_shape(learner.init, jax.random.key(0), build.example(one.streams[0]))
+  assert jax.tree.map(lambda a: a.shape, state.params) == {'head': {'w': (12, 10), 'b': (10,)}}
+  assert state.method['er'].rows.x.shape == (21, 12)
+
+
+@pytest.mark.parametrize(
+  ('raw', 'message'),
+  [
+    ({'freeze': ('l0/.*',)}, r'l1/b is not frozen'),
+    ({'methods': ('lora',), 'lora': {'targets': 'l./w'}}, 'changes the network below its head'),
+    ({'methods': ('hat',), 'scenario': 'task'}, 'hat needs one gated activation'),
+    ({'transform': {'name': 'permuted'}}, 'features of their own per task'),
+    (
+      {'freeze': ('s.*',), 'model': {'name': 'resnet', 'width': 2, 'blocks': (1,)}},
+      'mean',
+    ),
+  ],
+)
+def test_what_would_move_the_features_is_refused(raw, message):
+  with pytest.raises(UserError, match=message):
+    setup(**raw)
+
+
+def test_features_that_are_not_finite_are_refused():
+  x = np.zeros((5, 3), np.float32)
+  x[3] = np.inf
+  with pytest.raises(UserError, match='NaN or infinity in row 3'):
+    features.extract(lambda v, x: x, None, x, 'the data', lambda line: None)
+
+
+def test_sentences_are_cut_to_what_they_need():
+  shapes = []
+
+  def compute(variables, x):
+    shapes.append(x['tokens'].shape)
+    return (x['tokens'] * x['mask']).sum(-1, keepdims=True)
+
+  lengths = np.arange(300) % 30 + 1
+  mask = np.arange(32) < lengths[:, None]
+  tokens = np.random.default_rng(0).integers(1, 9, (300, 32)).astype(np.int32)
+  found = features.extract(compute, None, {'tokens': tokens, 'mask': mask}, '', lambda line: None)
+  np.testing.assert_array_equal(found[:, 0], (tokens * mask).sum(-1))
+  assert {s[0] for s in shapes} == {features.BATCH} and min(s[1] for s in shapes) < 32
+
+
+def test_minilm_features_of_clinc150_are_learnt_by_slda(call, tmp_path):
+  """The pretrained path, end to end on a few sentences: weights, tokenizer, features, results."""
+  try:
+    pretrained.find('all-MiniLM-L6-v2')
+  except UserError as error:
+    pytest.skip(str(error))
+  done = call(
+    run.main,
+    '--config=configs/clinc150.py:slda',
+    f'--workdir={tmp_path / "w"}',
+    '--config.seeds=0,1',
+    '--config.data.examples_per_class=3',
+    '--config.data.test_per_task=15',
+    '--config.data.length=16',
+  )
+  assert done.code == 0, done.err
+  found = lines(tmp_path / 'w')
+  assert len(found) == 2 and found[0]['tasks'] == 10 and found[0]['R'] != found[1]['R']
+  assert all(line['acc'] > 0.5 for line in found)
+  assert found[0]['state_bytes']['frozen'] > 80e6
