@@ -129,6 +129,8 @@ def learn(learner: Learner, state: State, stream: Stream, t: Array, every: int):
 
   pieces = S // every
   state, (loss, curve) = jax.lax.scan(piece, state, jnp.arange(pieces) * every)
+  if S == pieces * every:
+    return state, loss.reshape(-1), curve
   state, rest = ahead(state, pieces * every, S - pieces * every)
   return state, jnp.concatenate([loss.reshape(-1), rest]), curve
 
