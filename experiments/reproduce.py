@@ -22,11 +22,11 @@ import jax
 import numpy as np
 
 from cl_jax import metrics
-from cl_jax.errors import UserError
+from cl_jax.errors import Fault, UserError
 from cl_jax.loop import run
 from cl_jax.streams.take import put
 from cl_jax.sweep import MAPPED, map_runs, stack_streams
-from experiments.published import split_mnist, tiny_memories
+from experiments.published import permuted_mnist, split_mnist, tiny_memories
 from experiments.published.table import Row
 
 COLUMNS = (
@@ -55,7 +55,7 @@ def learn(row: Row, seeds: list[int], data_dir: Path) -> list[dict]:
   results = []
   for i, seed in enumerate(seeds):
     if not np.isfinite(R[i]).all() or not np.isfinite(loss[i]).all():
-      raise UserError(f'{row.name}: seed {seed} gave a loss that is not finite')
+      raise Fault(f'{row.name}: seed {seed} gave a loss that is not finite; nothing was stored')
     results.append(
       {
         'row': row.name,
@@ -123,7 +123,7 @@ def write_csv(path: Path, lines: list[dict]) -> None:
 
 
 def all_rows() -> list[Row]:
-  return [*split_mnist.rows(), *tiny_memories.rows()]
+  return [*split_mnist.rows(), *tiny_memories.rows(), *permuted_mnist.rows()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,13 +142,15 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except Fault as fault:
+    print(f'stopped: {fault}', file=sys.stderr)
+    return 3
   except KeyboardInterrupt:
     print('stopped; the same command goes on with the next row', file=sys.stderr)
     return 130
 
 
 def reproduce(args) -> int:
-  jax.config.update('jax_num_cpu_devices', os.cpu_count() or 1)
   everything = all_rows()
   pattern = args.only if any(c in args.only for c in '*?[') else f'*{args.only}*'
   rows = [r for r in everything if fnmatch.fnmatch(r.name, pattern)]
@@ -191,4 +193,5 @@ def reproduce(args) -> int:
 
 
 if __name__ == '__main__':
+  jax.config.update('jax_num_cpu_devices', os.cpu_count() or 1)  # before jax looks for devices
   sys.exit(main())

@@ -1,0 +1,122 @@
+"""`python -m experiments.reproduce`: rows resume, the table is drawn from the stored lines alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cl_jax.learner import learner
+from cl_jax.models.mlp import mlp
+from experiments import reproduce
+from experiments.published import permuted_mnist, split_mnist, tiny_memories
+from experiments.published.table import Figure, Row, seen_once
+
+
+@pytest.fixture
+def rows(toy_stream, monkeypatch):
+  build = lambda hp, w: learner(mlp((8,), 6), optax.sgd(0.05))  # noqa: E731
+  made = []
+
+  def stream(seed, data_dir):
+    made.append(seed)
+    return toy_stream
+
+  def row(method, slow=False):
+    figures = (Figure('acc', 50.0, 1.0), Figure('forgetting', None, None, 1.0))
+    return Row('toy', 'toys', 'task', method, 'small', stream, build, figures, 'a note', slow)
+
+  found = [row('naive'), row('again'), row('heavy', slow=True)]
+  monkeypatch.setattr(reproduce, 'all_rows', lambda: found)
+  return made
+
+
+def table(out):
+  with (out / 'published.csv').open(newline='') as f:
+    return list(csv.DictReader(f))
+
+
+def test_rows_resume_and_the_table_shows_what_is_missing(rows, tmp_path, capsys):
+  assert reproduce.main(['--only=naive', '--seeds=2', f'--out={tmp_path}']) == 0
+  assert rows == [0, 1]
+  lines = [json.loads(x) for x in (tmp_path / 'published/toy.jsonl').read_text().splitlines()]
+  assert [x['seed'] for x in lines] == [0, 1] and np.shape(lines[0]['R']) == (3, 3)
+  acc = [100 * np.mean(x['R'][-1]) for x in lines]
+  naive, forgetting, again, *_ = table(tmp_path)
+  assert list(naive) == list(reproduce.COLUMNS)
+  assert naive['ours'] == f'{np.mean(acc):.1f}' and naive['published'] == '50.0'
+  assert naive['seeds'] == '2' and float(naive['ours_ci95']) >= 0
+  assert forgetting['published'] == '' and float(forgetting['ours']) > 0
+  assert again['ours'] == '' and again['note'] == 'a note; not run'
+
+  del rows[:]
+  assert reproduce.main(['--only=naive', '--seeds=3', f'--out={tmp_path}']) == 0
+  assert rows == [2]  # the other seeds are there already
+  assert table(tmp_path)[0]['seeds'] == '3'
+
+  with (tmp_path / 'published/toy.jsonl').open('a') as f:
+    f.write('{"row": "toy/task/naive')  # a process that was killed while it wrote
+  del rows[:]
+  assert reproduce.main(['--only=naive', '--seeds=3', f'--out={tmp_path}']) == 0
+  assert rows == [] and 'incomplete line' in capsys.readouterr().err
+
+
+def test_heavy_rows_are_left_out_unless_named(rows, tmp_path, capsys):
+  assert reproduce.main(['--only=toy*', '--seeds=1', f'--out={tmp_path}']) == 0
+  assert 'it takes hours' in capsys.readouterr().out
+  assert [r['seeds'] for r in table(tmp_path)] == ['1', '1', '1', '1', '0', '0']
+  assert reproduce.main(['--list']) == 0
+  assert 'toy/task/heavy/small: 0 seeds done, slow' in capsys.readouterr().out
+
+
+def test_a_pattern_without_a_row(rows, tmp_path, capsys):
+  assert reproduce.main(['--only=nothing', f'--out={tmp_path}']) == 2
+  assert 'matches no row' in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops(rows, tmp_path, monkeypatch, capsys):
+  build = lambda hp, w: learner(mlp((8,), 6), optax.sgd(1e30))  # noqa: E731
+  found = [row._replace(build=build) for row in reproduce.all_rows()]
+  monkeypatch.setattr(reproduce, 'all_rows', lambda: found)
+  assert reproduce.main(['--only=naive', '--seeds=1', f'--out={tmp_path}']) == 3
+  assert 'not finite' in capsys.readouterr().err
+  assert not (tmp_path / 'published/toy.jsonl').exists()
+
+
+def test_protocols_on_real_mnist(data_dir):
+  """What the tables rest on: sizes, tasks, labels, 1,000 distinct examples, one device program traces."""
+  stream = split_mnist.stream_of('domain')(1, data_dir)
+  assert stream.index.shape == (5, 2000, 128) and stream.classes == 2 and stream.tasks == 5
+  pairs = [split_mnist.stream_of('class')(s, data_dir).task_names for s in (1, 2)]
+  assert pairs[0] != pairs[1]  # another order of the digits for every seed
+  tiny = tiny_memories.stream(0, data_dir)
+  tiny_memories.check(tiny)
+  assert tiny.index.shape == (17, 100, 10) and tiny.test.y.size == 170_000
+  assert np.array_equal(np.sort(tiny.ends.reshape(17, -1)), np.sort(tiny.index.reshape(17, -1)))
+  assert len(np.unique(tiny.index)) > 10_000  # tasks draw their own examples
+  for row in (*split_mnist.rows()[:6], *tiny_memories.rows()[:5]):
+    one = row.stream(0, data_dir)
+    jax.eval_shape(lambda k, s, b=row.build: reproduce.run(b, None, k, s), jax.random.key(0), one)
+
+
+def test_rows_of_a_protocol_have_different_names():
+  names = [r.name for r in reproduce.all_rows()]
+  assert len(set(names)) == len(names) > 40
+
+
+def test_permuted_mnist_is_the_full_protocol(data_dir):
+  stream = permuted_mnist.stream_of('class')(1, data_dir)
+  assert stream.index.shape == (10, 5000, 256) and stream.test.x.shape[3:] == (32, 32, 1)
+  assert stream.classes == 100 and stream.task_classes == permuted_mnist.HEADS
+  row = permuted_mnist.rows()[-2]
+  assert (row.scenario, row.method) == ('class', 'lwf') and row.slow
+  jax.eval_shape(lambda k, s: reproduce.run(row.build, None, k, s), jax.random.key(0), stream)
+
+
+def test_ends_are_what_was_seen(toy_stream):
+  ends = seen_once(toy_stream).ends
+  assert np.array_equal(ends.reshape(3, -1), np.asarray(toy_stream.index).reshape(3, -1))
