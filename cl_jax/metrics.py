@@ -97,7 +97,7 @@ T975 = (
 )  # fmt: skip
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
   """(mean, half-width of its 95 % confidence interval by Student's t over seeds); None for one seed."""
   v = np.asarray(values, np.float64)
   if len(v) < 2:

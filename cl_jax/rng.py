@@ -9,6 +9,7 @@ is `jax.random.normal(key, shape)`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.extend
@@ -65,7 +66,7 @@ def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
   return (high ^ low).astype({8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[width])
 
 
-def _fold_in(key: Array, data: Array) -> Array:
+def _fold_in(key: Array, data: Any) -> Array:
   return jax.lax.optimization_barrier(jnp.stack(threefry(key, *_seed(data))))
 
 
