@@ -74,7 +74,10 @@ def train(
   longest = lengths.max(axis=0)
   saved, saved_at = found.step if found else -1, time.monotonic()
   last: Progress | None = resume
-  show.begin(job.name, int(longest.sum()), steps_done(resume, longest))
+  total, runs = int(longest.sum()), len(job.seeds)
+  if resume is None:
+    show.say(f'{job.name}: {runs} run{"s" * (runs > 1)} of {total} steps in {L} legs; compiling')
+  show.begin(job.name, total, steps_done(resume, longest))
 
   def save(p: Progress) -> None:
     nonlocal saved, saved_at

@@ -57,7 +57,8 @@ def of(
     if name in left_out:
       continue
     hint = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, '__name__', '')
-    types = tuple(PLAIN[word] for word in re.findall(r'\b[a-z]+\b', hint) if word in PLAIN)
+    parts = re.sub(r'\[.*\]', '', hint).split('|')  # 'tuple[int, ...] | None' is a tuple or None
+    types = tuple(PLAIN[part.strip()] for part in parts if part.strip() in PLAIN)
     default = None if p.default is p.empty else p.default
     if name in filled:
       fields[name] = Field(None, types or (int,), optional=True)
@@ -69,7 +70,8 @@ def of(
         fields[name] = Field(None, types or (str,), optional=True, required=True)
     elif isinstance(default, int | float | str | tuple):
       own = type(default)
-      fields[name] = Field(default, (own, *(t for t in types if t is not own)))
+      also = (tuple,) if hint == 'Any' else types
+      fields[name] = Field(default, (own, *(t for t in also if t is not own)))
     elif default is None:
       if types or hint == 'Any':
         fields[name] = Field(None, types or (tuple,), optional=True)

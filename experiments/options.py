@@ -154,7 +154,7 @@ def overridden(
       raise UserError(f'config.{dotted} has fields of its own: set one of {", ".join(entry)}')
     if text == 'None':
       raw = configs.override(raw, dotted, fields.fit(f'config.{dotted}', None, entry))
-    elif entry.types == (tuple,):
+    elif entry.types == (tuple,) or (tuple in entry.types and text.startswith('(')):
       raw = configs.override(raw, dotted, _tuple(text))
     else:
       texts.append((dotted, text))

@@ -14,6 +14,7 @@ import pytest
 from cl_jax import checkpoint, methods
 from cl_jax.errors import UserError
 from cl_jax.masks import paths
+from cl_jax.models import pretrained
 from cl_jax.streams.take import take
 from experiments import build, config, optimizer
 from experiments.chain import known
@@ -350,3 +351,31 @@ def test_what_is_frozen_is_shared_and_not_in_the_state():
   state = jax.eval_shape(learner.init, jax.random.key(5), build.example(one.streams[0]))
   assert set(paths(one.frozen)) == {'l0/w', 'l0/b'} == set(paths(one.weights['frozen']))
   assert set(paths(state.params)) == {'head/w', 'head/b'}
+
+
+@pytest.mark.parametrize('freeze', [(), ('backbone/embed/.*',), ('backbone/.*',)])
+def test_pretrained_weights_are_arguments_of_the_program(freeze):
+  """Not constants of it, not drawn anew, and one copy whether they are trained or not."""
+  try:
+    tokenizer = pretrained.find('all-MiniLM-L6-v2').tokenizer
+  except UserError as error:
+    pytest.skip(str(error))
+  one = setup(
+    dataset='clinc150',
+    data={'examples_per_class': 2, 'length': 8, 'tokenizer': str(tokenizer)},
+    model={'name': 'bert', 'pretrained': 'all-MiniLM-L6-v2'},
+    freeze=freeze,
+  )
+  assert not set(paths(one.weights['frozen'])) & set(paths(one.weights['initial']))
+  count = sum(a.size for a in jax.tree.leaves(one.weights))
+  assert 22e6 < count < 23e6
+  hp, batch = build.hyper(one.config, one.streams[0]), build.example(one.streams[0])
+  init = lambda w: one.build(hp, w).init(jax.random.key(0), batch)  # noqa: E731
+  traced = jax.make_jaxpr(init)(one.weights)
+  assert sum(np.size(c) for c in traced.consts) < 1e6
+  params = jax.eval_shape(init, one.weights).params
+  trained = sum(a.size for a in jax.tree.leaves(params))
+  frozen = sum(a.size for a in jax.tree.leaves(one.frozen))
+  assert trained + frozen == count + 384 * 150 + 150
+  got = jax.jit(lambda w: init(w).params.get('backbone', {}))(one.weights)
+  assert checkpoint.digest(got) == checkpoint.digest(one.weights['initial'].get('backbone', {}))

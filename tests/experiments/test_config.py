@@ -120,6 +120,20 @@ def test_mistakes_name_the_field_and_what_to_do(raw, message):
   assert '\n' not in str(caught.value)
 
 
+def test_types_of_fields_come_from_annotations_and_defaults():
+  schema = config.model_fields({'name': 'cnn'})
+  assert schema['channels'].types == (tuple,) and schema['channels'].required
+  assert config.model_fields({'name': 'vit'})['mean'].types == (float, tuple)
+  with pytest.raises(UserError, match=r'config\.model\.channels must be given.*tuple'):
+    resolve(model={'name': 'cnn', 'sizes': (8,)})
+  with pytest.raises(UserError, match=r'config\.model\.channels must be of type tuple'):
+    resolve(model={'name': 'cnn', 'sizes': (8,), 'channels': 4})
+  given = resolve(model={'name': 'vit', 'mean': (0.5, 0.4, 0.3), 'config': {'depth': 2}})['model']
+  assert given['mean'] == (0.5, 0.4, 0.3) and given['config']['depth'] == 2
+  with pytest.raises(UserError, match=r'config\.model\.config\.depth must be of type int'):
+    resolve(model={'name': 'vit', 'config': {'depth': 2.5}})
+
+
 def test_numbers_become_what_the_field_holds():
   resolved = resolve(optimizer={'lr': 1}, model={'name': 'mlp', 'init': '0.5'})
   assert resolved['optimizer']['lr'] == 1.0 and isinstance(resolved['optimizer']['lr'], float)

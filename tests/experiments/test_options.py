@@ -74,6 +74,8 @@ def test_the_word_after_the_file(given):
 def test_another_model_and_optimiser_bring_their_fields(given):
   c = given('--config.optimizer.name=adam', '--config.optimizer.b1=0.8').config
   assert c['optimizer']['b1'] == 0.8 and 'momentum' not in c['optimizer']
+  c = given('--config.model.name=vit', '--config.model.mean=(0.5,0.4,0.3)').config
+  assert c['model']['mean'] == (0.5, 0.4, 0.3) and c['model']['std'] == 0.5
   c = given('--config.model.name=resnet', '--config.model.width=4').config
   assert c['model']['width'] == 4 and 'sizes' not in c['model']
 

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cl_jax import loop
@@ -96,6 +97,22 @@ def test_cells_that_differ_in_floats_alone_share_a_program(tiny):
   assert len(cells) == 32
   assert len(groups) == 6
   assert sorted(len(g.members) for g in groups) == [4, 4, 4, 4, 8, 8]
+
+
+def test_a_factorial_ablation_is_one_program(call, tiny, tmp_path):
+  """Gates switch methods on and off inside it; off is as if the method were not there."""
+  raw = config.load(f'{tiny}:class,er,lwf')
+  axes = {'er.gate': (0.0, 1.0), 'lwf.gate': (0.0, 1.0)}
+  assert len(compile_groups([build.traced(c) for c in sweep.expand(raw, axes)])) == 1
+  argv = (f'--config={tiny}:class,er,lwf', '--config.seeds=0')
+  done = call(sweep.main, *argv, f'--workdir={tmp_path / "all"}', f'--config.sweep={axes}')
+  assert done.code == 0 and len(lines(tmp_path / 'all')) == 4
+  for line in lines(tmp_path / 'all'):
+    on = [m for m in ('er', 'lwf') if line['config'][m]['gate']]
+    place = tmp_path / ('+'.join(on) or 'naive')
+    alone = (f'--config={tiny}:class,{",".join(on)}', '--config.seeds=0', f'--workdir={place}')
+    assert call(run.main, *alone).code == 0
+    np.testing.assert_allclose(line['R'], lines(place)[0]['R'], atol=0.051)  # one of 20
 
 
 def test_the_program_of_a_group_is_compiled_once(call, tiny, tmp_path, monkeypatch):
