@@ -1,0 +1,1 @@
+"""The contestants: each file is started as `python -m benchmarks.workers.NAME '{"option": value}'`."""
