@@ -75,6 +75,20 @@ def test_coefficient_zero_is_naive(method, toy_stream, naive):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_ewc_normalised_does_not_depend_on_the_scale(toy_stream):
+  """The penalty with F and with 100 F is the same, and the largest weight of a gap is coef / 2."""
+  method = ewc(2.0, online=True, normalise=True)
+  params = {'w': jnp.array([1.0, 2.0])}
+  s = method.init(None, {'w': jnp.zeros(2)}, None, None)[1]
+  assert float(method.loss(s, params, None, None, None)) == 0  # nothing is known yet
+  first = s._replace(importance={'w': jnp.array([3.0, 1.5])})
+  second = s._replace(importance={'w': jnp.array([300.0, 150.0])})
+  assert float(method.loss(first, params, None, None, None)) == pytest.approx(1.0 + 0.5 * 4.0)
+  assert float(method.loss(second, params, None, None, None)) == pytest.approx(3.0)
+  with pytest.raises(ValueError, match='needs online'):
+    ewc(1.0, normalise=True)
+
+
 @pytest.mark.parametrize('tx', [optax.sgd(0.02, momentum=0.9), optax.adamw(0.01, weight_decay=0.1)])
 def test_packnet_keeps_frozen_weights_for_ever(tx, toy_stream):
   """Weights of finished tasks keep their bits under momentum and weight decay, and so do predictions."""

@@ -18,7 +18,11 @@ class EWCState(NamedTuple):
 
 
 def ewc(
-  coef: float = 1.0, labels: str = 'exact', online: bool = False, decay: float = 1.0
+  coef: float = 1.0,
+  labels: str = 'exact',
+  online: bool = False,
+  decay: float = 1.0,
+  normalise: bool = False,
 ) -> Method:
   """A quadratic penalty around past solutions, weighted by the diagonal Fisher information.
 
@@ -38,9 +42,16 @@ def ewc(
     labels: 'exact', 'sampled', 'empirical' or 'predicted'; see `fisher.diagonal`.
     online: see above.
     decay: gamma of the online form.
+    normalise: divide the online form's F by its largest entry in the penalty, so that coef does not depend
+      on the scale of the gradients (Chaudhry et al., ECCV 2018; facebookresearch/agem does it).
 
   Needs the boundary. State: 2 x parameters + 4 bytes.
   """
+
+  if normalise and not online:
+    raise ValueError(
+      'ewc normalise=True needs online=True: penalties of several tasks have one scale'
+    )
 
   def init(key, params, batch, fwd):
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -50,7 +61,11 @@ def ewc(
     quadratic = jax.tree.map(
       lambda f, a, p: jnp.sum(f * jnp.square(p - a)), s.importance, s.anchor, params
     )
-    return 0.5 * coef * (sum(jax.tree.leaves(quadratic)) + s.constant)
+    penalty = 0.5 * coef * (sum(jax.tree.leaves(quadratic)) + s.constant)
+    if normalise:
+      top = jnp.stack([f.max() for f in jax.tree.leaves(s.importance)]).max()
+      return penalty / jnp.where(top > 0, top, 1)
+    return penalty
 
   def boundary(s, params, batches, fwd, key):
     new = fisher.diagonal(fwd, params, batches, key, labels)
