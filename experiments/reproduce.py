@@ -35,7 +35,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def learn(row: Row, seeds: list[int], data_dir: Path) -> list[dict]:
+def learn(row: Row, seeds: list[int], data_dir: str | None) -> list[dict]:
   """One result per seed: R, start, loss at the ends; all seeds in one program over all devices."""
   streams = [row.stream(seed, data_dir) for seed in seeds]
   stream, axes = stack_streams(streams)

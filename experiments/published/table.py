@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ class Row(NamedTuple):
   """One line of a published table.
 
   Attributes:
-    stream: seed -> Stream.
+    stream: (seed, data_dir) -> Stream.
     build: (hp, weights) -> Learner.
     figures: what the paper gives for it.
     note: what differs from the paper, and where a figure comes from.
@@ -37,7 +36,7 @@ class Row(NamedTuple):
   scenario: str
   method: str
   setting: str
-  stream: Callable[[int, Path], Stream]
+  stream: Callable[[int, str | None], Stream]
   build: Callable[..., Learner]
   figures: tuple[Figure, ...]
   note: str = ''
