@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 TINY = """
@@ -95,6 +96,15 @@ def no_report():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sys.modules, 'cl_jax.report', Report)
     yield
+
+
+def final_state(workdir: Path) -> dict[str, np.ndarray]:
+  """The arrays of the last checkpoint by path, as anybody with orbax reads them."""
+  from orbax.checkpoint import v1 as ocp
+
+  (folder,) = (workdir / 'checkpoints').iterdir()
+  tree = ocp.load(max(folder.iterdir()) / 'tree')
+  return {name: a for name, a in tree.items() if name.startswith('state/')}
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
