@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax import lax
 
 from cl_jax.types import Array
 
@@ -21,6 +22,7 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 
 
+@jax.jit
 def threefry(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
   """The block cipher Threefry-2x32-20 of Salmon et al. (SC 2011), elementwise.
 
@@ -31,14 +33,17 @@ def threefry(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
   Returns:
     The two words of each block, u32[...].
   """
-  keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(PARITY))
-  a, b = high + keys[0], low + keys[1]
+  word = lambda v: lax.broadcast(v, low.shape)  # noqa: E731
+  keys = (word(key[0]), word(key[1]), word(key[0] ^ key[1] ^ jnp.uint32(PARITY)))
+  a, b = lax.add(high, keys[0]), lax.add(low, keys[1])
   for i in range(5):
     for r in ROTATIONS[i % 2]:
-      a = a + b
-      b = a ^ ((b << jnp.uint32(r)) | (b >> jnp.uint32(32 - r)))
-    a = a + keys[(i + 1) % 3]
-    b = b + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+      a = lax.add(a, b)
+      left, right = word(jnp.uint32(r)), word(jnp.uint32(32 - r))
+      turned = lax.bitwise_or(lax.shift_left(b, left), lax.shift_right_logical(b, right))
+      b = lax.bitwise_xor(a, turned)
+    a = lax.add(a, keys[(i + 1) % 3])
+    b = lax.add(b, lax.add(keys[(i + 2) % 3], word(jnp.uint32(i + 1))))
   return a, b
 
 
@@ -56,7 +61,7 @@ def _seed(seed: Array) -> Array:
 
 
 def _split(key: Array, shape: tuple[int, ...]) -> Array:
-  return jax.lax.optimization_barrier(jnp.stack(blocks(key, shape), axis=-1))
+  return lax.optimization_barrier(jnp.stack(blocks(key, shape), axis=-1))
 
 
 def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
@@ -67,7 +72,7 @@ def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
 
 
 def _fold_in(key: Array, data: Any) -> Array:
-  return jax.lax.optimization_barrier(jnp.stack(threefry(key, *_seed(data))))
+  return lax.optimization_barrier(jnp.stack(threefry(key, *_seed(data))))
 
 
 UNROLLED = jax.extend.random.define_prng_impl(
