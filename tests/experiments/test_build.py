@@ -156,6 +156,7 @@ ARGUMENTS = {
 }
 WITH = {
   ('ewc', 'decay'): {'ewc.online': True},
+  ('ewc', 'normalise'): {'ewc.online': True},
   ('er', 'tasks'): {'er.writer': 'ring', 'er.capacity': 100},
   ('er', 'classes'): {'er.writer': 'ring'},
   ('lwf', 'task_classes'): {'lwf.outputs': 'heads'},
