@@ -1,15 +1,17 @@
-"""The diagonal Fisher information from PER-EXAMPLE gradients, in one pass for dense layers.
+"""The diagonal Fisher information from PER-EXAMPLE gradients, in one backward pass a batch where possible.
 
 The square of a batch's mean gradient is not the mean of its squares (a mistake in many ports). For a dense
 layer y = x w + b the sum over examples of the squared gradients has a closed form, (x^2)^T (d^2) and the
 column sums of d^2, where d is the gradient with respect to y; so one backward pass over the batch does it,
-with the cotangent of w replaced by that form.
+with the cotangent of w replaced by that form. Where an example has several rows (tokens), they add up
+before the square.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +21,30 @@ from cl_jax.types import Array, Batch, Forward, Tree
 LABELS = ('exact', 'sampled', 'empirical', 'predicted')
 
 
-class SquaredWeight(NamedTuple):
-  """A weight whose cotangent in `x @ w` is the sum over rows of squared per-row gradients."""
+@partial(jax.tree_util.register_dataclass, data_fields=['a'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Squared:
+  """A parameter whose cotangent is the sum over examples of its squared per-example gradients.
 
-  w: Array
+  It knows three ways to enter a network, once: `x @ w`, `y + b` and `h * scale`, where the first axis of x,
+  y and h is the example. Any other use is a TypeError. Stacked leaves are sliced by `scan` like arrays.
+  """
+
+  a: Array
 
   def __rmatmul__(self, x: Array) -> Array:
-    return squared_matmul(x, self.w)
-
-
-class SquaredBias(NamedTuple):
-  """A bias whose cotangent in `y + b` is the sum over rows of squared per-row gradients."""
-
-  b: Array
+    return squared_matmul(x, self._with(2, x))
 
   def __radd__(self, y: Array) -> Array:
-    return squared_add(y, self.b)
+    return squared_add(y, self._with(1, y))
+
+  def __rmul__(self, h: Array) -> Array:
+    return squared_scale(h, self._with(1, h))
+
+  def _with(self, ndim: int, x: Array) -> Array:
+    if self.a.ndim != ndim or x.ndim < 2:
+      raise TypeError(f'no closed form for a parameter {self.a.shape} with {x.shape}')
+    return self.a
 
 
 @jax.custom_vjp
@@ -42,25 +52,19 @@ def squared_matmul(x, w):
   return x @ w
 
 
-def _matmul_fwd(x, w):
-  return x @ w, (x, w)
-
-
 def _matmul_bwd(saved, d):
   x, w = saved
   if x.ndim == 2:
     return d @ w.T, jnp.square(x).T @ jnp.square(d)
-  # Tokens of one example add up before the square: an outer product per example, one at a time.
-  tokens = lambda a: a.reshape(a.shape[0], -1, a.shape[-1])  # noqa: E731
 
-  def add(total, row):
+  def add(total, row):  # an outer product per example, one at a time
     return total + jnp.square(row[0].T @ row[1]), None
 
-  total, _ = jax.lax.scan(add, jnp.zeros_like(w), (tokens(x), tokens(d)))
+  total, _ = jax.lax.scan(add, jnp.zeros_like(w), (rows_of(x), rows_of(d)))
   return d @ w.T, total
 
 
-squared_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+squared_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_bwd)
 
 
 @jax.custom_vjp
@@ -68,12 +72,30 @@ def squared_add(y, b):
   return y + b
 
 
-def _add_bwd(_, d):
-  summed = d if d.ndim == 2 else d.reshape(d.shape[0], -1, d.shape[-1]).sum(1)
-  return d, jnp.square(summed).sum(0)
+squared_add.defvjp(lambda y, b: (y + b, None), lambda _, d: (d, sum_of_squares(d)))
 
 
-squared_add.defvjp(lambda y, b: (y + b, None), _add_bwd)
+@jax.custom_vjp
+def squared_scale(h, scale):
+  return h * scale
+
+
+def _scale_bwd(saved, d):
+  h, scale = saved
+  return d * scale, sum_of_squares(d * h)
+
+
+squared_scale.defvjp(lambda h, scale: (h * scale, (h, scale)), _scale_bwd)
+
+
+def rows_of(a: Array) -> Array:
+  """[B, ..., D] -> [B, rows, D]."""
+  return a.reshape(a.shape[0], -1, a.shape[-1])
+
+
+def sum_of_squares(d: Array) -> Array:
+  """[B, ..., D] -> [D]: summed over the rows of an example, squared, summed over examples."""
+  return jnp.square(rows_of(d).sum(1)).sum(0)
 
 
 def diagonal(
@@ -95,8 +117,8 @@ def diagonal(
       van de Ven & Tolias 2019 use it, and their values of lambda belong to it).
 
   Returns:
-    The mean over examples. Uses the closed form of dense layers where every parameter enters through
-    `x @ w` and `y + b`, and one gradient per example otherwise; the results are equal.
+    The mean over examples. Uses the closed form where every parameter enters once, as `x @ w`, `y + b` or
+    `h * scale`, and one gradient per example otherwise; the results are equal.
   """
   if labels not in LABELS:
     raise ValueError(f'fisher labels {labels!r}: one of {LABELS}')
@@ -136,18 +158,18 @@ def diagonal(
 
 
 def is_dense(fwd: Forward, params: Tree, batch: Batch) -> bool:
-  """Whether every parameter is a matrix used as `x @ w` or a vector used as `y + b` (decided by tracing)."""
-  if any(a.ndim not in (1, 2) for a in jax.tree.leaves(params)):
-    return False  # convolutions, stacked layers, embeddings with more axes
+  """Whether there is a closed form for every parameter (decided by tracing); see `Squared`."""
+  if any(a.ndim not in (1, 2, 3) for a in jax.tree.leaves(params)):
+    return False  # convolutions
   try:
     jax.eval_shape(lambda p, b: fwd(squared(p), b).logits, params, batch)
-  except (TypeError, AttributeError, NotImplementedError):
+  except (TypeError, AttributeError, NotImplementedError, LookupError):
     return False  # a parameter is used in another way: the operator refused
   return True
 
 
 def squared(params: Tree) -> Tree:
-  return jax.tree.map(lambda a: SquaredWeight(a) if a.ndim == 2 else SquaredBias(a), params)
+  return jax.tree.map(Squared, params)
 
 
 def dense_squares(fwd: Forward, params: Tree, batch: Batch, y: Array, root: Array) -> Tree:
