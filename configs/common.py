@@ -41,8 +41,9 @@ def defaults() -> dict[str, Any]:
       'test_per_task': Maybe(int),
       # Examples evaluated at once.
       'test_batch': 256,
-      # Of the choices above and of what is held out; the same examples for every run's seed.
-      'seed': 0,
+      # Of the choices above and of what is held out: the same examples for every run, or, as None, other
+      # ones for every run's seed, so that intervals hold the luck of the draw as well.
+      'seed': Maybe(int, 0),
       # Text: tokens per sentence, and the path of a tokenizer.json ('' = the pretrained model's).
       'length': 32,
       'tokenizer': '',

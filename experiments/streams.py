@@ -33,7 +33,7 @@ def streams(config: Mapping[str, Any], data_dir: str | Path | None = None) -> li
   train, test = arrays(config, data_dir)
   per_seed, shared = [], None
   for seed in config['seeds']:
-    if config['order'] == 'seed' or shared is None:
+    if config['order'] == 'seed' or config['data']['seed'] is None or shared is None:
       shared = separate(config, train, test, seed)
     per_seed.append(scheduled(config, shared, seed))
   return share(per_seed)
@@ -49,7 +49,7 @@ def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arra
   elif kind == 'npz' or name == 'fashion_mnist_small':
     options, takes = {}, ()
   else:
-    options = {'train': data['train'], 'test': data['test'], 'seed': data['seed']}
+    options = {'train': data['train'], 'test': data['test'], 'seed': data['seed'] or 0}
     options |= {'domain': data['domain'] or None, 'hold_out': data['hold_out'] or None}
     takes = PREPARED
   for field in (*TEXT, *PREPARED):
@@ -100,7 +100,7 @@ def separate(config: Mapping[str, Any], train: Arrays, test: Arrays, seed: int) 
     examples_per_task=data['examples_per_task'],
     test_per_task=data['test_per_task'],
     test_batch=data['test_batch'],
-    seed=data['seed'],
+    seed=seed if data['seed'] is None else data['seed'],
   )
   drawn = {'fixed': None, 'seed': seed}.get(order, order)
   drawn = None if drawn is None else int(drawn)
