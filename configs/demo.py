@@ -65,7 +65,7 @@ def get_config(arg: str = 'naive') -> dict:
       'length': 16,
       'examples_per_class': 3 if quick else 20,
       'test_per_task': 15 if quick else 75,
-      'test_batch': 75,
+      'test_batch': 15 if quick else 75,
       # Every seed draws its own sentences, in training and for evaluation.
       'seed': None,
     },

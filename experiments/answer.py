@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cl_jax.errors import UserError
 from cl_jax.report.lines import Group, matrix, read, sections
 from cl_jax.report.tables import NONE, Table, markdown, mean, percent, seconds, text, total
 from configs.demo import NAMES
+from experiments import probe
 
 HEAD = (
   'method',
@@ -49,9 +51,27 @@ def answer(folder: Path, quick: bool = False) -> tuple[str, str]:
     raise UserError(f'{folder}/results.jsonl holds {len(found)} experiments, not one')
   groups, title = found[0].groups, found[0].title
   table = Table(title, HEAD, tuple(map(row, groups)))
-  said = [QUICK] if quick else sentences(groups)
+  said = [QUICK] if quick else sentences(groups) + features(groups, folder)
   plain = '\n'.join([text(table), '', *said])
   return plain, '\n\n'.join([markdown(table), *said, *NOTES]) + '\n'
+
+
+def features(groups: Sequence[Group], folder: Path) -> list[str]:
+  """What the probe found about the fine-tuned network, beside the frozen one; see `experiments.probe`."""
+  frozen = [line for g in groups if g.first['method'] == 'ncm' for line in g.lines]
+  pairs = []
+  for line in frozen:
+    path = folder / f'naive-{line["seed"]}' / probe.FILE
+    if path.exists():
+      pairs.append((json.loads(path.read_text())['ncm'], line['acc']))
+  if not pairs:
+    return []
+  after, before = np.mean(pairs, axis=0)
+  return [
+    f'What its features still tell apart: with the means of all classes, old sentences included, they give '
+    f'{after:.0%} after the ten domains and gave {before:.0%} before them (the same sentences, nearest class '
+    f'mean; a measurement that looks back, not a method).'
+  ]
 
 
 def row(g: Group) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from experiments import cli, results, run, show, workdir
 from experiments.answer import answer
 from experiments.options import parse
 from experiments.pool import Work, default_workers, processes
+from experiments.probe import probe
 
 PROGRAM = 'experiments.demo'
 
@@ -58,11 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one(argv: list[str]) -> int:
-  """experiments.run without the report, which is made once, of all of them."""
+  """experiments.run without the report, which is made once, of all of them; then the probe."""
   options = parse(argv, run.PROGRAM, run.ABOUT)
+  shown = show.make()
   with workdir.claimed(options.workdir) as place:
     workdir.remember(place, options.config)
-    run.run(options, place, show.make())
+    run.run(options, place, shown)
+    if not options.config['methods'] and options.config['scenario'] == 'class':
+      probe(options.config, place, shown.say)
   return 0
 
 
