@@ -102,8 +102,8 @@ def number(text: str) -> float:
 
 
 def draw_published(rows: Sequence[Row], path: Path) -> None:
-  """Ours (with interval) beside the paper's value, a line for each figure that was run."""
-  done = [r for r in rows if r['ours'] and r['published']]
+  """Ours (with interval) beside the paper's value, a line for each accuracy that was run."""
+  done = [r for r in rows if r['ours'] and r['published'] and r['metric'] == 'acc']
   names = [f'{r["table"]} {r["scenario"]}: {r["method"]}, {r["setting"]}' for r in done]
   with canvas(len(done), path) as axis:
     for y, r in enumerate(done):
@@ -121,7 +121,7 @@ def draw_published(rows: Sequence[Row], path: Path) -> None:
         mfc='none' if marker == 's' else colour,
         label=label,
       )
-    axis.set(yticks=range(len(done)), yticklabels=names, xlabel='as printed in the table')
+    axis.set(yticks=range(len(done)), yticklabels=names, xlabel='accuracy, %')
 
 
 def draw_bench(rows: Sequence[Row], path: Path) -> None:
@@ -156,7 +156,8 @@ class canvas:
     if not failed:
       self.axis.invert_yaxis()
       self.axis.grid(axis='x', color=FAINT, linewidth=0.5)
-      self.axis.legend(loc='best', frameon=False)
+      self.axis.margins(y=0.02)
+      self.figure.legend(loc='outside lower right', frameon=False, ncols=2)
       self.path.parent.mkdir(parents=True, exist_ok=True)
       self.figure.savefig(self.path, dpi=110, metadata={'Software': None})
       print(f'{self.path.name} drawn')
