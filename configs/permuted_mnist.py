@@ -14,6 +14,9 @@
   er, reservoir     68.9 / 75.2 / 76.2 / 79.8
   er, ring          70.2 / 73.5 / 75.8 / 79.4
   joint             about 83                        as :joint
+
+Measured with 5 seeds and 1 digit per class and task (mean and 95 % interval): 53.9 +- 2.9 without a method,
+70.3 +- 1.0 with er (reservoir), 79.4 +- 1.1 for joint. The others are not measured here.
 """
 
 from configs import common

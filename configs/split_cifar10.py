@@ -4,7 +4,7 @@
 
 5 tasks of two classes drawn by the seed, one pass in batches of 10 and 10 from memory, ResNet-18 of 20
 filters, SGD 0.03. With the 10,000 images of the first batch file instead of all 50,000, say so: "10k/1k".
-The words after the colon are a scenario and methods.
+The words after the colon are a scenario and methods. No figure of it is measured yet.
 """
 
 from configs import common

@@ -12,7 +12,8 @@ steps of 128 images a task. Accuracy at the end in per cent, published (20 seeds
   lwf          99.6   71.5    23.9
   cumulative   99.7   98.4    97.9     as :class,cumulative
 
-ER, A-GEM, HAT and PackNet are not in that table; HAT is trained by SGD, as its mask needs it.
+These are the paper's; what make reproduce measured at this protocol is in results/published.csv. ER, A-GEM,
+HAT and PackNet are not in that table; HAT is trained by SGD, as its mask needs it.
 """
 
 from configs import common
