@@ -313,6 +313,8 @@ def test_absent_data_says_where_it_looked(call, tiny, tmp_path, monkeypatch):
 # --- the disk ---------------------------------------------------------------------------------------
 
 
+# When a write fails orbax closes its event loop while its other threads still report to it.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_full_disk_keeps_what_there_is_and_the_run_goes_on_later(
   call, tiny, whole, tmp_path, monkeypatch
 ):
