@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as error:
     print(f'{PROGRAM}: {error}', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:  # before the first run began or after the last one ended
+    print(f'{PROGRAM}: stopped; the same command goes on from here', file=sys.stderr)
+    return 130
   except OSError as error:
     print(f'{PROGRAM}: {error.filename or folder}: {error.strerror or error}', file=sys.stderr)
     return 2

@@ -112,7 +112,13 @@ def test_repeated_it_runs_nothing_again(done, tiny, capsys):
 def test_a_signal_stops_it_and_the_same_command_goes_on(tiny, tmp_path):
   words = command(tiny, tmp_path / 'cut', '--only=naive,er')
   process = subprocess.Popen(
-    words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    words,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    # A suite that a shell started in the background ignores SIGINT, and its children would as well.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   log = tmp_path / 'cut' / 'naive-0' / 'log.txt'
   limit = time.monotonic() + 300
