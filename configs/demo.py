@@ -44,14 +44,14 @@ def get_config(arg: str = 'naive') -> dict:
   quick = 'quick' in words
   fields, methods = common.words(','.join(w for w in words if w != 'quick'), 'class')
   closed, lora = bool({*CLOSED} & {*methods}), 'lora' in methods
-  rate, head = (1e-3 if lora else 1e-4), 5e-3
+  rate, head = (5e-4 if lora else 1e-4), 5e-3
   arguments = {
     # 5 sentences an intent, 70 kB in all; as many old sentences in a step as half of the new ones.
     'er': {'capacity': 750, 'draw': 15},
     # Fisher information of the true labels, over the domain's training sentences.
-    'ewc': {'coef': 1000.0, 'labels': 'empirical'},
+    'ewc': {'coef': 1e5, 'labels': 'empirical'},
     # The old network's answers on the new sentences, over the classes that it knew.
-    'lwf': {'outputs': 'seen', 'coef': 0.1},
+    'lwf': {'outputs': 'seen', 'coef': 0.5},
     'lora': {'rank': 8, 'alpha': 16.0, 'targets': 'backbone/layers/(q|v)/w'},
     'ranpac': {'width': 2000},
   }
