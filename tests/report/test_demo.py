@@ -111,14 +111,17 @@ def test_repeated_it_runs_nothing_again(done, tiny, capsys):
 
 def test_a_signal_stops_it_and_the_same_command_goes_on(tiny, tmp_path):
   words = command(tiny, tmp_path / 'cut', '--only=naive,er')
+  # A suite that a shell started in the background ignores SIGINT, and its children would as well.
+  heed = (
+    'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); '
+    'os.execv(sys.argv[1], sys.argv[1:])'
+  )
   process = subprocess.Popen(
-    words,
+    [sys.executable, '-c', heed, *words],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    # A suite that a shell started in the background ignores SIGINT, and its children would as well.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   log = tmp_path / 'cut' / 'naive-0' / 'log.txt'
   limit = time.monotonic() + 300
