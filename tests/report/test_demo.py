@@ -91,7 +91,7 @@ def test_methods_run_and_are_reported(done):
   assert len(lines) == len(METHODS) - 1 + len(study.CLOSED_SEEDS)
   assert all('task_test' not in line['needs'] for line in lines)  # no oracle anywhere
   first = out.splitlines()[1].split()[1]
-  assert first == 'ncm:'  # the cheapest comes first
+  assert first in ('ncm:', 'joint-0:')  # what is started first; either may end first on this size
   for name in METHODS:
     assert f'({name})' in out and f'({name})' in (folder / 'table.md').read_text()
   assert (folder / 'report.html').stat().st_size > 50_000
