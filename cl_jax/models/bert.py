@@ -69,11 +69,9 @@ def bert(
   if pool not in ('mean', 'cls'):
     raise UserError(f"pool={pool!r} is not known: use 'mean' or 'cls'")
 
-  def init_fn(key: Array, batch: Batch) -> tuple[Tree, Tree]:
-    del batch
-    k_backbone, k_head = jax.random.split(key)
-    backbone = _draw(k_backbone, config, init) if weights is None else weights
-    return {'backbone': backbone, 'head': layers.dense_init(k_head, config.d, classes, init)}, {}
+  start = transformer.init_fn(
+    lambda key: _draw(key, config, init), weights, config.d, classes, init
+  )
 
   def apply(variables: Tree, batch: Batch, tap=no_tap, train: bool = False) -> Out:
     del train
@@ -87,7 +85,7 @@ def bert(
       h = h * jax.lax.rsqrt(jnp.maximum(jnp.square(h).sum(-1, keepdims=True), 1e-24))
     return Out(layers.dense(variables['head'], h), h, {})
 
-  return Model(init_fn, apply, layers.softmax_cross_entropy)
+  return Model(start, apply, layers.softmax_cross_entropy)
 
 
 def encode(

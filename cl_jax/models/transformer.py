@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from cl_jax.errors import UserError
 from cl_jax.models.layers import dense, dense_init
-from cl_jax.types import Array, Tree
+from cl_jax.types import Array, Batch, Tree
 
 
 def norm_init(d: int) -> Tree:
@@ -28,6 +28,20 @@ def block_init(key: Array, d: int, ffn: int, init: str | float) -> Tree:
     name: dense_init(k, *shape, init) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
   }
   return blocks | {'norm1': norm_init(d), 'norm2': norm_init(d)}
+
+
+def init_fn(
+  draw: Callable[[Array], Tree], weights: Tree, d: int, classes: int, init: str | float
+) -> Callable[[Array, Batch], tuple[Tree, Tree]]:
+  """The `Model.init` of a backbone of width d, drawn unless `weights` are given, and a fresh head."""
+
+  def start(key: Array, batch: Batch) -> tuple[Tree, Tree]:
+    del batch
+    k_backbone, k_head = jax.random.split(key)
+    backbone = draw(k_backbone) if weights is None else weights
+    return {'backbone': backbone, 'head': dense_init(k_head, d, classes, init)}, {}
+
+  return start
 
 
 def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Array) -> Array:

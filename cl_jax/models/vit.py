@@ -67,11 +67,9 @@ def vit(
   Deviations from the original: no dropout, no stochastic depth.
   """
 
-  def init_fn(key: Array, batch: Batch) -> tuple[Tree, Tree]:
-    del batch
-    k_backbone, k_head = jax.random.split(key)
-    backbone = _draw(k_backbone, config, init) if weights is None else weights
-    return {'backbone': backbone, 'head': layers.dense_init(k_head, config.d, classes, init)}, {}
+  start = transformer.init_fn(
+    lambda key: _draw(key, config, init), weights, config.d, classes, init
+  )
 
   def apply(variables: Tree, batch: Batch, tap=no_tap, train: bool = False) -> Out:
     del train
@@ -80,7 +78,7 @@ def vit(
     h = h[:, h.shape[1] - 1 - _patches(config)]
     return Out(layers.dense(variables['head'], h), h, {})
 
-  return Model(init_fn, apply, layers.softmax_cross_entropy)
+  return Model(start, apply, layers.softmax_cross_entropy)
 
 
 def encode(
