@@ -235,14 +235,3 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> 
     elif tuples(x) != tuples(y):
       found.append(f'{prefix}{key}: {x!r} / {y!r}')
   return found
-
-
-def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Fields by their dotted names."""
-  found = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      found |= flat(value, f'{prefix}{key}.')
-    else:
-      found[f'{prefix}{key}'] = value
-  return found

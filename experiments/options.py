@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from cl_jax.errors import UserError
+from cl_jax.report.lines import flat
 from experiments import config as configs
 from experiments import fields
 
@@ -94,7 +95,7 @@ def parse(argv: Sequence[str], program: str, about: str) -> Options:
   raw = configs.load(source)
   resolved, raw, sweep = overridden(raw, overrides)
   if values.help:
-    listed = (f'  --config.{k}={v!r}' for k, v in configs.flat(resolved).items())
+    listed = (f'  --config.{k}={v!r}' for k, v in flat(resolved).items())
     raise Help(f'{usage}fields of {source}:\n' + '\n'.join(listed) + '\n')
   if not values.workdir:
     raise UserError('--workdir is missing: name a directory for checkpoints and results')

@@ -16,6 +16,7 @@ from typing import Any
 
 from cl_jax import durable
 from cl_jax.errors import Fault, UserError
+from cl_jax.report.lines import flat
 from cl_jax.sweep import compile_groups, grid
 from experiments import build, cli, config, engine, results, show, tables, workdir
 from experiments.job import Job
@@ -143,7 +144,7 @@ def job(
 
 def cell_name(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
   """'optimizer.lr 0.1, er.capacity 50'."""
-  values = config.flat(cell)
+  values = flat(cell)
   return ', '.join(f'{dotted} {values.get(dotted)!r}' for dotted in axes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cl_jax import metrics
-from experiments.config import flat
+from cl_jax.report.lines import flat
 
 HEAD = ('method', 'scenario', 'dataset')
 FIGURES = ('seeds', 'acc %', 'forgetting %', 'state kB', 's / run')

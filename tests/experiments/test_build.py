@@ -15,6 +15,7 @@ from cl_jax import checkpoint, methods
 from cl_jax.errors import UserError
 from cl_jax.masks import paths
 from cl_jax.models import pretrained
+from cl_jax.report.lines import flat
 from cl_jax.streams.take import take
 from experiments import build, config, optimizer
 from experiments.chain import known
@@ -107,7 +108,7 @@ OTHER: dict[str, Any] = {
 # Of the loop or of another data set; tested with those (test_run, test_features, test_configs).
 ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep'}
 ELSEWHERE |= {f'data.{f}' for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out')}
-FIELDS = [f for f in config.flat(config.resolve(RAW)) if f not in ELSEWHERE]
+FIELDS = [f for f in flat(config.resolve(RAW)) if f not in ELSEWHERE]
 
 
 @pytest.fixture(scope='module')
@@ -135,7 +136,7 @@ def test_every_field_changes_what_is_run(dotted, effects):
   raw = RAW
   for name, value in BESIDE.get(dotted, {}).items():
     raw = config.override(raw, name, value)
-  old = config.flat(config.resolve(raw)).get(dotted)
+  old = flat(config.resolve(raw)).get(dotted)
   new = OTHER.get(dotted)
   if new is None:
     new = (
