@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.extend import core
 
-from cl_jax.types import Batch, Learner, Method, Model, State, Tree
+from cl_jax.learner import learner
+from cl_jax.types import Batch, Learner, Model, State, Tree
 
 
 def tree_bytes(tree: Tree) -> int:
@@ -107,22 +109,22 @@ def scoped(model: Model) -> Model:
 
 
 def passes(
-  build: Callable[[Model, Method | None], Learner], model: Model, state: State, batch: Batch
+  build: Callable[[Model], Learner], model: Model, state: State, batch: Batch
 ) -> dict[str, float]:
   """Forward and backward passes of a training step and forward passes of a prediction.
 
-  The unit is the naive learner's pass over one stream batch: 2.0 forward passes are its FLOPs twice,
-  whether by a second pass or by twice the rows. Measured on the traced programs, not declared.
+  The unit is plain training of the WHOLE model on one stream batch: 2.0 forward passes are its FLOPs twice,
+  whether by a second pass or by twice the rows; 0.5 backward passes are half of its gradient's, as
+  where weights are frozen. Measured on the traced programs, not declared. All 0 for a model without
+  matrix products, such as cached features.
 
   Args:
-    build: (model, method) -> Learner of the same optimiser and frozen weights; None stands for the method
-      of the run, `Method()` for naive.
+    build: model -> Learner, as in the run: its method, optimiser and frozen weights.
     model: the model of the run.
     state: a state of the run (arrays or shapes).
     batch: a stream batch (arrays or shapes).
   """
-  own = build(scoped(model), None)
-  naive = build(scoped(model), Method())
+  own, naive = build(scoped(model)), learner(scoped(model), optax.identity())
   plain = jax.eval_shape(naive.init, jax.random.key(0), batch)
 
   def roles(f, *args) -> Counter:

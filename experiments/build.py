@@ -89,10 +89,10 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     weights, make = {'frozen': {}, 'initial': {}}, head_only(config, group[0].classes)
   facts = group[0]
 
-  def assemble(hp, weights, model=None, method=None) -> Learner:
+  def assemble(hp, weights, model=None) -> Learner:
     tx, reset = optimizer.make(config, hp)
     model = make(weights) if model is None else model
-    method = chain_of(config, facts, hp) if method is None else method
+    method = chain_of(config, facts, hp)
     return optimizer.resetting(learner(model, tx, method, weights['frozen']), reset)
 
   setup = Setup(

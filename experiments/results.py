@@ -97,8 +97,8 @@ def costs(setup: Setup) -> dict[str, Any]:
   hp, batch = hyper(setup.config, stream), abstract(example(stream))
   weights = abstract(setup.weights)
 
-  def made(model=None, method=None, hp=hp, weights=setup.weights):
-    return setup.assemble(hp, weights, model, method)
+  def made(model=None, hp=hp, weights=setup.weights):
+    return setup.assemble(hp, weights, model)
 
   own = made()
   state = jax.eval_shape(own.init, jax.random.key(0), batch)

@@ -16,8 +16,11 @@ from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import confusion, evaluate, run, run_chunks
 from cl_jax.masks import mark, nest, paths, split, subtract
+from cl_jax.methods.closed_form.ncm import ncm
+from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.replay.er import er
+from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.streams import schedules
 from cl_jax.streams.take import take
@@ -170,14 +173,35 @@ def test_costs_are_counted_exactly():
     'loop': 12,
     'total': 2 * weights + 81 * row + 4 + 12,
   }
-  make = lambda model, method: learner(  # noqa: E731
-    model, optax.sgd(0.1, momentum=0.9), chain(er=er(50, 30)) if method is None else method
+  make = lambda model: learner(  # noqa: E731
+    model, optax.sgd(0.1, momentum=0.9), chain(er=er(50, 30))
   )
   assert budget.passes(make, model, state, x) == {
     'train_forward': 4.0,
     'train_backward': 4.0,
     'predict_forward': 1.0,
   }
+
+
+def test_passes_are_in_units_of_training_the_whole_model(toy_stream):
+  """LoRA on frozen layers, by hand; its own unit must not be the head alone, which is all that it trains."""
+  model = mlp((8, 7), 6)
+  batch = take(toy_stream, toy_stream.index[0, 0], 0)
+  frozen, _ = split(model.init(jax.random.key(0), batch)[0], ['l[01]/.*'])
+  make = lambda model: learner(model, optax.sgd(0.1), lora(1, 1.0, 'l./w'), frozen)  # noqa: E731
+  found = budget.passes(make, model, make(model).init(jax.random.key(0), batch), batch)
+  whole = 8 * 8 + 8 * 7 + 7 * 6
+  low = (8 + 8) + (8 + 7)
+  backward = 8 * 8 + 2 * (8 * 7 + 7 * 6)
+  # Gradients: of the head and its input; of l1's input; of both factors, of what lies between them.
+  own = 2 * 7 * 6 + 8 * 7 + 2 * low + 8 + 7 + 8
+  assert found['train_forward'] == pytest.approx(1 + low / whole, abs=1e-3)
+  assert found['train_backward'] <= own / backward + 0.05 and found['train_backward'] > 0.5
+  cached = identity(6)
+  features = batch._replace(x=jnp.ones((10, 3)))
+  closed = lambda model: learner(model, optax.sgd(0.1), ncm(6))  # noqa: E731
+  state = closed(cached).init(jax.random.key(0), features)
+  assert set(budget.passes(closed, cached, state, features).values()) == {0.0}
 
 
 def test_intervals_are_students():

@@ -95,7 +95,7 @@ def measure(name: str) -> tuple[int, dict[str, float]]:
   shape = lambda own: jax.eval_shape(build(model, own).init, jax.random.key(0), batch)  # noqa: E731
   state = shape(None)
   added = state_bytes(state)['total'] - state_bytes(shape(Method()))['total']
-  return added, passes(build, model, state, batch)
+  return added, passes(lambda scoped: build(scoped, None), model, state, batch)
 
 
 def tolerances() -> dict[str, float]:
