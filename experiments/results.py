@@ -64,6 +64,7 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
         'tasks': stream.tasks,
         'R': table(R, stream.tasks),
         **{k: None if v is None else round(v, 7) for k, v in measures.items()},
+        **({'curve': nested(np.asarray(record.curve))} if record.curve.size else {}),
         'state_bytes': cost['state_bytes'],
         'flops_per_step': cost['flops_per_step'],
         'passes': cost['passes'],
@@ -88,7 +89,14 @@ def table(R: np.ndarray, tasks: int) -> list[list[float | None]]:
   """
   if len(R) == 1 < tasks:
     R = np.concatenate([np.full((tasks - 1, tasks), np.nan), R])
-  return [[None if np.isnan(v) else round(float(v), 7) for v in row] for row in R]
+  return nested(R)
+
+
+def nested(a: np.ndarray) -> list:
+  """Nested lists, null for NaN."""
+  if a.ndim > 1:
+    return [nested(part) for part in a]
+  return [None if np.isnan(v) else round(float(v), 7) for v in a]
 
 
 def costs(setup: Setup) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def test_evaluation_inside_tasks_shows_the_lowest_accuracy(call, tiny, whole, tm
   assert call(run.main, *argv).code == 0
   for often, seldom in zip(lines(tmp_path), lines(whole), strict=True):
     assert often['state_sha256'] == seldom['state_sha256'] and often['R'] == seldom['R']
-    assert often['min_acc'] <= seldom['min_acc']
+    assert often['min_acc'] <= seldom['min_acc'] and 'curve' not in seldom
+    curve = np.array(often['curve'], float)
+    assert curve.ndim == 3 and curve.shape[2] == often['tasks'] and np.nanmax(curve) <= 1
   assert any(
     a['min_acc'] < b['min_acc'] for a, b in zip(lines(tmp_path), lines(whole), strict=True)
   )
