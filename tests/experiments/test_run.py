@@ -317,6 +317,9 @@ def test_absent_data_says_where_it_looked(call, tiny, tmp_path, monkeypatch):
 
 # When a write fails orbax closes its event loop while its other threads still report to it.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+# A program that compiles slowly enough to be cached finds the disk full too.
+@pytest.mark.filterwarnings('ignore:Error writing persistent compilation cache entry')
 def test_a_full_disk_keeps_what_there_is_and_the_run_goes_on_later(
   call, tiny, whole, tmp_path, monkeypatch
 ):
