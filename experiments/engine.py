@@ -76,7 +76,10 @@ def train(
   last: Progress | None = resume
   total, runs = int(longest.sum()), len(job.seeds)
   if resume is None:
-    show.say(f'{job.name}: {runs} run{"s" * (runs > 1)} of {total} steps in {L} legs; compiling')
+    side = f', {plan.width} at once on a device' if plan.width > 1 else ''
+    show.say(
+      f'{job.name}: {runs} run{"s" * (runs > 1)} of {total} steps in {L} legs{side}; compiling'
+    )
   show.begin(job.name, total, steps_done(resume, longest))
 
   def save(p: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cl_jax import checkpoint
-from cl_jax.loop import Progress, Record, begin
+from cl_jax.loop import Progress, Record, begin, programs
+from cl_jax.report.lines import flat
+from cl_jax.streams import cache
 from cl_jax.streams.take import take
-from cl_jax.sweep import MAPPED, Many, default_width, stack_streams
+from cl_jax.sweep import MAPPED, Many, calibrate, default_width, stack_streams
 from cl_jax.types import Stream, Tree
 from experiments.build import Setup, hyper, stacked
 
@@ -30,6 +33,7 @@ class Job(NamedTuple):
     workdir: where it leaves its files.
     folder: of its checkpoints.
     sha256: of what the runs are; a checkpoint of other runs is refused.
+    width: runs computed at once on a device; None by default_width, 0 by measurement.
   """
 
   setup: Setup
@@ -41,6 +45,7 @@ class Job(NamedTuple):
   workdir: Path
   folder: Path
   sha256: str
+  width: int | None = None
 
 
 class Plan(NamedTuple):
@@ -51,6 +56,7 @@ class Plan(NamedTuple):
     lift: for `run_chunks`; None for a single run, which is not mapped.
     stream, hp, key, weights: the arguments.
     place: moves a tree with a leading run axis to its devices.
+    width: runs computed at once on a device.
   """
 
   n: int
@@ -60,6 +66,7 @@ class Plan(NamedTuple):
   key: jax.Array
   weights: Tree
   place: Callable[[Tree], Tree]
+  width: int = 1
 
 
 def spread(job: Job) -> Plan:
@@ -80,11 +87,32 @@ def spread(job: Job) -> Plan:
   stream = jax.tree.map(
     lambda a, axis: jax.device_put(a, apart if axis == MAPPED else whole), stream, axes
   )
-  many = Many(len(order), axes, default_width(len(order)), devices)
   key = jnp.stack([jax.random.key(job.seeds[i]) for i in order])
   weights = jax.device_put(job.setup.weights, whole)
   hp = place(stacked([hps[i] for i in order]))
-  return Plan(len(order), many.lift, stream, hp, place(key), weights, place)
+  plan = Plan(len(order), None, stream, hp, place(key), weights, place)
+  lift = lambda width: Many(plan.n, axes, width, devices).lift  # noqa: E731
+  width = job.width
+  if width is None:
+    width = default_width(plan.n)
+  elif width == 0:
+    width = measured_width(job, plan, lift, plan.n // len(devices))
+  return plan._replace(lift=lift(width), width=width)
+
+
+def measured_width(job: Job, plan: Plan, lift: Callable[[int], Callable], most: int) -> int:
+  """The fastest of a few widths up to `most`, by five steps of each; compiling is not counted."""
+
+  def make(width: int) -> Callable[[], Any]:
+    steps = min(5, job.streams[0].index.shape[1])
+    parts = programs(job.setup.build, steps, lift(width))
+    state, _ = parts.begin(plan.hp, plan.key, plan.stream, plan.weights, None)
+    return lambda: parts.advance(plan.hp, state, plan.stream, plan.weights, 0, 0, None)
+
+  widths = sorted({1, min(8, most), most})
+  work = flat({k: v for k, v in job.setup.config.items() if k not in ('name', 'seeds')})
+  name = f'{plan.n} runs of {json.dumps(work, sort_keys=True, default=str)}'
+  return calibrate(make, widths, name, cache.directory())
 
 
 def blank(job: Job, plan: Plan, every: int) -> Progress:

@@ -24,6 +24,8 @@ OPTIONS = """\
   --workdir=DIR            checkpoints, results.jsonl, report.html; repeat the command to resume
   --data_dir=DIR           where data sets are (default: the variable CL_JAX_DATA)
   --save_every=SECONDS     between checkpoints inside a task (60)
+  --width=N                runs computed at once on a device: a number, `auto` (1 on a CPU, all elsewhere)
+                           or `measure`, the fastest of a few by a short measurement that is kept (auto)
   --offline                make any attempt to reach the network an error
   --debug                  show tracebacks and the libraries' own messages
 exit codes: 0 done; 2 your mistake (one line says which); 3 stopped by NaN or a fault, the last good
@@ -38,7 +40,7 @@ class Options(NamedTuple):
     config: resolved, without `sweep`.
     raw: as far as it was given: what `config.override` starts from.
     sweep: {dotted field: values}.
-    workdir, data_dir, save_every, offline, debug: the flags.
+    workdir, data_dir, save_every, width, offline, debug: the flags; a width of 0 is `measure`.
     command: the line itself.
   """
 
@@ -48,6 +50,7 @@ class Options(NamedTuple):
   workdir: Path
   data_dir: str | None
   save_every: float
+  width: int | None
   offline: bool
   debug: bool
   command: str
@@ -108,10 +111,19 @@ def parse(argv: Sequence[str], program: str, about: str) -> Options:
     Path(values.workdir).expanduser(),
     values.data_dir,
     values.save_every,
+    _width(values.width),
     values.offline,
     values.debug,
     f'python -m {program} ' + ' '.join(map(shlex.quote, argv)),
   )
+
+
+def _width(text: str) -> int | None:
+  if text in ('auto', 'measure'):
+    return None if text == 'auto' else 0
+  if not text.isdecimal() or not int(text):
+    raise UserError(f'--width must be auto, measure or a positive number of runs; got {text!r}')
+  return int(text)
 
 
 def _flags(program: str) -> flags.FlagValues:
@@ -119,6 +131,7 @@ def _flags(program: str) -> flags.FlagValues:
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_string('data_dir', None, '', flag_values=values)
   flags.DEFINE_float('save_every', 60.0, '', flag_values=values)
+  flags.DEFINE_string('width', 'auto', '', flag_values=values)
   flags.DEFINE_bool('offline', False, '', flag_values=values)
   flags.DEFINE_bool('debug', False, '', flag_values=values)
   flags.DEFINE_bool('help', False, '', flag_values=values)

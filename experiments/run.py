@@ -49,7 +49,7 @@ def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]
     for setup in build.prepare(resolved, options.data_dir, shown.say):
       if {(sha, seed) for seed in setup.seeds} <= results.done(place):
         continue
-      work = job(setup, place, sha)
+      work = job(setup, place, sha)._replace(width=options.width)
       with Stop().listening() as stop:
         outcome = engine.train(work, options.save_every, stop, shown)
       results.append(place, results.lines(work, outcome, options.command))

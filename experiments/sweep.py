@@ -94,7 +94,7 @@ def run(options: Options, cells: list[dict[str, Any]], place: Path, shown: show.
     for setup in build.prepare(members[0], options.data_dir, shown.say):
       seeds = [todo[i] for i in group.members]
       name = f'group {number}/{len(groups)}'
-      work = job(setup, members, seeds, options.sweep, place, name)
+      work = job(setup, members, seeds, options.sweep, place, name)._replace(width=options.width)
       if not work.seeds:
         continue
       with Stop().listening() as stop:

@@ -129,6 +129,24 @@ def test_the_program_of_a_group_is_compiled_once(call, tiny, tmp_path, monkeypat
   assert real is loop.run_chunks
 
 
+def test_widths_of_a_device(call, tiny, swept, tmp_path, monkeypatch):
+  before = {(c['config_sha256'], c['seed']): c for c in lines(swept)}
+  monkeypatch.setenv('CL_JAX_CACHE', str(tmp_path / 'cache'))
+  for width, more in (('3', '3 at once'), ('measure', 'compiling')):
+    argv = (f'--config={tiny}:class,er', f'--workdir={tmp_path / width}', f'--width={width}')
+    grid = "{'optimizer.lr': (0.03, 0.01), 'er.capacity': (30,)}"
+    done = call(sweep.main, *argv, f'--config.sweep={grid}')
+    assert done.code == 0 and more in done.err
+    for line in lines(tmp_path / width):
+      other = before[line['config_sha256'], line['seed']]
+      np.testing.assert_allclose(line['R'], other['R'], atol=0.051)
+  (chosen,) = json.loads((tmp_path / 'cache' / 'calibration.json').read_text()).values()
+  assert chosen in (1, 2, 4)
+  for width in ('0', '-1', 'wide', '1.5'):
+    done = call(run.main, f'--config={tiny}', f'--workdir={tmp_path / "x"}', f'--width={width}')
+    assert done.code == 2 and '--width must be' in done.line
+
+
 def test_methods_can_be_an_axis(tiny):
   raw = config.load(f'{tiny}:class,er')
   cells = sweep.expand(raw, {'methods': ((), ('er',), ('ewc',)), 'optimizer.lr': (0.1, 0.2)})
