@@ -1,8 +1,9 @@
 """Published tables again: `python -m experiments.reproduce [--only PATTERN] [--seeds N]`.
 
-Every row of a table is a study of its own: N seeds in one compiled program. What a seed gave is one line of
-`results/published/<table>.jsonl`; a row whose seeds are there is not run again, so the command resumes where
-it was stopped. `results/published.csv` is drawn from those lines alone.
+Every row of a table is a study of its own: N seeds in one compiled program (of a row that takes hours, as
+many as there are devices). What a seed gave is one line of `results/published/<table>.jsonl`; seeds that are
+there are not run again, so the command resumes where it was stopped. `results/published.csv` is drawn from
+those lines alone.
 """
 
 from __future__ import annotations
@@ -168,7 +169,9 @@ def reproduce(args) -> int:
     elif missing and skip:
       print(f'{row.name}: left out, it takes hours; --all or --only={row.name} runs it')
     elif missing:
-      todo.append((row, missing))
+      # A row that takes hours is kept after every few seeds, as many as there are devices.
+      most = len(jax.devices()) if row.slow else len(missing)
+      todo += [(row, missing[i : i + most]) for i in range(0, len(missing), most)]
   if args.list:
     return 0
   data_dir = args.data_dir or os.environ.get('CL_JAX_DATA')

@@ -73,6 +73,24 @@ def test_heavy_rows_are_left_out_unless_named(rows, tmp_path, capsys):
   assert 'toy/task/heavy/small: 0 seeds done, slow' in capsys.readouterr().out
 
 
+def test_a_heavy_row_is_kept_after_every_few_seeds(rows, tmp_path, monkeypatch, capsys):
+  most, learnt = len(jax.devices()), []
+
+  def learn(row, seeds, data_dir):
+    if len(learnt) == 2:
+      raise KeyboardInterrupt
+    learnt.append(seeds)
+    return [{'row': row.name, 'seed': s, 'R': [[1.0, 0.0]] * 2, 'start': [0.0] * 2} for s in seeds]
+
+  monkeypatch.setattr(reproduce, 'learn', learn)
+  argv = ['--only=toy/task/heavy/small', f'--seeds={3 * most}', f'--out={tmp_path}']
+  assert reproduce.main(argv) == 130
+  assert learnt == [list(range(most)), list(range(most, 2 * most))]
+  assert len((tmp_path / 'published/toy.jsonl').read_text().splitlines()) == 2 * most
+  learnt.clear()
+  assert reproduce.main(argv) == 0 and learnt == [list(range(2 * most, 3 * most))]
+
+
 def test_a_pattern_without_a_row(rows, tmp_path, capsys):
   assert reproduce.main(['--only=nothing', f'--out={tmp_path}']) == 2
   assert 'matches no row' in capsys.readouterr().err
