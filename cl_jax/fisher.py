@@ -1,10 +1,10 @@
-"""The diagonal Fisher information from PER-EXAMPLE gradients, in one backward pass a batch where possible.
+"""Importances from PER-EXAMPLE gradients, in one backward pass a batch where possible.
 
 The square of a batch's mean gradient is not the mean of its squares (a mistake in many ports). For a dense
 layer y = x w + b the sum over examples of the squared gradients has a closed form, (x^2)^T (d^2) and the
 column sums of d^2, where d is the gradient with respect to y; so one backward pass over the batch does it,
-with the cotangent of w replaced by that form. Where an example has several rows (tokens), they add up
-before the square.
+with the cotangent of w replaced by that form. Absolute values do as well as squares. Where an example has
+several rows (tokens), they add up before the square.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Batch, Forward, Tree
 
 LABELS = ('exact', 'sampled', 'empirical', 'predicted')
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=['a'], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=['a'], meta_fields=['measure'])
 @dataclasses.dataclass(frozen=True)
-class Squared:
-  """A parameter whose cotangent is the sum over examples of its squared per-example gradients.
+class PerExample:
+  """A parameter whose cotangent is the sum over examples of `measure(per-example gradient)`.
 
-  It knows three ways to enter a network, once: `x @ w`, `y + b` and `h * scale`, where the first axis of x,
-  y and h is the example. Any other use is a TypeError. Stacked leaves are sliced by `scan` like arrays.
+  `measure` is elementwise and multiplicative: `jnp.square` or `jnp.abs`. The parameter knows three ways to
+  enter a network, once: `x @ w`, `y + b` and `h * scale`, where the first axis of x, y and h is the example.
+  Any other use is a TypeError. Stacked leaves are sliced by `scan` like arrays.
   """
 
   a: Array
+  measure: Callable
 
   def __rmatmul__(self, x: Array) -> Array:
-    return squared_matmul(x, self._with(2, x))
+    return matmul(self.measure, x, self._with(2, x))
 
   def __radd__(self, y: Array) -> Array:
-    return squared_add(y, self._with(1, y))
+    return add(self.measure, y, self._with(1, y))
 
   def __rmul__(self, h: Array) -> Array:
-    return squared_scale(h, self._with(1, h))
+    return scaled(self.measure, h, self._with(1, h))
 
   def _with(self, ndim: int, x: Array) -> Array:
     if self.a.ndim != ndim or x.ndim < 2:
@@ -47,45 +50,45 @@ class Squared:
     return self.a
 
 
-@jax.custom_vjp
-def squared_matmul(x, w):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def matmul(measure, x, w):
   return x @ w
 
 
-def _matmul_bwd(saved, d):
+def _matmul_bwd(measure, saved, d):
   x, w = saved
   if x.ndim == 2:
-    return d @ w.T, jnp.square(x).T @ jnp.square(d)
+    return d @ w.T, measure(x).T @ measure(d)
 
-  def add(total, row):  # an outer product per example, one at a time
-    return total + jnp.square(row[0].T @ row[1]), None
+  def one(total, row):  # an outer product per example, one at a time
+    return total + measure(row[0].T @ row[1]), None
 
-  total, _ = jax.lax.scan(add, jnp.zeros_like(w), (rows_of(x), rows_of(d)))
+  total, _ = jax.lax.scan(one, jnp.zeros_like(w), (rows_of(x), rows_of(d)))
   return d @ w.T, total
 
 
-squared_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_bwd)
+matmul.defvjp(lambda measure, x, w: (x @ w, (x, w)), _matmul_bwd)
 
 
-@jax.custom_vjp
-def squared_add(y, b):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def add(measure, y, b):
   return y + b
 
 
-squared_add.defvjp(lambda y, b: (y + b, None), lambda _, d: (d, sum_of_squares(d)))
+add.defvjp(lambda measure, y, b: (y + b, None), lambda measure, _, d: (d, summed(measure, d)))
 
 
-@jax.custom_vjp
-def squared_scale(h, scale):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scaled(measure, h, scale):
   return h * scale
 
 
-def _scale_bwd(saved, d):
+def _scaled_bwd(measure, saved, d):
   h, scale = saved
-  return d * scale, sum_of_squares(d * h)
+  return d * scale, summed(measure, d * h)
 
 
-squared_scale.defvjp(lambda h, scale: (h * scale, (h, scale)), _scale_bwd)
+scaled.defvjp(lambda measure, h, scale: (h * scale, (h, scale)), _scaled_bwd)
 
 
 def rows_of(a: Array) -> Array:
@@ -93,9 +96,9 @@ def rows_of(a: Array) -> Array:
   return a.reshape(a.shape[0], -1, a.shape[-1])
 
 
-def sum_of_squares(d: Array) -> Array:
-  """[B, ..., D] -> [D]: summed over the rows of an example, squared, summed over examples."""
-  return jnp.square(rows_of(d).sum(1)).sum(0)
+def summed(measure: Callable, d: Array) -> Array:
+  """[B, ..., D] -> [D]: summed over the rows of an example, measured, summed over examples."""
+  return measure(rows_of(d).sum(1)).sum(0)
 
 
 def diagonal(
@@ -123,7 +126,10 @@ def diagonal(
   if labels not in LABELS:
     raise ValueError(f'fisher labels {labels!r}: one of {LABELS}')
   dense = is_dense(fwd, params, jax.tree.map(lambda a: a[0], batches))
-  squares = dense_squares if dense else row_squares
+
+  def value(out, batch, y, root):
+    logp = jax.nn.log_softmax(out.logits)
+    return root * jnp.take_along_axis(logp, y[:, None], 1)[:, 0]
 
   def one_batch(total, inputs):
     batch, key = inputs
@@ -132,7 +138,8 @@ def diagonal(
 
     def pass_for(y, weight):
       """Sum over rows of weight * (d log p(y) / d params)^2: the factor goes in as its root."""
-      return squares(fwd, params, batch, y, jnp.sqrt(weight * batch.w))
+      root = jnp.sqrt(weight * batch.w)
+      return gradient_sizes(fwd, params, batch, value, jnp.square, dense, y, root)
 
     if labels == 'empirical':
       new = pass_for(batch.y, jnp.ones_like(batch.w))
@@ -150,42 +157,76 @@ def diagonal(
       new, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(classes))
     return jax.tree.map(jnp.add, total, new), None
 
-  steps = batches.y.shape[0]
+  return mean_over_examples(one_batch, params, batches, key)
+
+
+def sensitivity(fwd: Forward, params: Tree, batches: Batch) -> Tree:
+  """E_x |d ||f(x)||^2 / d params| with f the logits, like `params`, in inference mode; labels are not used.
+
+  Aljundi et al., ECCV 2018 (MAS), eq. 2-3; per example as in the paper (the official code takes the
+  gradient of a batch). Outputs that a head leaves out do not count.
+  """
+  dense = is_dense(fwd, params, jax.tree.map(lambda a: a[0], batches))
+
+  def value(out, batch):
+    kept = jnp.where(out.logits > MINUS_INF / 2, out.logits, 0)
+    return batch.w * jnp.sum(jnp.square(kept), axis=-1)
+
+  def one_batch(total, inputs):
+    new = gradient_sizes(fwd, params, inputs[0], value, jnp.abs, dense)
+    return jax.tree.map(jnp.add, total, new), None
+
+  return mean_over_examples(one_batch, params, batches, jax.random.key(0))
+
+
+def mean_over_examples(one_batch: Callable, params: Tree, batches: Batch, key: Array) -> Tree:
+  """Scans `one_batch(total, (batch, key)) -> (total, None)` and divides by the number of examples."""
   zeros = jax.tree.map(jnp.zeros_like, params)
-  total, _ = jax.lax.scan(one_batch, zeros, (batches, jax.random.split(key, steps)))
+  keys = jax.random.split(key, batches.y.shape[0])
+  total, _ = jax.lax.scan(one_batch, zeros, (batches, keys))
   count = jnp.maximum(batches.w.sum(), 1.0)
   return jax.tree.map(lambda a: a / count, total)
 
 
 def is_dense(fwd: Forward, params: Tree, batch: Batch) -> bool:
-  """Whether there is a closed form for every parameter (decided by tracing); see `Squared`."""
+  """Whether there is a closed form for every parameter (decided by tracing); see `PerExample`."""
   if any(a.ndim not in (1, 2, 3) for a in jax.tree.leaves(params)):
     return False  # convolutions
   try:
-    jax.eval_shape(lambda p, b: fwd(squared(p), b).logits, params, batch)
+    jax.eval_shape(lambda p, b: fwd(wrapped(p, jnp.abs), b).logits, params, batch)
   except (TypeError, AttributeError, NotImplementedError, LookupError):
     return False  # a parameter is used in another way: the operator refused
   return True
 
 
-def squared(params: Tree) -> Tree:
-  return jax.tree.map(Squared, params)
+def wrapped(params: Tree, measure: Callable) -> Tree:
+  return jax.tree.map(lambda a: PerExample(a, measure), params)
 
 
-def dense_squares(fwd: Forward, params: Tree, batch: Batch, y: Array, root: Array) -> Tree:
-  def total(p):
-    logp = jax.nn.log_softmax(fwd(squared(p), batch).logits)
-    return jnp.sum(root * jnp.take_along_axis(logp, y[:, None], 1)[:, 0])
+def gradient_sizes(
+  fwd: Forward,
+  params: Tree,
+  batch: Batch,
+  value: Callable,
+  measure: Callable,
+  dense: bool,
+  *extra: Array,
+) -> Tree:
+  """The sum over examples of measure(d value_i / d params).
 
-  return jax.grad(total)(params)
+  Args:
+    value: (out, batch, *extra) -> f32[B], row by row.
+    measure: `jnp.square` or `jnp.abs`.
+    dense: what `is_dense` said: one backward pass for the batch instead of one for each row.
+    extra: arrays [B, ...] that go to `value`.
+  """
+  if dense:
+    return jax.grad(lambda p: value(fwd(wrapped(p, measure), batch), batch, *extra).sum())(params)
 
-
-def row_squares(fwd: Forward, params: Tree, batch: Batch, y: Array, root: Array) -> Tree:
-  def one(total, inputs):
-    row, y, root = inputs
-    single = jax.tree.map(lambda a: a[None], row)
-    nll: Callable = lambda p: root * jax.nn.log_softmax(fwd(p, single).logits)[0, y]  # noqa: E731
-    return jax.tree.map(lambda t, g: t + jnp.square(g), total, jax.grad(nll)(params)), None
+  def one(total, row):
+    batch, *extra = jax.tree.map(lambda a: a[None], row)
+    g = jax.grad(lambda p: value(fwd(p, batch), batch, *extra)[0])(params)
+    return jax.tree.map(lambda t, g: t + measure(g), total, g), None
 
   zeros = jax.tree.map(jnp.zeros_like, params)
-  return jax.lax.scan(one, zeros, (batch, y, root))[0]
+  return jax.lax.scan(one, zeros, (batch, *extra))[0]
