@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_jax.types import Array
+from cl_jax.types import Array, Tree
 
 
 def weighted_mean(values: Array, w: Array) -> Array:
@@ -18,3 +18,45 @@ def ridge(gram: Array, moment: Array, lam: Array | float) -> Array:
   eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
   factor = jax.scipy.linalg.cho_factor(gram + lam * eye)
   return jax.scipy.linalg.cho_solve(factor, moment)
+
+
+def quadratic(weights: Tree, params: Tree, anchor: Tree) -> Array:
+  """f32[]: the sum over all parameters of weight * (parameter - anchor)^2."""
+  parts = jax.tree.map(lambda w, p, a: jnp.sum(w * jnp.square(p - a)), weights, params, anchor)
+  return jnp.asarray(sum(jax.tree.leaves(parts)))
+
+
+def cross_entropy(logits: Array, y: Array) -> Array:
+  """f32[B]: -log softmax(logits)[y] of f32[B, C] and i32[B]."""
+  logp = jax.nn.log_softmax(logits)
+  return -jnp.take_along_axis(logp, y[:, None], axis=1)[:, 0]
+
+
+def nonnegative_quadratic(P: Array, q: Array, lower: Array | float, on: Array) -> Array:
+  """argmin over v >= lower of 1/2 v^T P v + q^T v, for a small positive definite P f32[n, n].
+
+  Coordinate descent (Hildreth 1957) until no coordinate moves by more than rounding, 10,000 sweeps at most.
+
+  Args:
+    on: bool[n]; the other coordinates stay 0 and take no part.
+  """
+  n, tiny = q.shape[0], 8 * jnp.finfo(q.dtype).eps
+
+  def sweep(carry):
+    v, _, count = carry
+
+    def one(i, carry):
+      v, most = carry
+      best = jnp.maximum(v[i] - (P[i] @ v + q[i]) / P[i, i], lower)
+      best = jnp.where(on[i], best, 0)
+      return v.at[i].set(best), jnp.maximum(most, jnp.abs(best - v[i]))
+
+    v, most = jax.lax.fori_loop(0, n, one, (v, jnp.zeros((), q.dtype)))
+    return v, most, count + 1
+
+  def more(carry):
+    v, most, count = carry
+    return (most > tiny * (1 + jnp.abs(v).max())) & (count < 10_000)
+
+  start = (jnp.where(on, lower, 0).astype(q.dtype), jnp.array(jnp.inf, q.dtype), 0)
+  return jax.lax.while_loop(more, sweep, start)[0]

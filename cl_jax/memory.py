@@ -22,8 +22,9 @@ class Writer(NamedTuple):
   """Decides which slot an example goes to.
 
   Attributes:
-    init: () -> aux, the writer's own state.
-    place: (aux, batch, key) -> (slots i32[B], aux). `capacity` means: not stored.
+    init: (features) -> aux, the writer's own state; `features` is their number, 0 where none are given.
+    place: (aux, batch, key, features) -> (slots i32[B], aux). `capacity` means: not stored. `features` is
+      f32[B, D], the input of the network's head, for the writers that choose by them; else None.
     pick: (aux, key, n) -> (slots i32[n], w f32[n]): n distinct stored rows drawn uniformly; where
       fewer are stored, all of them and w = 0 for the rest.
     capacity: number of slots.
@@ -50,14 +51,20 @@ class Memory(NamedTuple):
   draw: Batch
 
 
-def create(writer: Writer, batch: Batch, draw: int) -> Memory:
+def create(writer: Writer, batch: Batch, draw: int, features: int = 0) -> Memory:
   """An empty memory for rows like those of `batch`, from which `draw` rows are taken at a time."""
   blank = lambda n: jax.tree.map(lambda a: jnp.zeros((n, *a.shape[1:]), a.dtype), batch)  # noqa: E731
-  return Memory(blank(writer.capacity + 1), writer.init(), blank(draw))
+  return Memory(blank(writer.capacity + 1), writer.init(features), blank(draw))
 
 
 def write_then_draw(
-  writer: Writer, memory: Memory, batch: Batch, key: Array, among: Tree = None
+  writer: Writer,
+  memory: Memory,
+  batch: Batch,
+  key: Array,
+  among: Tree = None,
+  draws: int = 1,
+  features: Array | None = None,
 ) -> Memory:
   """Stores rows of `batch` (those with w > 0), then draws the rows of the next step.
 
@@ -68,14 +75,18 @@ def write_then_draw(
     key: typed key; one half decides the slots, the other the draw.
     among: a writer state to draw from instead of the current one, for instance as it was at the last
       boundary; see `agem`.
+    draws: `memory.draw` is made of so many independent draws of equal size.
+    features: of the batch, for writers that choose by them.
   """
   k_place, k_draw = jax.random.split(key)
-  slots, aux = writer.place(memory.aux, batch, k_place)
+  slots, aux = writer.place(memory.aux, batch, k_place, features)
   slots = last_wins(slots, writer.capacity)
   rows = jax.tree.map(
     lambda d, a: d.at[slots].set(a.astype(d.dtype), mode='promise_in_bounds'), memory.rows, batch
   )
-  picked, w = writer.pick(aux if among is None else among, k_draw, memory.draw.y.shape[0])
+  n, held = memory.draw.y.shape[0] // draws, aux if among is None else among
+  keys = [k_draw] if draws == 1 else jax.random.split(k_draw, draws)
+  picked, w = map(jnp.concatenate, zip(*(writer.pick(held, k, n) for k in keys), strict=True))
   draw = jax.tree.map(lambda d: d.at[picked].get(mode='promise_in_bounds'), rows)
   return Memory(rows, aux, draw._replace(w=w))
 
@@ -129,7 +140,8 @@ def reservoir(capacity: int) -> Writer:
   State: one int32.
   """
 
-  def place(seen, batch, key):
+  def place(seen, batch, key, features):
+    del features
     valid, rank = arrivals(batch)
     n = seen + rank
     j = jax.random.randint(key, n.shape, 0, n + 1, jnp.int32)
@@ -139,7 +151,7 @@ def reservoir(capacity: int) -> Writer:
   def pick(seen, key, n):
     return distinct(key, n, jnp.minimum(seen, capacity))
 
-  return Writer(lambda: jnp.int32(0), place, pick, capacity)
+  return Writer(lambda features: jnp.int32(0), place, pick, capacity)
 
 
 def group_of(batch: Batch, classes: int, tasks: int) -> Array:
@@ -174,8 +186,8 @@ def ring(capacity: int, classes: int, tasks: int = 1) -> Writer:
       f'ring memory of {capacity} slots for {groups} classes: give at least {groups}'
     )
 
-  def place(counts, batch, key):
-    del key
+  def place(counts, batch, key, features):
+    del key, features
     valid, _ = arrivals(batch)
     g = group_of(batch, classes, tasks)
     same = (g[:, None] == g[None, :]) & valid[None, :]
@@ -186,7 +198,7 @@ def ring(capacity: int, classes: int, tasks: int = 1) -> Writer:
   def pick(counts, key, n):
     return pick_in_groups(counts, per_group, key, n)
 
-  return Writer(lambda: jnp.zeros(groups, jnp.int32), place, pick, capacity)
+  return Writer(lambda features: jnp.zeros(groups, jnp.int32), place, pick, capacity)
 
 
 class BalancedState(NamedTuple):
@@ -210,13 +222,15 @@ def class_balanced(capacity: int, classes: int) -> Writer:
   State: 4 bytes per slot and 9 per class.
   """
 
-  def init():
+  def init(features):
+    del features
     zeros = jnp.zeros(classes, jnp.int32)
     return BalancedState(
       jnp.full(capacity, -1, jnp.int32), zeros, zeros, jnp.zeros(classes, bool), jnp.int32(0)
     )
 
-  def place(aux, batch, key):
+  def place(aux, batch, key, features):
+    del features
     valid, _ = arrivals(batch)
     u = jax.random.uniform(key, (*batch.y.shape, 2))
 
@@ -251,15 +265,3 @@ def class_balanced(capacity: int, classes: int) -> Writer:
     return distinct(key, n, aux.filled)
 
   return Writer(init, place, pick, capacity)
-
-
-def writer(name: str, capacity: int, classes: int, tasks: int = 1) -> Writer:
-  """The writer of that name: 'reservoir', 'ring' or 'class_balanced'."""
-  match name:
-    case 'reservoir':
-      return reservoir(capacity)
-    case 'ring':
-      return ring(capacity, classes, tasks)
-    case 'class_balanced':
-      return class_balanced(capacity, classes)
-  raise ValueError(f'no memory writer {name!r}: reservoir, ring or class_balanced')

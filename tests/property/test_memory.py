@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_jax import memory
+from cl_jax import memory, writers
 from cl_jax.types import Batch
 
 
@@ -21,22 +21,15 @@ def batch_of(ids, classes, valid=None):
 
 def fill(writer, batches, key, draw=4):
   """The memory after writing all batches, with one compiled step."""
-  m = memory.create(writer, batches[0], draw)
-  step = jax.jit(lambda m, b, k: memory.write_then_draw(writer, m, b, k))
+  m = memory.create(writer, batches[0], draw, 2)
+  features = lambda b: jnp.stack([b.x[:, 0] % 17, b.x[:, 0] % 5], axis=1).astype(jnp.float32)  # noqa: E731
+  step = jax.jit(lambda m, b, k: memory.write_then_draw(writer, m, b, k, features=features(b)))
   for i, b in enumerate(batches):
     m = step(m, b, jax.random.fold_in(key, i))
   return m
 
 
-def writers(capacity, classes):
-  return {
-    'reservoir': memory.reservoir(capacity),
-    'ring': memory.ring(capacity, classes),
-    'class_balanced': memory.class_balanced(capacity, classes),
-  }
-
-
-@pytest.mark.parametrize('name', ['reservoir', 'ring', 'class_balanced'])
+@pytest.mark.parametrize('name', writers.NAMES)
 @given(seed=st.integers(0, 2**31 - 1), padding=st.integers(0, 4))
 def test_memory_holds_only_what_was_shown(name, seed, padding):
   """Never over capacity, no example twice, no padding, draws come from what is stored, bytes as stored."""
@@ -46,7 +39,7 @@ def test_memory_holds_only_what_was_shown(name, seed, padding):
   valid = np.ones((8, B))
   valid[:, B - padding :] = 0
   batches = [batch_of(i, classes, v) for i, v in zip(ids, valid, strict=True)]
-  m = fill(writers(capacity, classes)[name], batches, jax.random.key(seed % 1000))
+  m = fill(writers.writer(name, capacity, classes), batches, jax.random.key(seed % 1000))
   kept = np.asarray(m.rows.w)[:capacity] > 0
   held = np.asarray(m.rows.x)[:capacity, 0][kept]
   assert m.rows.x.dtype == jnp.uint8 and m.rows.x.shape[0] == capacity + 1
@@ -105,10 +98,10 @@ def test_class_balanced_evens_out_an_uneven_stream():
   labels = rng.choice(3, size=(60, 5), p=[0.8, 0.15, 0.05])
   batches = [batch_of(np.arange(5), 3)._replace(y=jnp.asarray(row, jnp.int32)) for row in labels]
   share = {}
-  for name in ('class_balanced', 'reservoir'):
-    m = fill(writers(24, 3)[name], batches, jax.random.key(1))
+  for name in ('class_balanced', 'greedy', 'reservoir'):
+    m = fill(writers.writer(name, 24, 3), batches, jax.random.key(1))
     share[name] = np.bincount(np.asarray(m.rows.y)[:24], minlength=3)
-  assert share['class_balanced'].min() >= 7
+  assert share['class_balanced'].min() >= 7 and share['greedy'].min() >= 7
   assert share['reservoir'][2] <= 5
 
 
@@ -128,5 +121,5 @@ def test_equal_slots_are_written_once():
 def test_too_small_a_ring_is_refused():
   with pytest.raises(ValueError, match='at least 20'):
     memory.ring(19, 10, 2)
-  with pytest.raises(ValueError, match='reservoir, ring or class_balanced'):
-    memory.writer('resevoir', 10, 2)
+  with pytest.raises(ValueError, match='one of reservoir, ring, class_balanced'):
+    writers.writer('resevoir', 10, 2)

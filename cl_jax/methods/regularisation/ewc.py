@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax import fisher
+from cl_jax.linalg import quadratic
 from cl_jax.types import Array, Method, Tree
 
 
@@ -58,10 +59,7 @@ def ewc(
     return {}, EWCState(params, zeros, jnp.float32(0))
 
   def loss(s, params, batch, out, fwd):
-    quadratic = jax.tree.map(
-      lambda f, a, p: jnp.sum(f * jnp.square(p - a)), s.importance, s.anchor, params
-    )
-    penalty = 0.5 * coef * (sum(jax.tree.leaves(quadratic)) + s.constant)
+    penalty = 0.5 * coef * (quadratic(s.importance, params, s.anchor) + s.constant)
     if normalise:
       top = jnp.stack([f.max() for f in jax.tree.leaves(s.importance)]).max()
       return penalty / jnp.where(top > 0, top, 1)

@@ -38,7 +38,7 @@ def agem(capacity: int = 500, draw: int = 256, classes: int = 10, tasks: int = 1
   write = memory.ring(capacity, classes, tasks)
 
   def init(key, params, batch, fwd):
-    return {}, AGEMState(memory.create(write, batch, draw), write.init())
+    return {}, AGEMState(memory.create(write, batch, draw), write.init(0))
 
   def grads(s, g, params, batch, grad_fn):
     ref = grad_fn(params, s.memory.draw)[1]

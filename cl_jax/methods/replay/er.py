@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_jax import memory
+from cl_jax import memory, writers
 from cl_jax.types import Method
 
 
@@ -26,23 +26,26 @@ def er(
   Args:
     capacity: slots in all.
     draw: memory rows per step, drawn without replacement.
-    writer: 'reservoir', 'ring' or 'class_balanced'; see `cl_jax.memory`.
+    writer: 'reservoir', 'ring', 'class_balanced', 'greedy', 'mof' or 'kmeans'; see `cl_jax.writers`.
     coef: weight of a memory row relative to a stream row.
-    classes, tasks: for 'ring' and 'class_balanced'; tasks > 1 keeps a ring per task and class.
+    classes, tasks: for the writers that keep classes apart; tasks > 1 keeps those of each task apart too
+      (ring, mof, kmeans).
 
-  State: capacity + 1 + draw rows of the stream, as stored.
+  State: capacity + 1 + draw rows of the stream, as stored, and the writer's.
   """
-  write = memory.writer(writer, capacity, classes, tasks)
+  write = writers.writer(writer, capacity, classes, tasks)
 
   def init(key, params, batch, fwd):
-    return {}, memory.create(write, batch, draw)
+    d = jax.eval_shape(fwd, params, batch).features.shape[-1]
+    return {}, memory.create(write, batch, draw, d)
 
   def mix(s, batch):
     old = s.draw._replace(w=coef * s.draw.w)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, old)
 
   def after(s, params, step, key):
-    return params, memory.write_then_draw(write, s, step.batch, key)
+    f = step.out.features
+    return params, memory.write_then_draw(write, s, step.batch, key, features=f)
 
   needs = ('task_train',) if tasks > 1 else ()
   return Method(init=init, mix=mix, after=after, needs=needs)

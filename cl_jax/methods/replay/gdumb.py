@@ -1,0 +1,91 @@
+"""Greedy sampler and dumb learner."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cl_jax import memory, writers
+from cl_jax.errors import UserError
+from cl_jax.linalg import cross_entropy, weighted_mean
+from cl_jax.types import Method, Tree
+
+
+class GDumbState(NamedTuple):
+  memory: memory.Memory
+  start: Tree  # the initial parameters
+
+
+def gdumb(
+  classes: int = 10,
+  capacity: int = 500,
+  epochs: int = 30,
+  rows: int = 16,
+  lr: float = 0.05,
+  lr_end: float = 5e-4,
+  decay: float = 1e-6,
+) -> Method:
+  """Only fills a class-balanced memory; at a boundary it trains from scratch on what is stored.
+
+  Prabhu, Torr & Dokania, ECCV 2020, algorithms 1-2; official code drimpossible/GDumb: a check on what
+  learning from the stream itself is worth. The optimiser of the run is not used. SGD with momentum 0.9,
+  gradients cut at norm 10, the rate falls from `lr` to `lr_end` along one cosine. Deviations: no warm restarts, no cutmix, no
+  early stopping; the initial weights are the same each time. For networks without norm statistics.
+
+  Args:
+    classes: number of classes.
+    capacity: slots.
+    epochs: passes over the memory at each boundary.
+    rows: size of a batch of it.
+    lr, lr_end, decay: of the training at a boundary, as in the official code.
+
+  Needs the boundary, which is when it can predict. State: capacity + 2 rows as stored, 4 bytes per slot, 1
+  per class, 1 x parameters.
+  """
+  write = writers.greedy_balanced(capacity, classes)
+  size = min(rows, capacity)
+  steps = capacity // size
+
+  def init(key, params, batch, fwd):
+    if jax.tree.leaves(fwd.stats):
+      raise UserError('gdumb trains at the boundary, where norm statistics stay as they are')
+    return {}, GDumbState(memory.create(write, batch, 1), params)
+
+  def grads(s, g, params, batch, grad_fn):
+    return jax.tree.map(jnp.zeros_like, g), s
+
+  def after(s, params, step, key):
+    new = memory.write_then_draw(write, s.memory, step.batch, key)
+    return step.params, s._replace(memory=new)
+
+  def boundary(s, params, batches, fwd, key):
+    rate = optax.cosine_decay_schedule(lr, epochs * steps, lr_end / lr)
+    tx = optax.chain(
+      optax.clip_by_global_norm(10.0),
+      optax.add_decayed_weights(decay),
+      optax.sgd(rate, momentum=0.9),
+    )
+    stored = s.memory.rows._replace(w=s.memory.rows.w * (jnp.arange(capacity + 1) < capacity))
+
+    def loss(p, batch):
+      return weighted_mean(cross_entropy(fwd(p, batch, train=True).logits, batch.y), batch.w)
+
+    def epoch(carry, key):
+      order = jax.random.permutation(key, capacity)[: steps * size].reshape(steps, size)
+
+      def step(carry, chosen):
+        p, opt = carry
+        g = jax.grad(loss)(p, jax.tree.map(lambda a: a[chosen], stored))
+        updates, opt = tx.update(g, opt, p)
+        return (optax.apply_updates(p, updates), opt), None
+
+      return jax.lax.scan(step, carry, order)[0], None
+
+    start = (s.start, tx.init(s.start))
+    (params, _), _ = jax.lax.scan(epoch, start, jax.random.split(key, epochs))
+    return params, s
+
+  return Method(init=init, grads=grads, after=after, boundary=boundary, needs=('boundary',))
