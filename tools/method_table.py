@@ -101,9 +101,14 @@ def measure(name: str) -> tuple[int, dict[str, float]]:
 def tolerances() -> dict[str, float]:
   """{method: largest relative tolerance of the tests in tests/parity that carry its name}."""
   found: dict[str, float] = {}
-  for path in sorted((ROOT / 'tests/parity').glob('test_*.py')):
-    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
-    default = next((d for f in functions if f.name == 'close' for d in f.args.defaults), None)
+  folder = ROOT / 'tests/parity'
+  functions_of = lambda path: [  # noqa: E731
+    n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)
+  ]
+  shared = functions_of(folder / 'shared.py')
+  default = next((d for f in shared if f.name == 'close' for d in f.args.defaults), None)
+  for path in sorted(folder.glob('test_*.py')):
+    functions = functions_of(path)
     for function in functions:
       used = [
         k.value.value

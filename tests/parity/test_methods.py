@@ -6,8 +6,6 @@ in float64, unless a test says otherwise and why.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,6 @@ import pytest
 from cl_jax import fisher, memory, metrics
 from cl_jax.compose import chain
 from cl_jax.learner import learner
-from cl_jax.masks import nest, paths
 from cl_jax.methods.closed_form import ranpac as ranpac_module
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
@@ -33,58 +30,14 @@ from cl_jax.methods.replay.agem import agem
 from cl_jax.methods.replay.er import er
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
-from cl_jax.types import Batch, Forward, Method, Model, overlay
-
-GOLDEN = Path(__file__).parent / 'golden'
-OURS = {'l0': 'l0', 'l1': 'l1', 'l2': 'head'}
-LEAVES = tuple(f'{layer}/{part}' for layer in OURS for part in 'wb')
+from cl_jax.types import Forward, Method, overlay
+from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
 
 
 @pytest.fixture(autouse=True)
 def double():
   with jax.enable_x64(True):
     yield
-
-
-class Golden:
-  """One reference file; a missing key is an error."""
-
-  def __init__(self, name):
-    self.data = np.load(GOLDEN / f'{name}.npz', allow_pickle=False)
-
-  def __getitem__(self, key):
-    return self.data[key]
-
-  def params(self, prefix, *where):
-    """The reference's parameters in our names."""
-    leaves = {name: self[f'{prefix}/{name}'][where] for name in LEAVES}
-    return nest({f'{OURS[n[:2]]}/{n[3:]}': jnp.asarray(a) for n, a in leaves.items()})
-
-
-def close(ours, theirs, rtol=1e-9):
-  np.testing.assert_allclose(np.asarray(ours), theirs, rtol=rtol, atol=rtol)
-
-
-def close_trees(ours, theirs, rtol=1e-9):
-  ours, theirs = paths(ours), paths(theirs)
-  assert set(ours) >= set(theirs)
-  for name in theirs:
-    np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, atol=rtol, err_msg=name)
-
-
-def batch_of(x, y, task=-1):
-  x, y = jnp.asarray(x), jnp.asarray(y, jnp.int32)
-  return Batch(x, y, jnp.ones(y.shape), jnp.full(y.shape, task, jnp.int32))
-
-
-def fixed(model: Model, params) -> Model:
-  """The model with given initial parameters."""
-  return model._replace(init=lambda key, batch: (params, {}))
-
-
-def build(golden, method, classes=4, prefix='init', tx=None, frozen=None):
-  model = fixed(mlp((8, 7), classes), golden.params(prefix))
-  return learner(model, tx or optax.sgd(float(golden['lr'])), method, frozen)
 
 
 def follow(golden, method, variant, xs, ys, classes=4, prefix='init', loss='loss', told=True):
@@ -99,7 +52,7 @@ def follow(golden, method, variant, xs, ys, classes=4, prefix='init', loss='loss
       state, value = step(state, batch_of(xs[t, i], ys[t, i], task))
       close(value, golden[f'{variant}/{loss}'][t, i])
       close_trees(state.params, golden.params(f'{variant}/params', t, i))
-    state = end(state, jax.vmap(lambda x, y, k=task: batch_of(x, y, k))(xs[t], ys[t]))
+    state = end(state, stacked(xs[t], ys[t], task))
     raw = L.predict(state, batch_of(probe, np.zeros(len(probe)), -1))
     keep = np.asarray(raw[0]) > -1e29
     close(raw[:, keep], golden[f'{variant}/probe_logits'][t][:, keep])

@@ -32,8 +32,9 @@ def gdumb(
 
   Prabhu, Torr & Dokania, ECCV 2020, algorithms 1-2; official code drimpossible/GDumb: a check on what
   learning from the stream itself is worth. The optimiser of the run is not used. SGD with momentum 0.9,
-  gradients cut at norm 10, the rate falls from `lr` to `lr_end` along one cosine. Deviations: no warm restarts, no cutmix, no
-  early stopping; the initial weights are the same each time. For networks without norm statistics.
+  gradients cut at norm 10, the rate falls from `lr` to `lr_end` along one cosine. Deviations: no warm
+  restarts, no cutmix, no early stopping; the initial weights are the same each time. For networks without
+  norm statistics.
 
   Args:
     classes: number of classes.
