@@ -78,6 +78,7 @@ def greedy_balanced(capacity: int, classes: int) -> Writer:
       nth = jnp.floor(u[i] * stored[largest]).astype(jnp.int32)
       victim = jnp.searchsorted(jnp.cumsum(aux.labels == largest), nth + 1)
       slot = jnp.where(filled < capacity, filled, jnp.minimum(victim, capacity - 1))
+      slot = slot.astype(jnp.int32)
       labels = aux.labels.at[slot].set(jnp.where(keep, c, aux.labels[slot]))
       return GreedyState(labels, seen), slots.at[i].set(jnp.where(keep, slot, capacity))
 

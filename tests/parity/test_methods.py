@@ -31,7 +31,7 @@ from cl_jax.methods.replay.er import er
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Forward, Method, overlay
-from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
+from tests.parity.shared import OURS, Golden, batch_of, build, close, close_trees, stacked
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,173 @@
+"""Replay methods and writers against values computed independently (see reference/README.md)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cl_jax import memory, writers
+from cl_jax.linalg import nonnegative_quadratic
+from cl_jax.methods.replay.der import der
+from cl_jax.methods.replay.derpp import derpp
+from cl_jax.methods.replay.er_ace import er_ace
+from cl_jax.methods.replay.gem import gem
+from cl_jax.methods.replay.mir import mir
+from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
+
+
+@pytest.fixture(autouse=True)
+def double():
+  with jax.enable_x64(True):
+    yield
+
+
+def drawn(rows, slots):
+  """The rows of our memory in the reference's slots; w = 0 where it drew none."""
+  found = jax.tree.map(lambda a: a[np.maximum(slots, 0)], rows)
+  return found._replace(w=jnp.asarray(slots >= 0, jnp.float64))
+
+
+def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss'):
+  """A run with a reservoir: before each step the draw is replaced by the reference's rows."""
+  key = lambda name: f'{variant}/{name}' if f'{variant}/{name}' in g.data else name  # noqa: E731
+  xs, ys = g[key('xs')], g[key('ys')]
+  L = build(g, method)
+  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  real, coming = jax.random.randint, []
+  monkeypatch.setattr(
+    jax.random, 'randint', lambda *a, **k: coming.pop() if coming else real(*a, **k)
+  )
+  probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
+  for t in range(len(xs)):
+    for i in range(xs.shape[1]):
+      held = state.method
+      slots = np.concatenate([g[f'{variant}/{d}_slots'][t, i] for d in draws])
+      state = state._replace(method=held._replace(draw=drawn(held.rows, slots)))
+      coming.append(jnp.asarray(np.maximum(g[f'{variant}/j'][t, i], 0), jnp.int32))
+      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      assert not coming
+      close(value, g[f'{variant}/{loss}'][t, i])
+      close_trees(state.params, g.params(f'{variant}/params', t, i))
+      kept = g[f'{variant}/memory_stream'][t, i]
+      rows = jax.tree.map(lambda a, kept=kept: np.asarray(a)[: len(kept)], state.method.rows)
+      assert ((rows.w > 0) == (kept >= 0)).all()
+      x = rows.x['x'] if isinstance(rows.x, dict) else rows.x
+      close(x[kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
+    close(L.predict(state, probe), g[f'{variant}/probe_logits'][t])
+  return state
+
+
+def test_der_runs(monkeypatch):
+  g = Golden('der')
+  D = g['der/draw_slots'].shape[-1]
+  method = der(int(g['capacity']), D, float(g['der/alpha']))
+  state = follow(g, 'der', method, monkeypatch)
+  kept = g['der/memory_stream'][-1, -1] >= 0
+  logits = np.asarray(state.method.rows.x['logits'])[: len(kept)]
+  close(logits[kept], g['der/memory_z'][-1, -1][kept])
+
+
+def test_derpp_runs(monkeypatch):
+  g = Golden('der')
+  D = g['derpp/draw_slots'].shape[-1]
+  method = derpp(int(g['capacity']), D, float(g['derpp/alpha']), float(g['derpp/beta']))
+  follow(g, 'derpp', method, monkeypatch, ('draw', 'draw2'))
+
+
+@pytest.mark.parametrize('variant', ['tasks', 'one_class'])
+def test_er_ace_runs(variant, monkeypatch):
+  g = Golden('er_ace')
+  method = er_ace(int(g['capacity']), g[f'{variant}/draw_slots'].shape[-1])
+  follow(g, variant, method, monkeypatch)
+
+
+@pytest.mark.parametrize('variant', ['mir', 'few'])
+def test_mir_runs(variant, monkeypatch):
+  g = Golden('mir')
+  S, k = g[f'{variant}/draw_slots'].shape[-1], int(g[f'{variant}/k'])
+  method = mir(int(g['capacity']), k, S, float(g['lr_v']))
+  picked = []
+  real = jax.lax.top_k
+  monkeypatch.setattr(jax.lax, 'top_k', lambda *a: picked.append(real(*a)) or picked[-1])
+  follow(g, variant, method, monkeypatch, loss='loss_batch')
+  chosen = g[f'{variant}/chosen'].reshape(-1, k)
+  scores = g[f'{variant}/scores'].reshape(-1, S)
+  weights = g[f'{variant}/draw_weight'].reshape(-1, S)
+  assert len(picked) == len(chosen)
+  for (values, where), theirs, score, w in zip(picked, chosen, scores, weights, strict=True):
+    real_ones = w[theirs] > 0
+    assert np.array_equal(np.asarray(where)[real_ones], theirs[real_ones])
+    close(np.asarray(values)[real_ones], score[theirs][real_ones])
+
+
+@pytest.mark.parametrize('variant', ['margin0', 'margin'])
+def test_gem_runs(variant):
+  g = Golden('gem')
+  xs, ys, m = g['xs'], g['ys'], int(g['m'])
+  L = build(g, gem(4, 4 * m, float(g[f'{variant}/margin']), float(g['eps'])))
+  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
+  for t in range(len(xs)):
+    for i in range(xs.shape[1]):
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]))
+      close(value, g[f'{variant}/loss'][t, i])
+      close_trees(state.params, g.params(f'{variant}/params', t, i))
+      kept = g[f'{variant}/memory_stream'][t, i]
+      held = np.asarray(state.method.rows.x)[: len(kept)]
+      close(held[kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
+    state = end(state, stacked(xs[t], ys[t]))
+    close(L.predict(state, probe), g[f'{variant}/probe_logits'][t])
+
+
+def test_gem_quadratic_programs():
+  """To 1e-7: rows of norms from 1e-3 to 1e2 make some of them ill-conditioned."""
+  g = Golden('gem')
+  for case in range(len(g['single/count'])):
+    G, count = g['single/G'][case], int(g['single/count'][case])
+    gram = G @ G.T + float(g['single/eps'][case]) * np.eye(len(G))
+    on = jnp.arange(len(G)) < count
+    margin = float(g['single/margin'][case])
+    v = nonnegative_quadratic(jnp.asarray(gram), jnp.asarray(g['single/dot'][case]), margin, on)
+    if g['single/violated'][case]:
+      close(v, g['single/v'][case], rtol=1e-7)
+      close(g['single/g'][case] + G.T @ np.asarray(v), g['single/projected'][case], rtol=1e-7)
+  assert 0 < g['single/violated'].sum() < len(g['single/violated'])
+
+
+def shown(writer, features, labels, monkeypatch, u=None):
+  """Yields the stored positions after each row of a stream, written in batches of 4."""
+  batch = lambda at: batch_of(np.arange(at, at + 4)[:, None], labels[at : at + 4])  # noqa: E731
+  held = memory.create(writer, batch(0), 1, 0 if features is None else features.shape[1])
+  for at in range(0, len(labels), 4):
+    if u is not None:
+      monkeypatch.setattr(jax.random, 'uniform', lambda *a, at=at: jnp.asarray(u[at : at + 4]))
+    f = None if features is None else jnp.asarray(features[at : at + 4])
+    held = memory.write_then_draw(writer, held, batch(at), jax.random.key(at), features=f)
+    stored = np.asarray(held.rows.w)[: writer.capacity] > 0
+    yield at + 3, np.where(stored, np.asarray(held.rows.x)[: writer.capacity, 0], -1), held.aux
+
+
+def test_gdumb_sampler(monkeypatch):
+  g = Golden('gdumb')
+  for labels, u, slots in zip(g['labels'], g['u'], g['slots'], strict=True):
+    writer = writers.greedy_balanced(int(g['K']), int(g['classes']))
+    for row, stored, _ in shown(writer, None, labels, monkeypatch, u):
+      assert np.array_equal(stored, slots[row])
+
+
+@pytest.mark.parametrize('name', ['mof', 'kmeans'])
+def test_er_writers(name, monkeypatch):
+  g = Golden('writers')
+  classes, m = int(g['classes']), int(g['m'])
+  for features, labels, slots, means in zip(
+    g['features'], g['labels'], g[f'{name}/slots'],
+    g['mof/mean' if name == 'mof' else 'kmeans/centroid'], strict=True,
+  ):  # fmt: skip
+    writer = writers.writer(name, classes * m, classes)
+    for row, stored, aux in shown(writer, features, labels, monkeypatch):
+      assert np.array_equal(stored, slots[row].reshape(-1))
+      ours = aux.mean if name == 'mof' else aux.centroid
+      close(ours, means[row].reshape(ours.shape))
