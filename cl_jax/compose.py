@@ -95,13 +95,15 @@ def gated(on: Array | float, method: Method) -> Method:
       return apply
 
     def either(variables, batch, tap, train):
-      return jax.lax.cond(
-        enabled,
-        lambda v, b: wrapped(v, b, tap, train),
-        lambda v, b: apply(v, b, tap, train),
-        variables,
-        batch,
-      )
+      def on(v, b):
+        return wrapped(v, b, tap, train)
+
+      def off(v, b):  # with zeros for what the method hands to its own hooks
+        out, aux = apply(v, b, tap, train), jax.eval_shape(on, v, b).aux
+        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+        return out._replace(aux={**blank, **out.aux})
+
+      return jax.lax.cond(enabled, on, off, variables, batch)
 
     return either
 

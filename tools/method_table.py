@@ -45,7 +45,7 @@ REQUIRED = {
   'steps_per_epoch': 10,
 }
 # Rows of published tables that are named after the memory of experience replay.
-WRITERS = {'ring': 'er', 'reservoir': 'er'}
+WRITERS = {'ring': 'er', 'reservoir': 'er', 'mof': 'er', 'kmeans': 'er'}
 # Where the defaults do not fit that network: arguments by method.
 ARGUMENTS = {'lora': {'targets': 'l0/w'}}
 

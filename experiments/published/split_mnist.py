@@ -22,8 +22,11 @@ from cl_jax.methods.isolation.hat import hat
 from cl_jax.methods.isolation.packnet import packnet
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
+from cl_jax.methods.regularisation.si import si
 from cl_jax.methods.replay.agem import agem
+from cl_jax.methods.replay.derpp import derpp
 from cl_jax.methods.replay.er import er
+from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.models.mlp import mlp
 from cl_jax.streams import Plan, cumulative, dataset, split
 from cl_jax.types import Method
@@ -37,12 +40,15 @@ SCENARIOS = ('task', 'domain', 'class')
 PAPER = {
   'naive': ((87.2, 0.94), (59.2, 2.0), (19.9, 0.02)),
   'ewc': ((98.6, 0.22), (64.0, 1.9), (20.0, 0.06)),
+  'si': ((99.1, 0.15), (65.4, 1.6), (20.0, 0.06)),
   'lwf': ((99.6, 0.02), (71.5, 1.6), (23.9, 0.44)),
   'offline': ((99.7, None), (98.4, None), (97.9, None)),
 }
 EWC = {'task': 1e5, 'domain': 1e10, 'class': 1e9}
+SI = {'task': 10.0, 'domain': 5e4, 'class': 5e3}
 # The defaults of the official repository since f0b1461 (December 2019).
 EWC_REPOSITORY = {'task': 1e7, 'domain': 1e6, 'class': 1e8}
+SI_REPOSITORY = {'task': 50.0, 'domain': 500.0, 'class': 0.5}
 
 
 @lru_cache(maxsize=1)
@@ -102,6 +108,22 @@ def with_repository_ewc(scenario):
   return with_ewc(scenario, EWC_REPOSITORY)
 
 
+def with_si(scenario, coefs=SI):  # the official repository's path, and no clipping
+  return {'si': si(coefs[scenario], 0.1, 'total', False)}
+
+
+def with_repository_si(scenario):
+  return with_si(scenario, SI_REPOSITORY)
+
+
+def with_derpp(scenario):
+  return {'derpp': derpp(2000, BATCH, 0.5, 0.5)}
+
+
+def with_er_ace(scenario):
+  return {'er_ace': er_ace(2000, BATCH)}
+
+
 def with_er(scenario):
   return {'er': er(2000, BATCH, 'reservoir', classes=10)}
 
@@ -128,21 +150,27 @@ def rows() -> list[Row]:
       Row('split_mnist', 'mnist', scenario, method, setting, stream, build, figures, note)
     )
 
-  methods = {'naive': None, 'ewc': with_ewc, 'lwf': with_lwf}
+  methods = {'naive': None, 'ewc': with_ewc, 'si': with_si, 'lwf': with_lwf}
+  strengths = {'ewc': ('lambda', EWC), 'si': ('c', SI)}
   for i, scenario in enumerate(SCENARIOS):
     for name, method in methods.items():
       value, err = PAPER[name][i]
-      setting = f'lambda {EWC[scenario]:.0e}' if name == 'ewc' else 'published'
+      symbol, strength = strengths.get(name, ('', {}))
+      setting = f'{symbol} {strength[scenario]:.0e}' if symbol else 'published'
       add(scenario, name, setting, build_of(scenario, method), (Figure('acc', value, err),))
-    value, err = PAPER['ewc'][i]
-    add(
-      scenario,
-      'ewc',
-      f'lambda {EWC_REPOSITORY[scenario]:.0e}',
-      build_of(scenario, with_repository_ewc),
-      (Figure('acc', value, err),),
-      note='lambda as in the official repository since f0b1461',
-    )
+    for name, symbol, strength, method in (
+      ('ewc', 'lambda', EWC_REPOSITORY, with_repository_ewc),
+      ('si', 'c', SI_REPOSITORY, with_repository_si),
+    ):
+      value, err = PAPER[name][i]
+      add(
+        scenario,
+        name,
+        f'{symbol} {strength[scenario]:.0e}',
+        build_of(scenario, method),
+        (Figure('acc', value, err),),
+        note=f'{symbol} as in the official repository since f0b1461',
+      )
     value, err = PAPER['offline'][i]
     add(
       scenario,
@@ -158,6 +186,8 @@ def rows() -> list[Row]:
   for scenario in SCENARIOS:
     add(scenario, 'er', '2000 images', build_of(scenario, with_er), ours, note=same)
     add(scenario, 'agem', '2000 images', build_of(scenario, with_agem), ours, note=same)
+  for name, method in (('derpp', with_derpp), ('er_ace', with_er_ace)):
+    add('class', name, '2000 images', build_of('class', method), ours, note=same)
   sgd = optax.sgd(0.05)
   add('task', 'hat', 'sgd 0.05', build_of('task', with_hat, sgd), ours, note=f'{same}, but SGD')
   add('task', 'packnet', 'adam', build_of('task', with_packnet), ours, note=same)
