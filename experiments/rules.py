@@ -34,6 +34,10 @@ def whole(v: Any, n: int = 0) -> bool:
   return type(v) is int and v >= n
 
 
+def _positive(values: Any) -> bool:
+  return all(isinstance(v, int | float) and v > 0 for v in values)
+
+
 RULES: dict[str, Rule] = {
   'seeds': (
     lambda v: v and all(map(whole, v)) and len(set(v)) == len(v),
@@ -86,6 +90,18 @@ RULES: dict[str, Rule] = {
     'must be ((pattern, factor), ...) with factors of at least 0',
   ),
   'freeze': (lambda v: all(isinstance(p, str) for p in v), 'must be patterns, as in (".*/w",)'),
+  'tuning.rates': (lambda v: v and _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
+  'tuning.first_rates': (lambda v: _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
+  'tuning.drop': fraction(),
+  'tuning.decay': fraction(low=False),
+  'tuning.attempts': least(1),
+  'tuning.start': (
+    lambda v: (
+      all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in v)
+      and _positive([p[1] for p in v])
+    ),
+    "must be ((field, value), ...), as in (('ewc.coef', 400.0),)",
+  ),
   'chunk': least(1),
   'eval_every': least(0),
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_jax.errors import UserError
-from experiments import build, cli, config, engine, results, show, tables, workdir
+from configs.common import defaults
+from experiments import build, cli, config, engine, results, rules, show, tables, workdir
 from experiments.job import Job
 from experiments.options import Options, parse
 from experiments.watch import Stop
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
   options = parse(argv, PROGRAM, ABOUT)
+  if options.config['tuning'] != rules.resolved(defaults()['tuning']):
+    raise UserError('config.tuning is for python -m experiments.framework; leave it as it is')
   if options.sweep:
     raise UserError('config.sweep holds a grid: use python -m experiments.sweep')
   shown = show.make()

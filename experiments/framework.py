@@ -1,0 +1,288 @@
+"""Hyperparameters chosen task by task: `python -m experiments.framework --config=FILE[:ARG] --workdir=DIR`.
+
+The framework of De Lange et al. (TPAMI 2022), on validation data of the current task alone: see
+`cl_jax.framework`. `config.tuning` holds the grid of learning rates and the decay; `config.validation`
+(0.2 unless set) is the fraction of the training data that is held out. Test data are looked at after
+every choice, for the results only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_jax import checkpoint
+from cl_jax.errors import Fault, UserError
+from cl_jax.framework import Choice, Search, best_rate, decayed
+from cl_jax.loop import Record, begin, evaluate, learn, strong
+from cl_jax.streams.take import take
+from cl_jax.sweep import MAPPED, SHARED, map_runs
+from cl_jax.types import Learner, State, Stream, Tree
+from configs.common import SEPARATE
+from experiments import build, cli, config, engine, results, show, tables, workdir
+from experiments.build import hyper
+from experiments.job import all_finite, leg_steps
+from experiments.options import Options, parse
+from experiments.run import job
+from experiments.watch import Clock, Interrupted, Stop
+
+PROGRAM = 'experiments.framework'
+ABOUT = "Chooses each task's learning rate and stability from its own validation data, resumes when repeated."
+VALIDATION = 0.2
+
+# The survey's first values (its section 5, "hyperparameters"); a method that is not here has none.
+START = {
+  'ewc.coef': 400.0,
+  'si.coef': 400.0,
+  'mas.coef': 3.0,
+  'lwf.coef': 10.0,
+  'gem.margin': 1.0,
+  'icarl.coef': 10.0,
+  'packnet.prune': 0.9,
+  'packnet.first': 0.9,
+  'hat.coef': 2.5,
+  'hat.smax': 800.0,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  return cli.guarded(PROGRAM, command, argv)
+
+
+def command(argv: list[str]) -> int:
+  options = parse(argv, PROGRAM, ABOUT)
+  if options.sweep:
+    raise UserError('config.sweep holds a grid: the framework chooses by itself; leave it out')
+  if not options.config['validation']:
+    raw = config.override(options.raw, 'validation', VALIDATION)
+    options = options._replace(raw=raw, config=config.resolve(raw))
+  if options.config['scenario'] not in SEPARATE or options.config['evaluate'] != 'test':
+    raise UserError(
+      f'the framework goes from task to task (config.scenario one of {", ".join(SEPARATE)}) and '
+      "validates by itself (config.evaluate='test')"
+    )
+  shown = show.make()
+  with cli.network(options.offline), workdir.claimed(options.workdir) as place:
+    try:
+      workdir.remember(place, options.config)
+      lines = run(options, place, shown)
+    finally:
+      shown.close()
+    print(tables.table(lines), flush=True)
+    print(choices_table(lines), flush=True)
+    workdir.report(place, shown)
+  return 0
+
+
+def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]:
+  own = options.config
+  sha = config.sha256(own)
+  cli.devices(len(own['tuning']['rates']))
+  held_out = {**own, 'evaluate': 'valid'}
+  for seed in own['seeds']:
+    if (sha, seed) in results.done(place):
+      continue
+    one = {'seeds': (seed,)}
+    (setup,) = build.prepare({**own, **one}, options.data_dir, shown.say)
+    (plain,) = build.prepare({**held_out, **one, 'methods': ()}, options.data_dir)
+    (valid,) = build.prepare({**held_out, **one}, options.data_dir)
+    tuned = Tuned(valid, plain.build, setup.streams[0], own)
+    work = job(setup, place, sha)._replace(configs=[own])
+    with Stop().listening() as stop:
+      outcome, choices, steps = tuned.learn(seed, work, stop, shown)
+    (line,) = results.lines(work, outcome, options.command)
+    tuning = [c._asdict() for c in choices]
+    results.append(place, [line | {'tuning': tuning, 'tuning_steps': steps}])
+  return [line for line in results.read(place) if line['config_sha256'] == sha]
+
+
+class Tuned:
+  """The framework over one stream: what is compiled once, and the loop over tasks.
+
+  Args:
+    setup: of the method, with the validation data of each task as the stream's test data.
+    plain: (hp, weights) -> Learner of the same network and optimiser without a method.
+    test: the same stream with its test data, for the results.
+    own: the configuration.
+  """
+
+  def __init__(self, setup: build.Setup, plain: Any, test: Stream, own: Mapping[str, Any]):
+    self.setup, self.plain, self.own = setup, plain, own
+    self.stream, self.test = jax.device_put(setup.streams[0]), jax.device_put(test.test)
+    self.weights = jax.device_put(setup.weights)
+    self.hp = hyper(setup.config, setup.streams[0])
+    tuning = own['tuning']
+    self.search = Search(
+      tuning['rates'], tuning['first_rates'], tuning['drop'], tuning['decay'], tuning['attempts']
+    )
+    self.start = stability_of(own)
+    self.attempt = jax.jit(partial(attempt, setup.build))
+    self.programs: dict[int, Any] = {}
+    self.report = jax.jit(lambda hp, s, test, w: evaluate(setup.build(hp, w), s, test))
+
+  def learn(self, seed: int, work: Any, stop: Any, shown: show.Show):
+    """(outcome, choices, steps of all trainings), from the latest checkpoint on."""
+    key = jax.random.key(seed)
+    first = take(self.stream, self.stream.index[0, 0], 0)
+    state, _ = jax.jit(lambda hp, key, w: begin(self.setup.build(hp, w), key, self.stream, first))(
+      self.hp, key, self.weights
+    )
+    T, lengths = self.stream.tasks, leg_steps(self.setup.streams[0])
+    R, loss = (
+      np.full((T, T), np.nan, np.float32),
+      np.full(self.stream.index.shape[:2], np.nan, np.float32),
+    )
+    start = np.asarray(self.report(self.hp, state, self.test, self.weights))
+    clock, choices, steps = Clock(), [], 0
+    found = checkpoint.restore(work.folder, (state, R, loss), work.sha256, shown.warn)
+    if found is not None:
+      state, R, loss = found.tree
+      R, loss = np.array(R), np.array(loss)
+      clock = Clock(found.extra['wall_s'], found.extra['compile_s'], found.extra['started'])
+      choices = [Choice(**c) for c in found.extra['choices']]
+      steps = found.extra['steps']
+      shown.say(f'{work.name}, seed {seed}: going on from task {len(choices) + 1} of {T}')
+    with clock.running():
+      for t in range(len(choices), T):
+        base = choices[-1].base if choices else self.start
+        choice, (state, loss[t]), runs = self.task(
+          state, t, base, partial(check, stop, work, seed, t)
+        )
+        choices.append(choice)
+        steps += runs * int(lengths[t])
+        if not np.isfinite(choice.accuracy):
+          raise Fault(
+            f'{work.name}, seed {seed}: task {t} ends in NaN after {choice.attempts} attempts, the last with '
+            f'{said(choice, t, T)}; the tasks before are saved'
+          )
+        R[t] = np.asarray(self.report(self.hp, state, self.test, self.weights))
+        extra = {'choices': [c._asdict() for c in choices], 'steps': steps, **clock.stand()}
+        checkpoint.save(work.folder, t + 1, (state, R, loss), work.sha256, extra)
+        shown.say(f'{work.name}, seed {seed}: {said(choice, t, T)}')
+    host = jax.tree.map(lambda a: a if checkpoint.is_key(a) else np.asarray(a), state)
+    arrays: tuple[Any, ...] = (start, R, loss, np.zeros((T, 0, T), np.float32))
+    record = Record(*arrays)
+    return engine.Outcome([host], [record], clock, {}), choices, steps
+
+  def task(self, state: Tree, t: int, base: Mapping[str, float], look) -> tuple[Choice, Any, int]:
+    """(the choice, (state, loss), number of trainings) of task t."""
+    rates = self.search.rates_of(t)
+    look()
+    rate, reference = best_rate(rates, self.plasticity(state, t, rates))
+
+    def trial(stability):
+      look()
+      hp = with_values(self.hp, rate, stability)
+      state_, loss, accuracy = self.attempt(hp, state, self.stream, t, self.weights)
+      return float(accuracy), (state_, np.asarray(loss))
+
+    choice, model = decayed(trial, base, rate, reference, self.search)
+    return choice, model, len(rates) + choice.attempts
+
+  def plasticity(self, state: Tree, t: int, rates: Sequence[float]) -> Sequence[float]:
+    """Validation accuracies of fine-tuning on task t at each rate, one mapped program."""
+    if len(rates) not in self.programs:
+      axes = (MAPPED, SHARED, SHARED, SHARED, SHARED)
+      self.programs[len(rates)] = jax.jit(map_runs(self.fine_tuned, axes, len(rates)))
+    program = self.programs[len(rates)]
+    return program(jnp.asarray(rates), state, self.stream, jnp.int32(t), self.weights).tolist()
+
+  def fine_tuned(self, rate, state: Tree, stream: Stream, t, weights):
+    """The validation accuracy on task t of the network alone, trained at `rate` from where it stands."""
+    hp = {**self.hp, 'optimizer': {**self.hp['optimizer'], 'lr': rate}, 'methods': {}}
+    made = self.plain(hp, weights)
+    new = made.init(state.key, take(stream, stream.index[t, 0], t))
+    params = shared_part(new.params, state.params)
+    new = new._replace(params=params, stats=state.stats, step=state.step)
+    new, _, _ = learn(made, new, stream, t, 0)
+    return validated(made, new, stream, t)
+
+
+def attempt(make, hp, state, stream: Stream, t, weights):
+  """(state, loss, validation accuracy) after learning task t and its boundary."""
+  made = make(hp, weights)
+  state, loss, _ = learn(made, state, stream, t, 0)
+  if 'boundary' in stream.told:
+    state = strong(
+      made.boundary(state, jax.vmap(lambda rows: take(stream, rows, t))(stream.ends[t]))
+    )
+  return state, loss, validated(made, state, stream, t)
+
+
+def validated(made: Learner, state: State, stream: Stream, t) -> jax.Array:
+  """The accuracy on the validation data of task t; NaN where a parameter is not finite."""
+  own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, t, 1), stream.test)
+  return jnp.where(all_finite(state.params, 1, False), evaluate(made, state, own)[0], jnp.nan)
+
+
+def shared_part(like: Tree, params: Tree) -> Tree:
+  """The leaves of `params` that a learner without the method has too."""
+  return {
+    k: shared_part(v, params[k]) if isinstance(v, dict) else params[k] for k, v in like.items()
+  }
+
+
+def stability_of(own: Mapping[str, Any]) -> dict[str, float]:
+  """The stability hyperparameters to start from: `config.tuning.start`, or the survey's."""
+  given = own['tuning']['start']
+  if given:
+    start = dict(given)
+  else:
+    start = {name: v for name, v in START.items() if name.split('.')[0] in own['methods']}
+  for dotted in start:
+    method, _, name = dotted.partition('.')
+    if method not in own['methods'] or not isinstance(own[method].get(name), float):
+      raise UserError(
+        f'config.tuning.start: {dotted!r} is no float of a method of this run ({", ".join(own["methods"])})'
+      )
+  return start
+
+
+def with_values(hp: Tree, rate: float, stability: Mapping[str, float]) -> Tree:
+  """The hyperparameters with another learning rate and stability."""
+  methods = {name: dict(values) for name, values in hp['methods'].items()}
+  for dotted, value in stability.items():
+    method, _, name = dotted.partition('.')
+    methods[method][name] = np.float32(value)
+  return {**hp, 'optimizer': {**hp['optimizer'], 'lr': np.float32(rate)}, 'methods': methods}
+
+
+def check(stop, work, seed: int, t: int) -> None:
+  if signum := stop():
+    raise Interrupted(
+      signum, f'{work.name}, seed {seed}: stopped in task {t}, the tasks before are saved'
+    )
+
+
+def said(choice: Choice, t: int, tasks: int) -> str:
+  values = ', '.join(f'{name} {value:.4g}' for name, value in choice.stability.items())
+  kept = f'validation {choice.accuracy:.3f} of {choice.reference:.3f}'
+  return (
+    f'task {t + 1}/{tasks}: rate {choice.rate:g}, {values or "nothing to decay"} after '
+    f'{choice.attempts} attempts; {kept}{"" if choice.met else ", goal missed"}'
+  )
+
+
+def choices_table(lines: list[dict[str, Any]]) -> str:
+  """What was chosen, task by task, and what it cost."""
+  rows = ['seed  task  rate      reference  accuracy  attempts  stability']
+  for line in lines:
+    for t, c in enumerate(line['tuning']):
+      values = ', '.join(f'{k} {v:.4g}' for k, v in c['stability'].items()) or '–'
+      rows.append(
+        f'{line["seed"]:4}  {t + 1:4}  {c["rate"]:<8g}  {c["reference"]:9.3f}  {c["accuracy"]:8.3f}  '
+        f'{c["attempts"]:8}  {values}'
+      )
+  cost = sum(line['tuning_steps'] for line in lines) / max(sum(line['steps'] for line in lines), 1)
+  return '\n'.join([*rows, f'the search took {cost:.1f} times the steps of the runs themselves'])
+
+
+if __name__ == '__main__':
+  sys.exit(main())
