@@ -2,8 +2,8 @@
 
 Objectives are stated again from the stored inputs and parameters, memory contents from their
 definition (the last row sent to each slot, the last m rows, the m closest rows, means of the rows
-assigned), and the QPs of GEM by their KKT conditions and by SciPy's NNLS. Run:
-``python verify_replay.py``; it prints one line per variant.
+assigned, prefixes with the closest mean), and the QPs of GEM by their KKT conditions and by SciPy's
+NNLS. Run: ``python verify_replay.py``; it prints one line per variant.
 """
 
 from __future__ import annotations
@@ -358,8 +358,84 @@ def mer() -> None:
   print('mer agrees')
 
 
+def unit_features(p: dict, x: torch.Tensor) -> torch.Tensor:
+  h = torch.relu(x @ p['l0/w'] + p['l0/b'])
+  return F.normalize(torch.relu(h @ p['l1/w'] + p['l1/b']), dim=1, eps=0.0)
+
+
+def herding_agrees(phi: torch.Tensor, order: list[int]) -> None:
+  """Every prefix of `order` must have the closest mean of all that differ in its last row."""
+  mu = phi.mean(0)
+  for k in range(len(order)):
+    rest = [r for r in range(len(phi)) if r not in order[:k]]
+    means = torch.stack([phi[[*order[:k], r]].mean(0) for r in rest])
+    d = torch.cdist(means, mu[None], compute_mode='donot_use_mm_for_euclid_dist')[:, 0]
+    best = d.sort()
+    assert rest[int(best.indices[0])] == order[k]
+    assert len(rest) == 1 or best.values[1] - best.values[0] > 1e-6
+
+
+def icarl() -> None:
+  z = load('icarl')
+  x, y = z['xs'].reshape(-1, 6), z['ys'].reshape(-1)
+  tasks, steps, rows = z['ys'].shape
+  size = int(z['K'])
+  for v, coef in (('plain', 1.0), ('coef', 0.5)):
+    assert z[f'{v}/coef'] == coef
+    held: dict[int, list[int]] = {}
+    slots, saved = torch.full((size,), -1), None
+    for t in range(tasks):
+      learnt = torch.tensor([c in held for c in range(6)])
+      for s in range(steps):
+        p = at(z, v, t, s)
+        picked = z[f'{v}/draw_slots'][t, s]
+        positions = z[f'{v}/draw_stream'][t, s]
+        if t:
+          assert len(set(picked.tolist())) == len(picked) == int(z['D'])
+          assert bool((picked >= 0).all() and (positions >= 0).all())
+          assert torch.equal(slots[picked], positions)
+        else:
+          assert bool((picked == -1).all() and (positions == -1).all())
+        n = (t * steps + s) * rows
+        used = torch.cat([torch.arange(n, n + rows), positions[positions >= 0]])
+        target = F.one_hot(y[used], 6).double()
+        if saved is not None:
+          target = torch.where(learnt, torch.sigmoid(net(saved, x[used])), target)
+        bce = F.binary_cross_entropy_with_logits(net(p, x[used]), target, reduction='none')
+        of_old = coef * bce[:, learnt].sum(1).mean()
+        loss = bce[:, ~learnt].sum(1).mean() + of_old
+        equal(of_old, z[f'{v}/loss_old'][t, s], f'{v} loss of old classes')
+        equal(loss, z[f'{v}/loss'][t, s], f'{v} loss')
+        step_agrees(z, v, t, s, p, grad_of(loss, p))
+      saved = {k: z[f'{v}/params/{k}'][t, -1] for k in NAMES}
+      m = size // (2 * (t + 1))
+      assert m == int(z[f'{v}/m'][t])
+      slots = z[f'{v}/slots'][t]
+      now = {c: [r for r in slots[c * m : c * m + m].tolist() if r >= 0] for c in range(2 * t + 2)}
+      used_slots = [c * m + i for c in now for i in range(len(now[c]))]
+      assert torch.nonzero(slots >= 0)[:, 0].tolist() == used_slots  # no gaps, nothing behind
+      for c in now:
+        if c in held:
+          assert now[c] == held[c][:m]
+          continue
+        own = [r for r in range(t * steps * rows, (t + 1) * steps * rows) if y[r] == c]
+        assert len(now[c]) == min(m, len(own))
+        herding_agrees(unit_features(saved, x[own]), [own.index(r) for r in now[c]])
+      held = now
+      mean = torch.zeros(6, 7)
+      score = torch.zeros(12, 6)
+      for c in held:
+        mean[c] = F.normalize(unit_features(saved, x[held[c]]).sum(0), dim=0)
+        score[:, c] = -F.mse_loss(
+          unit_features(saved, z['probe']), mean[c].expand(12, 7), reduction='none'
+        ).sum(1)
+      equal(mean, z[f'{v}/means'][t], f'{v} means')
+      equal(score, z[f'{v}/probe_scores'][t], f'{v} scores')
+    print(f'icarl {v} agrees')
+
+
 def main() -> None:
-  for check in (der, er_ace, mir, gem, gdumb, writers, mer):
+  for check in (der, er_ace, mir, gem, gdumb, writers, mer, icarl):
     check()
 
 
