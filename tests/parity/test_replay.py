@@ -13,6 +13,7 @@ from cl_jax.methods.replay.der import der
 from cl_jax.methods.replay.derpp import derpp
 from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.methods.replay.gem import gem
+from cl_jax.methods.replay.icarl import icarl
 from cl_jax.methods.replay.mir import mir
 from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
 
@@ -171,3 +172,34 @@ def test_er_writers(name, monkeypatch):
       assert np.array_equal(stored, slots[row].reshape(-1))
       ours = aux.mean if name == 'mof' else aux.centroid
       close(ours, means[row].reshape(ours.shape))
+
+
+@pytest.mark.parametrize('variant', ['plain', 'coef'])
+def test_icarl_runs(variant):
+  """Losses, parameters, exemplars, their means and the scores; the draws are the reference's slots."""
+  g = Golden('icarl')
+  xs, ys, K = g['xs'], g['ys'], int(g['K'])
+  L = build(g, icarl(6, K, int(g['D']), float(g[f'{variant}/coef'])), classes=6)
+  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
+  for t in range(len(xs)):
+    for i in range(xs.shape[1]):
+      held, slots = state.method, g[f'{variant}/draw_slots'][t, i]
+      drawn_by_us = np.asarray(held.draw.w) > 0
+      assert drawn_by_us.sum() == (slots >= 0).sum()
+      state = state._replace(method=held._replace(draw=drawn(held.rows, slots)))
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]))
+      close(value, g[f'{variant}/loss'][t, i])
+      close_trees(state.params, g.params(f'{variant}/params', t, i))
+    state = end(state, stacked(xs[t], ys[t]))
+    kept, rows = g[f'{variant}/slots'][t], state.method.rows
+    assert np.array_equal(np.asarray(rows.w)[:K] > 0, kept >= 0)
+    close(np.asarray(rows.x)[:K][kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
+    assert np.array_equal(np.asarray(rows.y)[:K][kept >= 0], ys.reshape(-1)[kept[kept >= 0]])
+    close(state.method.means, g[f'{variant}/means'][t])
+    seen = np.unique(ys[: t + 1])
+    close(np.asarray(L.predict(state, probe))[:, seen], g[f'{variant}/probe_scores'][t][:, seen])
+    held = np.asarray(rows.x)[:K][np.asarray(rows.w)[:K] > 0]
+    for x in np.asarray(state.method.draw.x)[np.asarray(state.method.draw.w) > 0]:
+      assert (held == x).all(axis=1).any()  # only what is stored is drawn
