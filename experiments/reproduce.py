@@ -27,7 +27,7 @@ from cl_jax.errors import Fault, UserError
 from cl_jax.loop import run
 from cl_jax.streams.take import put
 from cl_jax.sweep import MAPPED, map_runs, stack_streams
-from experiments.published import permuted_mnist, split_mnist, tiny_memories
+from experiments.published import permuted_mnist, split_fashion, split_mnist, tiny_memories
 from experiments.published.table import Row
 
 COLUMNS = (
@@ -124,7 +124,12 @@ def write_csv(path: Path, lines: list[dict]) -> None:
 
 
 def all_rows() -> list[Row]:
-  return [*split_mnist.rows(), *tiny_memories.rows(), *permuted_mnist.rows()]
+  return [
+    *split_mnist.rows(),
+    *tiny_memories.rows(),
+    *permuted_mnist.rows(),
+    *split_fashion.rows(),
+  ]
 
 
 def main(argv: list[str] | None = None) -> int:
