@@ -113,6 +113,9 @@ def defaults() -> dict[str, Any]:
     # prune_after = two thirds of a task's steps) is None there and filled in. `gate` wraps the method in
     # cl_jax.gated: 0.0 switches it off inside the same program, for ablations; None leaves it alone.
     'methods': (),
+    # Bytes that all methods together may add to the state of plain fine-tuning: those with a `capacity` get
+    # as many slots as fit, in place of their own number. None = as their `capacity` says.
+    'budget_bytes': Maybe(int),
     # Which outputs compete: 'all', 'seen' (classes seen so far) or 'task' (those of the task at hand).
     'head': 'all',
     'optimizer': {

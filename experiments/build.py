@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cl_jax import masks, methods
+from cl_jax import budget, masks, methods
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import check_needs
@@ -22,7 +22,7 @@ from cl_jax.models import pretrained
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
-from experiments import features, fields, optimizer
+from experiments import capacity, features, fields, optimizer
 from experiments.chain import chain_of
 from experiments.config import dumps, find_model
 from experiments.streams import alike, streams
@@ -41,6 +41,7 @@ class Setup(NamedTuple):
     assemble: (hp, weights, model, method) -> Learner with another model or method; None is the own one.
     model: (weights) -> Model.
     frozen: every weight that the learner keeps and does not train, also those behind cached features.
+    slots: {method: capacity} that `config.budget_bytes` gave; {} without a budget.
   """
 
   config: dict[str, Any]
@@ -51,6 +52,7 @@ class Setup(NamedTuple):
   assemble: Callable[..., Learner]
   model: Callable[[Tree], Model]
   frozen: Tree
+  slots: dict[str, int]
 
 
 def prepare(
@@ -89,14 +91,24 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     weights, make = {'frozen': {}, 'initial': {}}, head_only(config, group[0].classes)
   facts = group[0]
 
-  def assemble(hp, weights, model=None) -> Learner:
+  def assemble(hp, weights, model=None, own=None) -> Learner:
     tx, reset = optimizer.make(config, hp)
     model = make(weights) if model is None else model
-    method = chain_of(config, facts, hp)
+    method = chain_of(sized if own is None else own, facts, hp)
     return optimizer.resetting(learner(model, tx, method, weights['frozen']), reset)
 
+  def added(own) -> int:
+    """Bytes of state beyond plain fine-tuning."""
+    hp, first = hyper(config, facts), example(facts)
+    total = lambda c: budget.state_bytes(  # noqa: E731
+      jax.eval_shape(assemble(hp, weights, own=c).init, jax.random.key(0), first)
+    )['total']
+    return total(own) - total({**config, 'methods': ()})
+
+  sized = capacity.fitted(config, added)
+  slots = {m: sized[m]['capacity'] for m in config['methods'] if sized[m] != config[m]}
   setup = Setup(
-    config, seeds, group, weights, lambda hp, w: assemble(hp, w), assemble, make, frozen
+    config, seeds, group, weights, lambda hp, w: assemble(hp, w), assemble, make, frozen, slots
   )
   check(setup)
   return setup

@@ -45,7 +45,9 @@ def learn(row: Row, seeds: list[int], data_dir: str | None) -> list[dict]:
   def one(key, stream):
     state, record = run(row.build, None, key, stream)
     del state
-    return record.start, record.R, record.loss[:, -1]
+    legs, steps = record.loss.shape
+    last = jax.numpy.full(legs, steps) if stream.steps is None else stream.steps
+    return record.start, record.R, record.loss[jax.numpy.arange(legs), last - 1]
 
   begin = time.perf_counter()
   # As many devices as share the seeds evenly: a padded run would be computed and thrown away.

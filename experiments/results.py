@@ -65,6 +65,7 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
         'R': table(R, stream.tasks),
         **{k: None if v is None else round(v, 7) for k, v in measures.items()},
         **({'curve': nested(np.asarray(record.curve))} if record.curve.size else {}),
+        **({'slots': job.setup.slots} if job.setup.slots else {}),
         'state_bytes': cost['state_bytes'],
         'flops_per_step': cost['flops_per_step'],
         'passes': cost['passes'],

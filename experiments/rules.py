@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
   'iterations': least(1),
   'batch': least(1),
   'ends_batch': least(1),
+  'budget_bytes': least(1),
   'head': one_of('all', 'seen', 'task'),
   'optimizer.lr': above(0.0),
   'optimizer.weight_decay': least(0.0),
