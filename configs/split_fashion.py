@@ -31,7 +31,7 @@ def get_config(arg: str = 'class') -> dict:
     'icarl': replay,
     'mir': {**replay, 'lr': 0.05},
     'der': {**replay, 'alpha': 0.3},
-    'derpp': {**replay, 'alpha': 0.5, 'beta': 1.0},
+    'derpp': {**replay, 'alpha': 0.1, 'beta': 1.0},
     'gem': {'capacity': CAPACITY},
     'gdumb': {'capacity': CAPACITY},
     'agem': {'capacity': CAPACITY, 'draw': 128},
