@@ -24,11 +24,17 @@ class ICaRLState(NamedTuple):
   teacher: Tree  # parameters (and norm statistics) at the last boundary
 
 
-def icarl(classes: int = 10, capacity: int = 2000, draw: int = 32, coef: float = 1.0) -> Method:
+def icarl(
+  classes: int = 10,
+  capacity: int = 2000,
+  draw: int = 32,
+  coef: float = 1.0,
+  temperature: float = 1.0,
+) -> Method:
   """Distils with sigmoid outputs on new data and exemplars, predicts by the nearest mean of exemplars.
 
   L = mean over rows of sum_c BCE(sigmoid(z_c), q_c), in place of the cross-entropy, with q_c the label, or
-  for the classes of finished tasks sigmoid(z_c) of the last boundary's network.
+  for the classes of finished tasks sigmoid(z_c / temperature) of the last boundary's network.
 
   At a boundary each class keeps capacity // (classes seen) exemplars. A new one gets them by herding, without
   repeats: p_k = argmin_x ||mu - (phi(x) + sum_{j<k} phi(p_j)) / k||; an old one keeps its first. phi are
@@ -46,6 +52,8 @@ def icarl(classes: int = 10, capacity: int = 2000, draw: int = 32, coef: float =
     capacity: K, exemplars in all; at least one a class.
     draw: exemplars per step, drawn without replacement.
     coef: weight of the outputs of old classes; 1 in the paper.
+    temperature: softens their targets; 1 in the paper. GMvandeVen/continual-learning has 2, which is worth
+      three points on Split MNIST.
 
   Needs the boundary. State: capacity + 1 + draw rows as stored, 4 C (D + 2) + C bytes, 1 x parameters and
   norm statistics. One more forward pass per step.
@@ -81,7 +89,7 @@ def icarl(classes: int = 10, capacity: int = 2000, draw: int = 32, coef: float =
     old = jax.lax.stop_gradient(fwd(s.teacher, batch).aux['icarl'])
     known = s.order >= 0
     label = jax.nn.one_hot(batch.y, classes, dtype=out.logits.dtype)
-    target = jnp.where(known, jax.nn.sigmoid(old), label)
+    target = jnp.where(known, jax.nn.sigmoid(old / temperature), label)
     bce = optax.sigmoid_binary_cross_entropy(jnp.maximum(out.logits, -1e4), target)
     bce = jnp.sum(
       jnp.where(out.logits > MINUS_INF / 2, jnp.where(known, coef, 1.0) * bce, 0), axis=-1
