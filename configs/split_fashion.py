@@ -3,15 +3,36 @@
   python -m experiments.run --config=configs/split_fashion.py:class,er --workdir=runs/split_fashion/er
 
 6,000 training and 2,000 test images, 5 tasks of two classes drawn by the seed, 5 epochs in batches of 32,
-MLP 784-256-256, SGD 0.05. The words after the colon are a scenario and methods. Class-incremental, measured
-with 5 seeds (mean and 95 % interval, per cent):
+MLP 784-256-256, SGD 0.05, 500 images of memory where there is one. The words after the colon are a scenario
+and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
 
-  method   accuracy      forgetting
-  (none)   23.9 +- 8.2   92.3 +- 11.1
-  ewc      25.1 +- 9.9   90.6 +- 13.2
-  lwf      33.9 +- 7.3   32.3 +- 14.5
-  agem     34.8 +- 15.6  78.6 +- 20.3
-  er       76.8 +- 3.9   19.4 +- 6.6
+  method       task          domain        class
+  (none)       95.9 +-  2.9  69.0 +-  8.6  23.9 +-  8.2
+  joint        97.8 +-  2.1  88.2 +-  2.5  80.8 +-  2.2
+  cumulative   97.4 +-  2.8  88.3 +-  2.3  83.0 +-  2.5
+  l2           96.4 +-  2.8  70.1 +-  8.4  25.0 +-  9.6
+  ewc          96.8 +-  2.5  70.8 +-  9.6  25.1 +-  9.9
+  si           96.9 +-  2.3  69.4 +-  8.8  24.6 +-  9.4
+  mas          96.8 +-  2.6  71.0 +-  9.2  25.5 +- 10.3
+  rwalk        97.1 +-  1.9  70.4 +-  8.7  25.3 +-  9.9
+  lwf          97.5 +-  1.6  70.1 +-  9.6  33.8 +-  8.0
+  l2,imm       96.7 +-  2.2  77.5 +-  6.5  33.6 +-  7.8
+  er           97.5 +-  1.7  86.0 +-  4.3  76.8 +-  3.9
+  agem         97.5 +-  1.7  76.0 +- 10.2  34.8 +- 15.6
+  gem          97.6 +-  1.7  86.9 +-  3.4  74.3 +-  6.3
+  mir          97.8 +-  1.6  82.8 +-  2.7  75.7 +-  3.7
+  der          97.6 +-  1.7  86.4 +-  3.5  72.6 +-  5.7
+  derpp        97.8 +-  1.8  85.6 +-  7.0  77.1 +-  5.4
+  er_ace       97.8 +-  1.6  87.3 +-  4.5  77.9 +-  2.9
+  gdumb        97.0 +-  2.3  60.3 +- 15.4  77.9 +-  1.3
+  hat          97.5 +-  1.9
+  packnet      97.5 +-  1.9
+  icarl                                    74.8 +-  1.0
+
+The strengths of penalties and of dark replay are the best of two to five on a fifth of the training data (3
+seeds), where the best did not diverge: a rate of 0.05 is unstable under strong penalties. They need rates of
+their own, which `python -m experiments.framework` finds. HAT and PackNet know the task at test, as all do in
+the first column. GDumb fills its memory with the first tasks where these share their labels.
 """
 
 from configs import common
@@ -24,7 +45,6 @@ def get_config(arg: str = 'class') -> dict:
   fields, methods = common.words(arg, 'class')
   base = fields['base'] or fields['scenario']
   replay = {'capacity': CAPACITY, 'draw': 32}
-  # Strengths are the best of a few on held-out data, 3 seeds: see results/split_fashion.md.
   arguments = {
     'er': replay,
     'er_ace': replay,

@@ -125,9 +125,8 @@ def with_er_ace(scenario):
   return {'er_ace': er_ace(2000, BATCH)}
 
 
-def with_icarl(
-  scenario,
-):  # 18 of 146 rows are exemplars: their share of 2,000 in 12,000 + 2,000 images
+def with_icarl(scenario):
+  # 18 of 146 rows are exemplars: their share of 2,000 in 12,000 + 2,000 images.
   return {'icarl': icarl(10, 2000, 18, 1.0, 2.0)}
 
 
