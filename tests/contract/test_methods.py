@@ -33,6 +33,7 @@ SMALL = {
   'targets': 'l./w',
   'coef': 0.5,
   'alpha': 2.0,
+  'batches': 2,
 }
 NAMES = sorted(methods.names())
 

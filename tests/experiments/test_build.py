@@ -167,6 +167,7 @@ ARGUMENTS = {
   'derpp': {},
   'er_ace': {},
   'mir': {},
+  'mer': {},
   'gem': {'tasks': 2, 'capacity': 400},
   'gdumb': {'classes': 11},
   'icarl': {},

@@ -14,6 +14,7 @@ from cl_jax.methods.replay.derpp import derpp
 from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.methods.replay.gem import gem
 from cl_jax.methods.replay.icarl import icarl
+from cl_jax.methods.replay.mer import mer
 from cl_jax.methods.replay.mir import mir
 from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
 
@@ -203,3 +204,31 @@ def test_icarl_runs(variant):
     held = np.asarray(rows.x)[:K][np.asarray(rows.w)[:K] > 0]
     for x in np.asarray(state.method.draw.x)[np.asarray(state.method.draw.w) > 0]:
       assert (held == x).all(axis=1).any()  # only what is stored is drawn
+
+
+def test_mer_runs(monkeypatch):
+  """Drawn slots and reservoir positions are the reference's."""
+  g = Golden('mer')
+  xs, ys = g['xs'], g['ys']
+  names = ('capacity', 'k', 's', 'lr', 'beta', 'gamma')
+  capacity, k, s, lr, beta, gamma = (g[n].item() for n in names)
+  L = build(g, mer(capacity, k - 1, s, lr, beta, gamma))
+  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  now = {}
+  monkeypatch.setattr(jax.random, 'randint', lambda *a: now['j'])
+
+  def chosen(write, seen, key, n, where):
+    slots = now['slots'][where[0], where[1]]
+    return jnp.maximum(slots, 0), (slots >= 0).astype(jnp.float64)
+
+  monkeypatch.setattr('cl_jax.methods.replay.mer.chosen', chosen)
+  for t in range(len(xs)):
+    for i in range(xs.shape[1]):
+      now['j'] = jnp.asarray(np.maximum(g['mer/j'][t, i], 0).reshape(-1), jnp.int32)
+      now['slots'] = jnp.asarray(g['mer/draw_slots'][t, i], jnp.int32)
+      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      close(value, g['mer/loss'][t, i])
+      close_trees(state.params, g.params('mer/params', t, i))
+      kept = g['mer/memory_stream'][t, i, -1]
+      held = np.asarray(state.method.rows.x)[: len(kept)]
+      close(held[kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
