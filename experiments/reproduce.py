@@ -50,9 +50,8 @@ def learn(row: Row, seeds: list[int], data_dir: str | None) -> list[dict]:
     return record.start, record.R, record.loss[jax.numpy.arange(legs), last - 1]
 
   begin = time.perf_counter()
-  # As many devices as share the seeds evenly: a padded run would be computed and thrown away.
-  even = max(d for d in range(1, len(jax.devices()) + 1) if len(seeds) % d == 0)
-  program = jax.jit(map_runs(one, (MAPPED, axes), len(seeds), devices=jax.devices()[:even]))
+  used = min(len(seeds), len(jax.devices()))
+  program = jax.jit(map_runs(one, (MAPPED, axes), len(seeds), devices=jax.devices()[:used]))
   start, R, loss = jax.block_until_ready(program(keys, put(stream)))
   seconds = time.perf_counter() - begin
   results = []
@@ -68,7 +67,7 @@ def learn(row: Row, seeds: list[int], data_dir: str | None) -> list[dict]:
         'loss': np.asarray(loss[i]).round(6).tolist(),
         'wall_s_of_all_seeds': round(seconds, 1),
         'seeds_together': len(seeds),
-        'device': f'{platform.machine()} {jax.devices()[0].device_kind} x {even}',
+        'device': f'{platform.machine()} {jax.devices()[0].device_kind} x {used}',
         'versions': {'jax': jax.__version__, 'numpy': np.__version__},
         'date': datetime.date.today().isoformat(),
       }
