@@ -25,6 +25,7 @@ from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.regularisation.si import si
 from cl_jax.methods.replay.agem import agem
 from cl_jax.methods.replay.derpp import derpp
+from cl_jax.methods.replay.dgr import dgr
 from cl_jax.methods.replay.er import er
 from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.methods.replay.icarl import icarl
@@ -43,6 +44,7 @@ PAPER = {
   'ewc': ((98.6, 0.22), (64.0, 1.9), (20.0, 0.06)),
   'si': ((99.1, 0.15), (65.4, 1.6), (20.0, 0.06)),
   'lwf': ((99.6, 0.02), (71.5, 1.6), (23.9, 0.44)),
+  'dgr': ((99.5, 0.03), (95.7, 0.25), (90.8, 0.41)),
   'offline': ((99.7, None), (98.4, None), (97.9, None)),
 }
 EWC = {'task': 1e5, 'domain': 1e10, 'class': 1e9}
@@ -125,6 +127,11 @@ def with_er_ace(scenario):
   return {'er_ace': er_ace(2000, BATCH)}
 
 
+def with_dgr(scenario):
+  outputs = {'task': 'heads', 'domain': 'all', 'class': 'seen'}[scenario]
+  return {'dgr': dgr(BATCH, (400, 400), 100, 1e-3, outputs, HEADS if scenario == 'task' else ())}
+
+
 def with_icarl(scenario):
   # 18 of 146 rows are exemplars: their share of 2,000 in 12,000 + 2,000 images.
   return {'icarl': icarl(10, 2000, 18, 1.0, 2.0)}
@@ -156,7 +163,7 @@ def rows() -> list[Row]:
       Row('split_mnist', 'mnist', scenario, method, setting, stream, build, figures, note)
     )
 
-  methods = {'naive': None, 'ewc': with_ewc, 'si': with_si, 'lwf': with_lwf}
+  methods = {'naive': None, 'ewc': with_ewc, 'si': with_si, 'lwf': with_lwf, 'dgr': with_dgr}
   strengths = {'ewc': ('lambda', EWC), 'si': ('c', SI)}
   for i, scenario in enumerate(SCENARIOS):
     for name, method in methods.items():

@@ -34,6 +34,8 @@ SMALL = {
   'coef': 0.5,
   'alpha': 2.0,
   'batches': 2,
+  'hidden': (12,),
+  'latent': 3,
 }
 NAMES = sorted(methods.names())
 

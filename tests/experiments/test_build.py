@@ -168,6 +168,11 @@ ARGUMENTS = {
   'er_ace': {},
   'mir': {},
   'mer': {},
+  'dgr': {
+    'hidden': (7,),
+    'outputs': 'seen',
+    'task_classes': ((0, 1, 2), (3, 4), (5, 6), (7, 8), (9,)),
+  },
   'gem': {'tasks': 2, 'capacity': 400},
   'gdumb': {'classes': 11},
   'icarl': {},
@@ -180,12 +185,13 @@ WITH = {
   ('er', 'tasks'): {'er.writer': 'ring', 'er.capacity': 100},
   ('er', 'classes'): {'er.writer': 'ring'},
   ('lwf', 'task_classes'): {'lwf.outputs': 'heads'},
+  ('dgr', 'task_classes'): {'dgr.outputs': 'heads'},
 }
 
 
 @pytest.mark.parametrize('method', ARGUMENTS)
 def test_every_argument_of_a_method_changes_what_is_run(method, effects):
-  needs_tasks = method in ('packnet', 'lwf')
+  needs_tasks = method in ('packnet', 'lwf', 'dgr')
   base = {**RAW, 'methods': (method,), 'scenario': 'task' if needs_tasks else 'class'}
   base |= {'head': 'task'} if needs_tasks else {}
   for name, old in config.resolve(base)[method].items():
