@@ -18,6 +18,7 @@ from cl_jax.budget import flops  # noqa: E402
 from cl_jax.learner import learner  # noqa: E402
 from cl_jax.methods.regularisation.ewc import ewc  # noqa: E402
 from cl_jax.methods.regularisation.lwf import lwf  # noqa: E402
+from cl_jax.methods.regularisation.si import si  # noqa: E402
 from cl_jax.methods.replay.er import er  # noqa: E402
 from cl_jax.models.cnn import cnn  # noqa: E402
 from cl_jax.models.mlp import mlp  # noqa: E402
@@ -34,6 +35,8 @@ def method(name: str, draw: int, capacity: int) -> Method:
       return ewc(10.0, 'empirical', online=True, decay=0.9)
     case 'lwf':
       return lwf(1.0)
+    case 'si':
+      return si(0.1)
   return Method()
 
 
