@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_jax import durable
 from cl_jax.errors import UserError
-from experiments import config
+from experiments import config, results
 from experiments.show import Show
 
 
@@ -39,7 +39,8 @@ def claimed(workdir: Path) -> Iterator[Path]:
 def remember(workdir: Path, resolved: Mapping[str, Any]) -> None:
   """Keeps the configuration in the working directory, and refuses another one there.
 
-  The grid of a sweep may change: its cells are told apart by their own configurations.
+  The grid of a sweep may change: its cells are told apart by their own configurations. Nothing is refused
+  where nothing was computed: a mistake that was found before can be put right in the same place.
   """
   path, there = workdir / 'config.json', None
   if path.exists():
@@ -51,7 +52,8 @@ def remember(workdir: Path, resolved: Mapping[str, Any]) -> None:
     differing = config.difference(one, other)
     if ('sweep' in there) != ('sweep' in resolved):
       differing = ['one is a sweep']
-    if differing:
+    used = any((workdir / name).exists() for name in ('checkpoints', results.FILE))
+    if differing and used:
       more = f' and {len(differing) - 1} more' if len(differing) > 1 else ''
       raise UserError(
         f'{workdir} belongs to another configuration ({differing[0]}{more}; there / here): name '

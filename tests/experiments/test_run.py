@@ -424,3 +424,12 @@ def test_the_commit_is_that_of_the_source_or_the_version(monkeypatch):
 
 def test_times_are_read_at_a_glance():
   assert [show.clock(s) for s in (0.4, 61, 3723)] == ['0:00', '1:01', '1:02:03']
+
+
+def test_a_mistake_can_be_put_right_in_the_same_place(call, tiny, tmp_path):
+  argv = (f'--config={tiny}:class,er', f'--workdir={tmp_path}')
+  done = call(run.main, *argv, '--config.er.writer=rings')
+  assert done.code == 2 and 'no memory writer' in done.line
+  assert call(run.main, *argv).code == 0
+  done = call(run.main, *argv, '--config.er.draw=4')
+  assert done.code == 2 and 'belongs to another configuration' in done.line
