@@ -434,8 +434,61 @@ def icarl() -> None:
     print(f'icarl {v} agrees')
 
 
+def decoder(gen: dict, z: torch.Tensor) -> torch.Tensor:
+  """Logits of x_hat."""
+  h = F.linear(z, gen['d0/w'].T, gen['d0/b']).relu()
+  h = F.linear(h, gen['d1/w'].T, gen['d1/b']).relu()
+  return F.linear(h, gen['out/w'].T, gen['out/b'])
+
+
+def vae_loss(gen: dict, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+  h = F.linear(x, gen['e0/w'].T, gen['e0/b']).relu()
+  h = F.linear(h, gen['e1/w'].T, gen['e1/b']).relu()
+  mu = F.linear(h, gen['mu/w'].T, gen['mu/b'])
+  scale = (F.linear(h, gen['logvar/w'].T, gen['logvar/b']) / 2).exp()
+  bce = F.binary_cross_entropy_with_logits(decoder(gen, mu + scale * eps), x)  # a mean over inputs
+  normal = torch.distributions.Normal
+  kl = torch.distributions.kl_divergence(normal(mu, scale), normal(0.0, 1.0))
+  return bce + kl.sum() / x.numel()
+
+
+def dgr() -> None:
+  """The solver step by step; the generator as a whole run, since Adam's state is not stored."""
+  z = load('dgr')
+  tasks, steps, _ = z['ys'].shape
+  names = [f'{k}/{p}' for k in ('e0', 'e1', 'mu', 'logvar', 'd0', 'd1', 'out') for p in 'wb']
+  gen = {k: z[f'gen/{k}'].clone().requires_grad_() for k in names}
+  adam = torch.optim.Adam(gen.values(), lr=float(z['lr_g']), betas=(0.9, 0.999), eps=1e-8)
+  for t in range(tasks):
+    now = 1 / (t + 1)
+    for s in range(steps):
+      p = at(z, 'dgr', t, s)
+      loss = now * F.cross_entropy(net(p, z['xs'][t, s]), z['ys'][t, s])
+      gen_loss = now * vae_loss(gen, z['xs'][t, s], z['dgr/eps'][t, s])
+      x, y = z['dgr/x_rep'][t, s], z['dgr/y_rep'][t, s]
+      if t:
+        saved = {k: z[f'dgr/params/{k}'][t - 1, -1] for k in NAMES}
+        decoded = decoder({k: z[f'dgr/gen/{k}'][t - 1, -1] for k in names}, z['dgr/z_rep'][t, s])
+        equal(decoded.sigmoid(), x, 'dgr x_rep')
+        assert torch.equal(net(saved, x)[:, : 2 * t].argmax(1), y)
+        loss = loss + (1 - now) * F.cross_entropy(net(p, x), y)
+        gen_loss = gen_loss + (1 - now) * vae_loss(gen, x, z['dgr/eps_rep'][t, s])
+      else:
+        assert bool((x == 0).all() and (y == -1).all())
+      equal(loss, z['dgr/loss'][t, s], 'dgr loss')
+      equal(gen_loss, z['dgr/gen_loss'][t, s], 'dgr generator loss')
+      step_agrees(z, 'dgr', t, s, p, grad_of(loss, p))
+      adam.zero_grad()
+      gen_loss.backward()
+      adam.step()
+      for k in names:
+        equal(gen[k], z[f'dgr/gen/{k}'][t, s], f'dgr {k} task {t} step {s}')
+    probe_agrees(z, 'dgr', t)
+  print('dgr agrees')
+
+
 def main() -> None:
-  for check in (der, er_ace, mir, gem, gdumb, writers, mer, icarl):
+  for check in (der, er_ace, mir, gem, gdumb, writers, mer, icarl, dgr):
     check()
 
 
