@@ -11,6 +11,7 @@ from cl_jax import memory, writers
 from cl_jax.linalg import nonnegative_quadratic
 from cl_jax.methods.replay.der import der
 from cl_jax.methods.replay.derpp import derpp
+from cl_jax.methods.replay.dgr import dgr
 from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.methods.replay.gem import gem
 from cl_jax.methods.replay.icarl import icarl
@@ -232,3 +233,34 @@ def test_mer_runs(monkeypatch):
       kept = g['mer/memory_stream'][t, i, -1]
       held = np.asarray(state.method.rows.x)[: len(kept)]
       close(held[kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
+
+
+def test_dgr_runs(monkeypatch):
+  """Network and generator, from the reference's noise; labels of dreams among the classes seen."""
+  g = Golden('dgr')
+  xs, ys = g['xs'], g['ys']
+  layers = {n.split('/')[1] for n in g.data if n.startswith('gen/')}
+  initial = {n: {p: jnp.asarray(g[f'gen/{n}/{p}']) for p in 'wb'} for n in layers}
+  coming = []
+  monkeypatch.setattr('cl_jax.methods.replay.dgr.vae', lambda *a: initial)
+  monkeypatch.setattr('cl_jax.methods.replay.dgr.noise', lambda key, shape: coming.pop(0))
+  latent, R = g['dgr/eps'].shape[-1], g['dgr/z_rep'].shape[2]
+  L = build(g, dgr(R, (5, 4), latent, float(g['lr_g']), 'seen'))
+  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
+  z = g['dgr/z_rep'].reshape(-1, R, latent)
+  for t in range(len(xs)):
+    for i in range(xs.shape[1]):
+      if t > 0:
+        close(state.method.replay, g['dgr/x_rep'][t, i])
+      following = z[min(t * xs.shape[1] + i + 1, len(z) - 1)]
+      coming[:] = map(jnp.asarray, (g['dgr/eps'][t, i], g['dgr/eps_rep'][t, i], following))
+      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      close(value, g['dgr/loss'][t, i])
+      close_trees(state.params, g.params('dgr/params', t, i))
+      for name in layers:
+        for part in 'wb':
+          close(state.method.generator[name][part], g[f'dgr/gen/{name}/{part}'][t, i])
+    coming[:] = [jnp.asarray(z[min((t + 1) * xs.shape[1], len(z) - 1)])]
+    state = L.boundary(state, stacked(xs[t], ys[t]))
+    close(L.predict(state, probe), g['dgr/probe_logits'][t])
