@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from cl_jax.learner import learner
 from cl_jax.types import Batch, Learner, Model, State, Tree
@@ -53,7 +54,13 @@ def flops(f: Callable, *args) -> int:
   Exact for programs whose loops have a static length; the body of a `while` of unknown length counts once
   (see `count`). Elementwise work is left out, as in the literature's counts.
   """
-  return sum(count(jax.make_jaxpr(f)(*args).jaxpr).values())
+  return sum(count(used(f, *args)).values())
+
+
+def used(f: Callable, *args) -> core.Jaxpr:
+  """The program f(*args) without what no output needs, which the compiler leaves out as well."""
+  jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+  return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def count(jaxpr: core.Jaxpr, where: str = '', times: int = 1) -> Counter:
@@ -128,7 +135,7 @@ def passes(
   plain = jax.eval_shape(naive.init, jax.random.key(0), batch)
 
   def roles(f, *args) -> Counter:
-    return count(jax.make_jaxpr(f)(*args).jaxpr)
+    return count(used(f, *args))
 
   step, unit = roles(own.step, state, batch), roles(naive.step, plain, batch)
   once, again = roles(own.predict, state, batch), roles(naive.predict, plain, batch)

@@ -211,3 +211,16 @@ def test_intervals_are_students():
   assert metrics.interval([0.5]) == (0.5, None)
   joint = metrics.summary([[0.5, 0.7]])
   assert joint['acc'] == pytest.approx(0.6) and joint['forgetting'] is None
+
+
+def test_what_no_output_needs_is_not_counted():
+  x = jnp.ones((4, 4))
+  product = 2 * 4**3
+
+  def half(x):
+    y = jnp.sin(x) @ x
+    return x + 0 * (y @ y).size, y
+
+  assert budget.flops(half, x) == product
+  assert budget.flops(jax.jit(lambda x: half(x)[0]), x) == 0
+  assert budget.flops(lambda x: jax.grad(lambda a: jnp.sum(a @ a))(x), x) == 2 * product
