@@ -140,15 +140,17 @@ def defaults() -> dict[str, Any]:
     # its place where it is not 0, and all tasks are evaluated then: that shows the stability gap.
     'chunk': 100,
     'eval_every': 0,
-    # For experiments.framework: learning rates of the plasticity search, further ones for the first task,
-    # the share of accuracy that stability may cost, the factor on stability hyperparameters, trainings
-    # at most, and (('ewc.coef', 400.0), ...) to start from; () = the values of De Lange et al. 2022.
+    # For experiments.framework, hyperparameters task by task, with the values of De Lange et al. 2022.
     'tuning': {
+      # Learning rates of the plasticity search; further ones for the first task.
       'rates': (1e-2, 5e-3, 1e-3, 5e-4, 1e-4),
       'first_rates': (1e-1, 5e-2),
+      # The share of accuracy that stability may cost; the factor on stability hyperparameters.
       'drop': 0.2,
       'decay': 0.5,
+      # Trainings by the method at most.
       'attempts': 10,
+      # What to start from, (('ewc.coef', 400.0), ...); () = the values of the survey.
       'start': (),
     },
     # For experiments.sweep: {'optimizer.lr': (0.1, 0.01), ...}, every combination.

@@ -141,6 +141,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(done, tiny, tmp_p
   folder = tmp_path / 'half'
   (folder / 'ncm').mkdir(parents=True)
   (folder / 'ncm' / 'config.json').write_text('{"not": "ours"}')
+  (folder / 'ncm' / 'checkpoints').mkdir()  # something was computed there
   assert demo.main(command(tiny, folder, '--only=ncm,slda')[3:]) == 2
   out = capsys.readouterr().out
   assert 'ncm: failed' in out and 'another configuration' in out and '(slda)' in out
