@@ -38,7 +38,8 @@ def map_runs(f: Callable, axes: Sequence[Tree], n: int, width: int = 1, devices=
     axes: for each argument, a prefix tree of MAPPED (a leading run axis) and SHARED (one for all, which
       is never copied per run).
     n: number of runs.
-    width: runs computed at once on a device (vmap); 1 is one after the other, bitwise equal to `f`.
+    width: runs computed at once on a device (vmap); 1 is one after the other, bitwise equal to `f` on a CPU
+      with jax before 0.12, and to rounding after.
     devices: the devices to spread over; all of the default backend by default.
 
   Returns:
