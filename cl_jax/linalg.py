@@ -27,9 +27,11 @@ def quadratic(weights: Tree, params: Tree, anchor: Tree) -> Array:
 
 
 def cross_entropy(logits: Array, y: Array) -> Array:
-  """f32[B]: -log softmax(logits)[y] of f32[B, C] and i32[B]."""
-  logp = jax.nn.log_softmax(logits)
-  return -jnp.take_along_axis(logp, y[:, None], axis=1)[:, 0]
+  """-log softmax(logits)[y] of [B, C] and i32[B], f32[B] at least; logits may be -inf for other classes."""
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  # A comparison, not a gather: the gradient needs no scatter, and -inf elsewhere does no harm.
+  label = y[:, None] == jnp.arange(logits.shape[-1])
+  return jax.nn.logsumexp(logits, -1) - jnp.where(label, logits, 0).sum(-1)
 
 
 def nonnegative_quadratic(P: Array, q: Array, lower: Array | float, on: Array) -> Array:

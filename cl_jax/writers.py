@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from cl_jax.memory import (
   reservoir,
   ring,
 )
-from cl_jax.types import Array
+from cl_jax.types import Array, Batch, Tree
 
 NAMES = ('reservoir', 'ring', 'class_balanced', 'greedy', 'mof', 'kmeans')
 
@@ -64,27 +65,23 @@ def greedy_balanced(capacity: int, classes: int) -> Writer:
 
   def place(aux, batch, key, features):
     del features
-    valid, _ = arrivals(batch)
     u = jax.random.uniform(key, batch.y.shape)
 
-    def body(i, carry):
-      aux, slots = carry
+    def one(i, aux):
       c = batch.y[i]
-      seen = aux.seen.at[c].max(valid[i])
+      seen = aux.seen.at[c].set(True)
       stored = jnp.zeros(classes, jnp.int32).at[aux.labels].add(aux.labels >= 0)
       filled = stored.sum()
-      keep = valid[i] & (stored[c] * seen.sum() < capacity)
+      keep = stored[c] * seen.sum() < capacity
       largest = jnp.argmax(stored)
       nth = jnp.floor(u[i] * stored[largest]).astype(jnp.int32)
       victim = jnp.searchsorted(jnp.cumsum(aux.labels == largest), nth + 1)
       slot = jnp.where(filled < capacity, filled, jnp.minimum(victim, capacity - 1))
       slot = slot.astype(jnp.int32)
       labels = aux.labels.at[slot].set(jnp.where(keep, c, aux.labels[slot]))
-      return GreedyState(labels, seen), slots.at[i].set(jnp.where(keep, slot, capacity))
+      return GreedyState(labels, seen), jnp.where(keep, slot, capacity)
 
-    start = jnp.full(batch.y.shape, capacity, jnp.int32)
-    aux, slots = jax.lax.fori_loop(0, batch.y.shape[0], body, (aux, start))
-    return slots, aux
+    return row_by_row(one, aux, batch, capacity)
 
   def pick(aux, key, n):
     return distinct(key, n, (aux.labels >= 0).sum(dtype=jnp.int32))
@@ -117,10 +114,9 @@ def mean_of_features(capacity: int, classes: int, tasks: int = 1) -> Writer:
 
   def place(aux, batch, key, features):
     del key
-    valid, g = arrivals(batch)[0], group_of(batch, classes, tasks)
+    g = group_of(batch, classes, tasks)
 
-    def body(i, carry):
-      aux, slots = carry
+    def one(i, aux):
       c, f = g[i], features[i].astype(aux.mean.dtype)
       n = aux.counts[c] + 1
       mean = aux.mean[c] + (f - aux.mean[c]) / n
@@ -131,12 +127,9 @@ def mean_of_features(capacity: int, classes: int, tasks: int = 1) -> Writer:
       new = MeanState(
         aux.counts.at[c].set(n), aux.mean.at[c].set(mean), aux.distance.at[c, slot].set(near)
       )
-      aux = jax.tree.map(lambda old, n: jnp.where(valid[i], n, old), aux, new)
-      return aux, slots.at[i].set(jnp.where(valid[i] & keep, c * m + slot, capacity))
+      return new, jnp.where(keep, c * m + slot, capacity)
 
-    start = jnp.full(batch.y.shape, capacity, jnp.int32)
-    aux, slots = jax.lax.fori_loop(0, batch.y.shape[0], body, (aux, start))
-    return slots, aux
+    return row_by_row(one, aux, batch, capacity)
 
   def pick(aux, key, n):
     return pick_in_groups(aux.counts, m, key, n)
@@ -171,10 +164,9 @@ def kmeans(capacity: int, classes: int, tasks: int = 1) -> Writer:
 
   def place(aux, batch, key, features):
     del key
-    valid, g = arrivals(batch)[0], group_of(batch, classes, tasks)
+    g = group_of(batch, classes, tasks)
 
-    def body(i, carry):
-      aux, slots = carry
+    def one(i, aux):
       c, f = g[i], features[i].astype(aux.centroid.dtype)
       away = lambda a: jnp.sum(jnp.square(a - f), axis=-1)  # noqa: E731
       first = aux.seen[c] < m
@@ -189,17 +181,29 @@ def kmeans(capacity: int, classes: int, tasks: int = 1) -> Writer:
         aux.centroid.at[c, slot].set(centroid),
         aux.kept.at[c, slot].set(jnp.where(keep, f, aux.kept[c, slot])),
       )
-      aux = jax.tree.map(lambda old, n: jnp.where(valid[i], n, old), aux, new)
-      return aux, slots.at[i].set(jnp.where(valid[i] & keep, c * m + slot, capacity))
+      return new, jnp.where(keep, c * m + slot, capacity)
 
-    start = jnp.full(batch.y.shape, capacity, jnp.int32)
-    aux, slots = jax.lax.fori_loop(0, batch.y.shape[0], body, (aux, start))
-    return slots, aux
+    return row_by_row(one, aux, batch, capacity)
 
   def pick(aux, key, n):
     return pick_in_groups(aux.seen, m, key, n)
 
   return Writer(init, place, pick, capacity)
+
+
+def row_by_row(one: Callable, aux: Tree, batch: Batch, capacity: int) -> tuple[Array, Tree]:
+  """(slots i32[B], aux) of `one(i, aux) -> (aux, slot)` over the rows that count; others go to `capacity`."""
+  valid, _ = arrivals(batch)
+
+  def body(i, carry):
+    aux, slots = carry
+    new, slot = one(i, aux)
+    aux = jax.tree.map(lambda old, n: jnp.where(valid[i], n, old), aux, new)
+    return aux, slots.at[i].set(jnp.where(valid[i], slot, capacity))
+
+  start = jnp.full(batch.y.shape, capacity, jnp.int32)
+  aux, slots = jax.lax.fori_loop(0, batch.y.shape[0], body, (aux, start))
+  return slots, aux
 
 
 def _groups(capacity: int, classes: int, tasks: int, name: str) -> tuple[int, int]:

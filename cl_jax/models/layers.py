@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
+from cl_jax.linalg import cross_entropy
 from cl_jax.types import Array, Batch, Out, Tree
 
 INITS = ('he', 'lecun', 'glorot', 'torch', 'zeros')
@@ -154,7 +155,4 @@ def _affine(p: Tree, x: Array, mean: Array, var: Array, eps: float) -> Array:
 
 def softmax_cross_entropy(out: Out, batch: Batch) -> Array:
   """-log softmax(logits)[y], f32[B] at least; logits may be -inf for classes that are ruled out."""
-  logits = out.logits.astype(jnp.promote_types(out.logits.dtype, jnp.float32))
-  # A comparison, not a gather: the gradient needs no scatter, and -inf elsewhere does no harm.
-  label = batch.y[:, None] == jnp.arange(logits.shape[-1])
-  return jax.nn.logsumexp(logits, -1) - jnp.where(label, logits, 0).sum(-1)
+  return cross_entropy(out.logits, batch.y)

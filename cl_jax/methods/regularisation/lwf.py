@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_jax.linalg import weighted_mean
+from cl_jax.linalg import cross_entropy, weighted_mean
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Method, Tree, overlay
 
@@ -97,8 +97,7 @@ def lwf(
       return kd
     done = s.tasks.astype(out.logits.dtype)
     rest = done / (done + 1)  # 1 - 1/t
-    logp = jax.nn.log_softmax(out.logits)
-    task = weighted_mean(-jnp.take_along_axis(logp, batch.y[:, None], 1)[:, 0], batch.w)
+    task = weighted_mean(cross_entropy(out.logits, batch.y), batch.w)
     return rest * (kd - task)
 
   def after(s, params, step, key):
