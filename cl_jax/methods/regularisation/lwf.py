@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
-import jax.numpy as jnp
 
+from cl_jax import distillation
 from cl_jax.linalg import cross_entropy, weighted_mean
-from cl_jax.methods.heads.task_head import MINUS_INF
-from cl_jax.types import Array, Method, Tree, overlay
-
-OUTPUTS = ('all', 'seen', 'heads')
-
-
-class LwFState(NamedTuple):
-  teacher: Tree  # parameters (and norm statistics) at the last boundary
-  seen: Array  # bool[C], classes trained on before that boundary
-  now: Array  # bool[C], including the current task's
-  tasks: Array  # i32[], finished tasks
+from cl_jax.types import Method
 
 
 def lwf(
@@ -55,44 +43,14 @@ def lwf(
   Needs the boundary. State: 1 x parameters and norm statistics, 2 bytes per class, 4 bytes. One more forward
   pass per step.
   """
-  if outputs not in OUTPUTS:
-    raise ValueError(f'lwf outputs {outputs!r}: one of {OUTPUTS}')
-  if outputs == 'heads' and not task_classes:
-    raise ValueError('lwf outputs "heads" needs task_classes, the labels of each task')
+  distil = distillation.distiller('lwf', outputs, task_classes, temperature, mean)
 
   def init(key, params, batch, fwd):
-    classes = jax.eval_shape(fwd, params, batch).logits.shape[-1]
-    none = jnp.zeros(classes, bool)
-    return {}, LwFState(overlay(fwd.stats, params), none, none, jnp.int32(0))
-
-  def wrap(s, apply):
-    def keep_raw(variables, batch, tap, train):
-      out = apply(variables, batch, tap, train)
-      return out._replace(aux={**out.aux, 'lwf': out.logits})
-
-    return keep_raw if outputs == 'heads' else apply
-
-  def distil(target, logits):
-    """f32[B]: T^2 times the cross-entropy at temperature T."""
-    p = jax.nn.softmax(target / temperature)
-    logp = jax.nn.log_softmax(logits / temperature)
-    ce = -(temperature**2) * jnp.sum(p * jnp.maximum(logp, MINUS_INF), axis=-1)
-    return ce / jnp.sum(logits > MINUS_INF / 2, axis=-1) if mean else ce
+    return {}, distillation.begin(params, batch, fwd)
 
   def loss(s, params, batch, out, fwd):
     old = jax.lax.stop_gradient(fwd(s.teacher, batch))
-    if outputs == 'heads':
-      per_head = [
-        (s.tasks > t) * distil(old.aux['lwf'][:, list(c)], out.aux['lwf'][:, list(c)])
-        for t, c in enumerate(task_classes)
-      ]
-      kd = sum(per_head, jnp.zeros(()))
-      kd = kd / jnp.maximum(s.tasks, 1) if mean else kd
-    elif outputs == 'seen':
-      kd = distil(jnp.where(s.seen, old.logits, MINUS_INF), out.logits)
-    else:
-      kd = distil(old.logits, out.logits)
-    kd = coef * (s.tasks > 0) * weighted_mean(kd, batch.w)
+    kd = coef * (s.tasks > 0) * weighted_mean(distil.loss(s, old, out), batch.w)
     if not average:
       return kd
     done = s.tasks.astype(out.logits.dtype)
@@ -101,11 +59,11 @@ def lwf(
     return rest * (kd - task)
 
   def after(s, params, step, key):
-    return params, s._replace(now=s.now.at[step.batch.y].max(step.batch.w > 0))
+    return params, distillation.meet(s, step.batch)
 
   def boundary(s, params, batches, fwd, key):
-    return params, LwFState(overlay(fwd.stats, params), s.now, s.now, s.tasks + 1)
+    return params, distillation.settle(s, params, fwd)
 
   return Method(
-    init=init, wrap=wrap, loss=loss, after=after, boundary=boundary, needs=('boundary',)
+    init=init, wrap=distil.wrap, loss=loss, after=after, boundary=boundary, needs=('boundary',)
   )
