@@ -58,6 +58,24 @@ def no_tap(name: str, h: Array, layer: Array | int = 0) -> Array:
   return h
 
 
+class Wire(NamedTuple):
+  """A layer by the units it reads and the units it writes, for methods that share units out to tasks.
+
+  A unit is one channel (the last axis) of a tapped activation. A unit that a tap sets to zero must neither
+  show in what the layers read that have it as their source, nor be of use to those that write it.
+
+  Attributes:
+    layer: path of the parameters; 'w' is [..., in, out], the others [..., out].
+    source: the tap whose channels are the inputs, each as often as `in` is longer (flattened pixels).
+      '' where they belong to no tap, as pixels do and what a norm layer has mixed.
+    target: the tap whose channels are the outputs; '' where they belong to none.
+  """
+
+  layer: str
+  source: str
+  target: str
+
+
 class Model(NamedTuple):
   """A network as three pure functions.
 
@@ -69,11 +87,13 @@ class Model(NamedTuple):
       and returns what the network goes on with: gates, prompts and probes are taps. `layer` is
       the (traced) position in a stack of layers that share the name, 0 elsewhere.
     loss: (out, batch) -> f32[B], the per-example task loss.
+    wires: the layers between its taps; parameters that no wire names are of use to every unit.
   """
 
   init: Callable[[Array, Batch], tuple[Tree, Tree]]
   apply: Callable[..., Out]
   loss: Callable[[Out, Batch], Array]
+  wires: tuple[Wire, ...] = ()
 
 
 class Forward(NamedTuple):

@@ -94,7 +94,7 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
   def assemble(hp, weights, model=None, own=None) -> Learner:
     tx, reset = optimizer.make(config, hp)
     model = make(weights) if model is None else model
-    method = chain_of(sized if own is None else own, facts, hp)
+    method = chain_of(sized if own is None else own, facts, hp, model.wires)
     return optimizer.resetting(learner(model, tx, method, weights['frozen']), reset)
 
   def added(own) -> int:

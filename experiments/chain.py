@@ -12,19 +12,23 @@ from cl_jax import compose, methods
 from cl_jax.errors import UserError
 from cl_jax.methods.heads.seen_head import seen_head
 from cl_jax.methods.heads.task_head import task_head
-from cl_jax.types import Method, Stream, Tree
+from cl_jax.types import Method, Stream, Tree, Wire
 from experiments import fields
 from experiments.config import KNOWN
 
 
-def chain_of(config: Mapping[str, Any], stream: Stream, hp: Tree) -> Method:
-  """The methods in their order, then the head."""
+def chain_of(
+  config: Mapping[str, Any], stream: Stream, hp: Tree, wires: tuple[Wire, ...] = ()
+) -> Method:
+  """The methods in their order, then the head; `wires` are the model's."""
   chosen: dict[str, Method] = {}
   for name in config['methods']:
     factory, values = methods.find(name), dict(config[name])
     values |= hp['methods'].get(name, {})
     gate = values.pop('gate')
     values |= known(factory, values, stream, config)
+    if 'wires' in inspect.signature(factory).parameters:
+      values['wires'] = wires
     try:
       made = factory(**fields.arguments(factory, values))
     except (ValueError, TypeError) as error:

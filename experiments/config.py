@@ -95,7 +95,7 @@ def schema_of(raw: Mapping[str, Any], chosen: tuple[str, ...]) -> dict[str, Any]
     if name in schema:
       raise UserError(f'config.methods: a method cannot be called {name!r}, which is a field')
     schema[name] = {'gate': Field(None, (float,), optional=True)}
-    schema[name] |= fields.of(methods.find(name), KNOWN)
+    schema[name] |= fields.of(methods.find(name), KNOWN, ('wires',))
   return schema
 
 

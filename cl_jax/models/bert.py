@@ -85,7 +85,7 @@ def bert(
       h = h * jax.lax.rsqrt(jnp.maximum(jnp.square(h).sum(-1, keepdims=True), 1e-24))
     return Out(layers.dense(variables['head'], h), h, {})
 
-  return Model(start, apply, layers.softmax_cross_entropy)
+  return Model(start, apply, layers.softmax_cross_entropy, transformer.wires())
 
 
 def encode(

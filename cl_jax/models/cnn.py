@@ -69,4 +69,5 @@ def cnn(
       h = tap(f'l{i}', jax.nn.relu(layers.dense(variables[f'l{i}'], h)), 0)
     return Out(layers.dense(variables['head'], h), h, {})
 
-  return Model(init_fn, apply, layers.softmax_cross_entropy)
+  names = (*(f'c{i}' for i in range(len(channels))), *(f'l{i}' for i in range(len(sizes))))
+  return Model(init_fn, apply, layers.softmax_cross_entropy, layers.in_line(names))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from cl_jax.errors import UserError
 from cl_jax.linalg import cross_entropy
-from cl_jax.types import Array, Batch, Out, Tree
+from cl_jax.types import Array, Batch, Out, Tree, Wire
 
 INITS = ('he', 'lecun', 'glorot', 'torch', 'zeros')
 
@@ -151,6 +151,12 @@ def batch_norm(
 
 def _affine(p: Tree, x: Array, mean: Array, var: Array, eps: float) -> Array:
   return (x - mean) * (jax.lax.rsqrt(var + eps) * p['scale']) + p['bias']
+
+
+def in_line(names: tuple[str, ...]) -> tuple[Wire, ...]:
+  """The wires of hidden layers that follow each other, each with the tap of its own name, and of 'head'."""
+  steps = zip((*names, 'head'), ('', *names), (*names, ''), strict=True)
+  return tuple(Wire(*step) for step in steps)
 
 
 def softmax_cross_entropy(out: Out, batch: Batch) -> Array:

@@ -54,4 +54,4 @@ def mlp(
       h = tap(name, activation(layers.dense(variables[name], h)), 0)
     return Out(layers.dense(variables['head'], h), h, {})
 
-  return Model(init_fn, apply, layers.softmax_cross_entropy)
+  return Model(init_fn, apply, layers.softmax_cross_entropy, layers.in_line(names))

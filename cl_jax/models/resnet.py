@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cl_jax.models import layers
 from cl_jax.models.conv import conv
-from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
+from cl_jax.types import Array, Batch, Model, Out, Tree, Wire, no_tap
 
 
 def resnet(
@@ -82,7 +82,21 @@ def resnet(
     h = h.mean((1, 2))
     return Out(layers.dense(variables['head'], h), h, stats if train else {})
 
-  return Model(init_fn, apply, layers.softmax_cross_entropy)
+  return Model(init_fn, apply, layers.softmax_cross_entropy, _wires(blocks))
+
+
+def _wires(blocks: tuple[int, ...]) -> tuple[Wire, ...]:
+  """A unit of a block's output belongs to its second convolution, to its skip and to the identity."""
+  found, before = [Wire('stem', '', 'stem')], 'stem'
+  for stage, count in enumerate(blocks):
+    for name in (f's{stage}b{i}' for i in range(count)):
+      found += [
+        Wire(f'{name}/conv1', before, f'{name}/conv1'),
+        Wire(f'{name}/conv2', f'{name}/conv1', name),
+        Wire(f'{name}/skip', before, name),
+      ]
+      before = name
+  return (*found, Wire('head', before, ''))
 
 
 def _stats(params: Tree) -> Tree:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from cl_jax.errors import UserError
 from cl_jax.models.layers import dense, dense_init
-from cl_jax.types import Array, Batch, Tree
+from cl_jax.types import Array, Batch, Tree, Wire
 
 
 def norm_init(d: int) -> Tree:
@@ -73,6 +73,23 @@ def extend(mask: Array, length: int, value: bool = True) -> Array:
   """The mask bool[B, L] with `value` for positions that a tap has put before: bool[B, length]."""
   before = jnp.full((mask.shape[0], length - mask.shape[1]), value)
   return jnp.concatenate([before, mask], 1)
+
+
+def wires() -> tuple[Wire, ...]:
+  """The layers of a stack whose units a tap can switch off.
+
+  A query's channel is of use where the key's is on. The residual stream belongs to no tap: a norm layer
+  mixes its channels, so one that is zero shows in all of them.
+  """
+  layer = lambda name, *ends: Wire(f'backbone/layers/{name}', *ends)  # noqa: E731
+  return (
+    layer('q', '', 'k'),
+    layer('k', '', 'k'),
+    layer('v', '', 'v'),
+    layer('o', 'v', ''),
+    layer('up', '', 'mlp'),
+    layer('down', 'mlp', ''),
+  )
 
 
 def cast(p: Tree, dtype: jnp.dtype) -> Tree:

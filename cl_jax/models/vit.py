@@ -78,7 +78,7 @@ def vit(
     h = h[:, h.shape[1] - 1 - _patches(config)]
     return Out(layers.dense(variables['head'], h), h, {})
 
-  return Model(start, apply, layers.softmax_cross_entropy)
+  return Model(start, apply, layers.softmax_cross_entropy, transformer.wires())
 
 
 def encode(

@@ -29,6 +29,7 @@ from cl_jax.methods.replay.dgr import dgr
 from cl_jax.methods.replay.er import er
 from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.methods.replay.icarl import icarl
+from cl_jax.models.layers import in_line
 from cl_jax.models.mlp import mlp
 from cl_jax.streams import Plan, cumulative, dataset, split
 from cl_jax.types import Method
@@ -147,7 +148,7 @@ def with_agem(scenario):
 
 
 def with_hat(scenario):
-  return {'hat': hat(TASKS, STEPS // 20, 0.75, 400.0)}
+  return {'hat': hat(TASKS, STEPS // 20, 0.75, 400.0, wires=in_line(('l0', 'l1')))}
 
 
 def with_packnet(scenario):

@@ -29,6 +29,7 @@ from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import agem
 from cl_jax.methods.replay.er import er
 from cl_jax.models.identity import identity
+from cl_jax.models.layers import in_line
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Forward, Method, overlay
 from tests.parity.shared import OURS, Golden, batch_of, build, close, close_trees, stacked
@@ -228,7 +229,9 @@ def test_hat_run():
   """
   g = Golden('hat')
   smax = float(g['smax'])
-  method = chain(hat=hat(2, 3, float(g['c']), smax), head=task_head(HEADS, 4))
+  method = chain(
+    hat=hat(2, 3, float(g['c']), smax, wires=in_line(('l0', 'l1'))), head=task_head(HEADS, 4)
+  )
   tied = method._replace(
     init=lambda key, params, batch, fwd: (
       {'hat': {'l0': jnp.asarray(g['init/e0']), 'l1': jnp.asarray(g['init/e1'])}},
@@ -276,7 +279,8 @@ def ranged(method, step):
   from cl_jax.methods.isolation.hat import HATState
 
   del method
-  return HATState({'l0': jnp.zeros(1)}, jnp.asarray(step))
+  none = jnp.zeros(1, bool)
+  return HATState({'l0': jnp.zeros(1)}, none, none, jnp.asarray(step), jnp.int32(0))
 
 
 def packnet_tx(g, variant):

@@ -13,19 +13,24 @@ from hypothesis import strategies as st
 from cl_jax.compose import chain
 from cl_jax.learner import learner
 from cl_jax.loop import run
+from cl_jax.masks import paths
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
 from cl_jax.methods.closed_form.slda import slda
 from cl_jax.methods.heads.task_head import task_head
-from cl_jax.methods.isolation.hat import hat, number
+from cl_jax.methods.isolation.hat import hat
 from cl_jax.methods.isolation.packnet import packnet
 from cl_jax.methods.lowrank.lora import lora, merge
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import AGEMState, agem
 from cl_jax.methods.replay.er import er
+from cl_jax.models.cnn import cnn
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
+from cl_jax.models.resnet import resnet
+from cl_jax.models.vit import Config as vit_config
+from cl_jax.models.vit import vit
 from cl_jax.streams.take import take
 from cl_jax.types import Batch, Method, no_tap
 
@@ -120,8 +125,9 @@ def test_packnet_keeps_frozen_weights_for_ever(tx, toy_stream):
 
 def test_hat_protects_what_it_used(toy_stream):
   """Units that a finished task used do not move; those that it left free do."""
-  method = chain(hat=hat(3, 15, 0.1), head=task_head(toy_stream.task_classes, 6))
-  learn = learner(mlp((16, 12), 6), optax.sgd(0.05), method)
+  model = mlp((16, 12), 6)
+  method = chain(hat=hat(3, 15, 0.1, wires=model.wires), head=task_head(toy_stream.task_classes, 6))
+  learn = learner(model, optax.sgd(0.05), method)
   step, end = jax.jit(learn.step), jax.jit(learn.boundary)
   state = learn.init(jax.random.key(0), take(toy_stream, toy_stream.index[0, 0], 0))
   for i in range(30):
@@ -137,8 +143,76 @@ def test_hat_protects_what_it_used(toy_stream):
   assert moved[used < 0.001].max() > 1e-3
 
 
-def test_layers_follow_each_other_by_number():
-  assert sorted(['l10', 'l2', 'l1'], key=number) == ['l1', 'l2', 'l10']
+NETWORKS = {
+  'mlp': lambda: mlp((16, 12), 6),
+  'cnn': lambda: cnn((4, 6), (8,), 6),
+  'resnet': lambda: resnet(6, 4, (1, 1)),
+  'vit': lambda: vit(vit_config(image=8, patch=4, channels=1, d=8, depth=2, heads=2, ffn=12), 6),
+}
+
+
+def two_tasks(model, tx, method):
+  """(state after a task of one step, step, batch(i, task), the first task's answers to rows of its own)."""
+  rng = np.random.default_rng(3)
+  x = jnp.asarray(rng.normal(size=(5, 12, 8, 8, 1)), jnp.float32)
+  y = jnp.asarray(rng.integers(0, 3, (5, 12)), jnp.int32)
+  batch = lambda i, t: Batch(x[i], y[i] + 3 * t, jnp.ones(12), jnp.full(12, t))  # noqa: E731
+  learn = learner(model, tx, chain(own=method, head=task_head(((0, 1, 2), (3, 4, 5)), 6)))
+  step, end, predict = jax.jit(learn.step), jax.jit(learn.boundary), jax.jit(learn.predict)
+
+  def finish(state):
+    state, _ = step(state, batch(0, 0))  # norm statistics that are not those of the beginning
+    return end(state, jax.tree.map(lambda a: a[None], batch(0, 0)))
+
+  return (
+    learn.init(jax.random.key(0), batch(0, 0)),
+    finish,
+    lambda state, i: step(state, batch(i, 1))[0],
+    lambda state: np.asarray(predict(state, batch(4, 0)))[:, :3],
+  )
+
+
+ANY = pytest.mark.parametrize(
+  'tx', [optax.sgd(0.1, momentum=0.9), optax.adamw(0.01, weight_decay=0.1)], ids=['sgd', 'adamw']
+)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@ANY
+def test_hat_forgets_nothing_where_gates_are_shut_or_open(name, tx):
+  """With gates of exactly 0 and 1 a finished task's answers keep their bits, under momentum and decay."""
+  model = NETWORKS[name]()
+  state, finish, step, answers = two_tasks(model, tx, hat(2, 5, 0.1, wires=model.wires))
+  rng = np.random.default_rng(5)
+  sign = lambda a: jnp.asarray(np.where(rng.random(a.shape) < 0.5, -6.0, 6.0), a.dtype)  # noqa: E731
+  gates = jax.tree.map(sign, state.params['hat'])
+  state = finish(state._replace(params={**state.params, 'hat': gates}))
+  for tap, used in state.method['own'].used.items():
+    assert set(np.unique(used)) == {0.0, 1.0}, tap
+  before, weights = answers(state), paths(state.params)
+  for i in range(4):
+    state = step(state, i)
+  assert np.array_equal(answers(state), before)
+  moved = {p for p, a in paths(state.params).items() if not np.array_equal(a, weights[p])}
+  assert {f'{w.layer}/w' for w in model.wires} & set(weights) <= moved
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@ANY
+def test_packnet_forgets_nothing_in_any_network(name, tx):
+  model = NETWORKS[name]()
+  state, finish, step, answers = two_tasks(model, tx, packnet(0.5, 0.5))
+  state = finish(state)
+  owner = state.method['own'].owner
+  for path, a in owner.items():  # in a stack every layer loses half of its weights
+    share = (np.asarray(a) == 1).reshape(a.shape[0] if a.ndim == 3 else 1, -1).mean(1)
+    assert np.abs(share - 0.5).max() < 0.02, path
+  before, weights = answers(state), paths(state.params)
+  for i in range(4):
+    state = step(state, i)
+  assert np.array_equal(answers(state), before)
+  after = paths(state.params)
+  assert all(not np.array_equal(after[p], weights[p]) for p in owner)
 
 
 @settings(max_examples=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import jax
@@ -10,12 +9,15 @@ import jax.numpy as jnp
 
 from cl_jax.errors import UserError
 from cl_jax.masks import nest, paths
-from cl_jax.types import Array, Method, Tree
+from cl_jax.types import Array, Method, Tree, Wire, overlay
 
 
 class HATState(NamedTuple):
-  used: Tree  # {tap: f32[units]}, the cumulative attention of finished tasks
+  used: Tree  # {tap: f32[units] or, in a stack, f32[layers, units]}: cumulative attention of finished tasks
+  settled: Array  # bool[C], classes of finished tasks
+  now: Array  # bool[C], those of the current task
   step: Array  # i32[], steps since the last boundary
+  tasks: Array  # i32[], finished
 
 
 def hat(
@@ -24,6 +26,7 @@ def hat(
   coef: float = 0.75,
   smax: float = 400.0,
   head: str = 'head',
+  wires: tuple[Wire, ...] = (),
 ) -> Method:
   """Learns, per task, a nearly binary gate on every hidden unit and protects the units in use.
 
@@ -31,16 +34,20 @@ def hat(
 
   - gate a_l^t = sigmoid(s e_l^t) on the activations (eq. 1); s rises linearly from 1/smax to smax within
     each epoch and is smax at test (eq. 3)
-  - weight gradients are scaled by 1 - min(a<_{l,i}, a<_{l-1,j}), biases by 1 - a<_{l,i} (eq. 2), where a< is
-    the elementwise maximum over finished tasks
+  - updates of weights are scaled by 1 - min(a<_{l,i}, a<_{l-1,j}), of biases by 1 - a<_{l,i} (eq. 2),
+    where a< is the elementwise maximum over finished tasks
   - embedding gradients are multiplied by smax / s * (cosh(s e) + 1) / (cosh(e) + 1), s e clipped to +-50,
     and e is clipped to +-6 (eq. 4-5)
   - L = L_task + coef * sum a^t (1 - a<) / sum (1 - a<), pooled over all layers (eq. 6)
 
-  A hidden layer is a tap whose name is also the parent of a weight `w` (and bias `b`), and layers follow each
-  other in the order of their numbers (l0, l1, ...). The output layer is not masked: give every task its
-  own outputs by a `task_head`. Train with plain SGD: momentum, Adam and weight decay move
-  protected weights although their gradient is zero.
+  Gates sit on the taps that the model's wires name: units of an MLP, channels of a convolution, and in a
+  transformer the keys, the values and the hidden units of the feed-forward part. What is of use to every
+  task (embeddings, layer norms, biases of the residual stream) is fixed after the first. Norm
+  statistics move like biases. Give every task its own outputs by a `task_head`: the columns of a finished
+  task's classes are fixed unless the current task has them too.
+
+  Deviation: eq. 2 scales the update instead of the gradient. That is the same for plain SGD, and holds for
+  momentum, Adam and weight decay too, which would move protected weights by what they remember.
 
   Args:
     tasks: number of tasks.
@@ -48,38 +55,69 @@ def hat(
     coef: c, the weight of the sparsity term.
     smax: the steepest gate.
     head: top-level name of the output layer.
+    wires: `Model.wires` of the network.
 
-  Needs the task in training and at test, and the boundary. State: 4 bytes per unit (and parameters: 4 bytes
-  per unit and task).
+  Needs the task in training and at test, and the boundary. State: 4 bytes per unit, 2 per class, 8 bytes (and
+  parameters: 4 bytes per unit and task).
   """
+  # The gates are leaves of the parameters, whose paths have slashes already.
+  named = {
+    w.layer: w._replace(source=w.source.replace('/', '.'), target=w.target.replace('/', '.'))
+    for w in wires
+    if w.layer != head
+  }
+  gated_taps = {w.source for w in named.values()} | {w.target for w in named.values()}
 
-  def record(params, batch, fwd):
-    """{tap: units} of every hidden activation."""
-    units: dict[str, int] = {}
+  def units(params, batch, fwd):
+    """{tap: shape of its units} of every gated activation; those of a stack have its length in front."""
+    depth = {
+      named[path.rsplit('/', 1)[0]].target: a.shape[:1]
+      for path, a in paths(overlay(fwd.frozen, params)).items()
+      if path.endswith('/w') and path.rsplit('/', 1)[0] in named and a.ndim == 3
+    }
+    found: dict[str, tuple[int, ...]] = {}
 
     def tap(name, h, layer=0):
-      units[name] = h.shape[-1]
+      name = name.replace('/', '.')
+      if name in gated_taps:
+        found[name] = (*depth.get(name, ()), h.shape[-1])
       return h
 
     jax.eval_shape(lambda p, b: fwd(p, b, tap), params, batch)
-    return units
+    return found
 
   def init(key, params, batch, fwd):
-    units = record(params, batch, fwd)
-    layers = {p.rsplit('/', 1)[0] for p in paths(params)} - {head}
-    if unknown := sorted(layers ^ set(units)):
+    shapes = units(params, batch, fwd)
+    if not shapes:
       raise UserError(
-        f'hat needs one gated activation per hidden layer; layers {sorted(layers)} and activations '
-        f'{sorted(units)} of this model differ in {unknown}'
+        'hat needs hidden units to gate: give it wires=model.wires of a network that has some'
       )
-    keys = jax.random.split(key, len(units))
-    e = {n: jax.random.normal(k, (tasks, u)) for k, (n, u) in zip(keys, units.items(), strict=True)}
-    used = {n: jnp.zeros(u) for n, u in units.items()}
-    return {'hat': e}, HATState(used, jnp.int32(0))
+    keys = jax.random.split(key, len(shapes))
+    e = {
+      n: jax.random.normal(k, (tasks, *u)) for k, (n, u) in zip(keys, shapes.items(), strict=True)
+    }
+    used = {n: jnp.zeros(u) for n, u in shapes.items()}
+    none = jnp.zeros(jax.eval_shape(fwd, params, batch).logits.shape[-1], bool)
+    return {'hat': e}, HATState(used, none, none, jnp.int32(0), jnp.int32(0))
 
   def steepness(s):
     position = (s.step % steps_per_epoch) / max(steps_per_epoch - 1, 1)
     return 1 / smax + (smax - 1 / smax) * position
+
+  def taken(s, path, a):
+    """How much of each entry of a parameter the finished tasks use: 0 to 1, of a shape like that of `a`."""
+    everyone = (s.tasks > 0).astype(a.dtype)
+    layer, _, name = path.rpartition('/')
+    wire = named.get(layer)
+    if wire is None:
+      return everyone
+    of = lambda tap: s.used.get(tap, everyone[None])  # noqa: E731
+    if name != 'w':
+      return of(wire.target)
+    source = of(wire.source)
+    repeat = a.shape[-2] // source.shape[-1] if source.shape[-1] > 1 else 1
+    source = jnp.tile(source, repeat)  # the pixels of a flattened image share a channel
+    return jnp.minimum(source[..., :, None], of(wire.target)[..., None, :])
 
   def wrap(s, apply):
     def gated(variables, batch, tap, train):
@@ -87,11 +125,17 @@ def hat(
       task = jnp.maximum(batch.task, 0)
 
       def gate(name, h, layer=0):
-        a = jax.nn.sigmoid(scale * e[name][task])
-        return tap(name, h * a.reshape(a.shape[0], *[1] * (h.ndim - 2), a.shape[1]), layer)
+        own = e.get(name.replace('/', '.'))
+        if own is not None:
+          a = jax.nn.sigmoid(scale * (own[task] if own.ndim == 2 else own[task, layer]))
+          h = h * a.reshape(a.shape[0], *[1] * (h.ndim - 2), a.shape[1]).astype(h.dtype)
+        return tap(name, h, layer)
 
       rest = {k: v for k, v in variables.items() if k != 'hat'}
-      return apply(rest, batch, gate, train)
+      out = apply(rest, batch, gate, train)
+      old = paths(rest)
+      slow = {p: old[p] + (1 - taken(s, p, a)) * (a - old[p]) for p, a in paths(out.stats).items()}
+      return out._replace(stats=nest(slow))
 
     return gated
 
@@ -109,33 +153,25 @@ def hat(
       up = jnp.cosh(jnp.clip(scale * e, -50, 50)) + 1
       return grad * smax / scale * up / (jnp.cosh(e) + 1)
 
-    order = sorted(s.used, key=number)
-    before = dict(zip(order[1:], order, strict=False))
-    masked = {}
-    for path, grad in paths({k: v for k, v in g.items() if k != 'hat'}).items():
-      layer, name = path.rsplit('/', 1)
-      if layer != head:
-        taken = s.used[layer]
-        if name == 'w' and layer in before:
-          taken = jnp.minimum(taken, s.used[before[layer]][:, None])
-        grad = grad * (1 - taken)
-      masked[path] = grad
-    hat_grad = jax.tree.map(compensate, g['hat'], params['hat'])
-    return {**nest(masked), 'hat': hat_grad}, s
+    return {**g, 'hat': jax.tree.map(compensate, g['hat'], params['hat'])}, s
 
   def after(s, params, step, key):
+    now = s.now.at[step.batch.y].max(step.batch.w > 0)
+    old, moved = paths(step.params), paths(params)
+    for path, new in moved.items():
+      top = path.split('/')[0]
+      if top == head:
+        moved[path] = jnp.where(s.settled & ~now, old[path], new)
+      elif top != 'hat':
+        moved[path] = old[path] + (1 - taken(s, path, new)) * (new - old[path])
     e = jax.tree.map(lambda a: jnp.clip(a, -6, 6), params['hat'])
-    return {**params, 'hat': e}, s._replace(step=s.step + 1)
+    return {**nest(moved), 'hat': e}, s._replace(step=s.step + 1, now=now)
 
   def boundary(s, params, batches, fwd, key):
     t = jnp.maximum(batches.task.reshape(-1)[0], 0)
     now = {n: jax.nn.sigmoid(smax * e[t]) for n, e in params['hat'].items()}
-    return params, HATState(jax.tree.map(jnp.maximum, s.used, now), jnp.int32(0))
+    used, none = jax.tree.map(jnp.maximum, s.used, now), jnp.zeros_like(s.now)
+    return params, HATState(used, s.settled | s.now, none, jnp.int32(0), s.tasks + 1)
 
   needs = ('boundary', 'task_test', 'task_train')
   return Method(init, wrap, Method().mix, loss, grads, after, boundary, needs)
-
-
-def number(layer: str) -> tuple:
-  """Sorts 'l2' before 'l10'; the order of a dict does not survive a pytree."""
-  return tuple(int(part) if part.isdigit() else part for part in re.split(r'(\d+)', layer))

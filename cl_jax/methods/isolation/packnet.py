@@ -101,14 +101,12 @@ def packnet(
     share = jnp.where(s.task == 0, first, prune)
     leaves, owner = paths(params), {}
     for path, taken in s.owner.items():
-      mine = (taken == 0).reshape(-1)
-      size = jnp.where(mine, jnp.abs(leaves[path]).reshape(-1), jnp.inf)
-      k = jnp.floor(share * mine.sum()).astype(jnp.int32)
-      rank = (
-        jnp.zeros(size.shape, jnp.int32)
-        .at[jnp.argsort(size)]
-        .set(jnp.arange(size.size, dtype=jnp.int32))
-      )
+      # A weight with three axes is a stack of matrices, one a layer.
+      layers = taken.shape[0] if taken.ndim == 3 else 1
+      mine = (taken == 0).reshape(layers, -1)
+      size = jnp.where(mine, jnp.abs(leaves[path]).reshape(layers, -1), jnp.inf)
+      k = jnp.floor(share * mine.sum(1, keepdims=True)).astype(jnp.int32)
+      rank = jnp.argsort(jnp.argsort(size, stable=True))
       keep = (mine & (rank >= k)).reshape(taken.shape)
       owner[path] = jnp.where(keep, (s.task + 1).astype(jnp.uint8), taken)
       leaves[path] = jnp.where(owner[path] == 0, 0.0, leaves[path])

@@ -9,23 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cl_jax import distillation
+from cl_jax.dreams import scaled, stored, unlabelled
 from cl_jax.errors import UserError
 from cl_jax.linalg import cross_entropy, weighted_mean
 from cl_jax.methods.heads.task_head import MINUS_INF
-from cl_jax.types import Array, Method, Tree, overlay
-
-OUTPUTS = ('all', 'seen', 'heads')
+from cl_jax.types import Array, Method, Tree
 
 
 class DGRState(NamedTuple):
   generator: Tree
   opt: Tree  # of the generator
   former: Tree  # the generator at the last boundary
-  teacher: Tree  # parameters (and norm statistics) at the last boundary
+  past: distillation.Former  # the network at the last boundary
   replay: Array  # [draw, ...]: inputs of the next step, from the former generator
-  seen: Array  # bool[C], classes of finished tasks
-  now: Array  # bool[C], including the current task's
-  tasks: Array  # i32[], finished
 
 
 def dgr(
@@ -61,54 +58,35 @@ def dgr(
   per class, 8 bytes. One more forward pass of the network of before and one forward and backward pass on
   `draw` rows per step, beside the generator's.
   """
-  if outputs not in OUTPUTS:
-    raise ValueError(f'dgr outputs {outputs!r}: one of {OUTPUTS}')
-  if outputs == 'heads' and not task_classes:
-    raise ValueError('dgr outputs "heads" needs task_classes, the labels of each task')
+  raw = distillation.distiller('dgr', outputs, task_classes).wrap
   tx = optax.adam(lr)
 
   def init(key, params, batch, fwd):
     if not hasattr(batch.x, 'shape'):
       raise UserError('dgr generates images or features; this stream has text')
     generator = vae(key, math.prod(batch.x.shape[1:]), hidden, latent)
-    classes = jax.eval_shape(fwd, params, batch).logits.shape[-1]
-    none = jnp.zeros(classes, bool)
     replay = jnp.zeros((draw, *batch.x.shape[1:]), batch.x.dtype)
-    teacher = overlay(fwd.stats, params)
-    return {}, DGRState(
-      generator, tx.init(generator), generator, teacher, replay, none, none, jnp.int32(0)
-    )
-
-  def wrap(s, apply):
-    def keep_raw(variables, batch, tap, train):
-      out = apply(variables, batch, tap, train)
-      return out._replace(aux={**out.aux, 'dgr': out.logits})
-
-    return keep_raw
+    past = distillation.begin(params, batch, fwd)
+    return {}, DGRState(generator, tx.init(generator), generator, past, replay)
 
   def share(s):
     """1 - 1/t in the t-th task."""
-    done = s.tasks.astype(jnp.float32)
+    done = s.past.tasks.astype(jnp.float32)
     return done / (done + 1)
 
   def loss(s, params, batch, out, fwd):
-    dreams = batch._replace(
-      x=s.replay,
-      y=jnp.zeros(draw, jnp.int32),
-      w=jnp.ones(draw),
-      task=jnp.full(draw, -1, jnp.int32),
-    )
-    then = jax.lax.stop_gradient(fwd(s.teacher, dreams))
+    dreams = unlabelled(s.replay)
+    then = jax.lax.stop_gradient(fwd(s.past.teacher, dreams))
     now = fwd(params, dreams, train=True)
     if outputs == 'heads':
       old, new = then.aux['dgr'], now.aux['dgr']
       each = [
-        (s.tasks > t) * cross_entropy(new[:, list(c)], old[:, list(c)].argmax(-1))
+        (s.past.tasks > t) * cross_entropy(new[:, list(c)], old[:, list(c)].argmax(-1))
         for t, c in enumerate(task_classes)
       ]
-      replayed = jnp.mean(sum(each, jnp.zeros(()))) / jnp.maximum(s.tasks, 1)
+      replayed = jnp.mean(sum(each, jnp.zeros(()))) / jnp.maximum(s.past.tasks, 1)
     else:
-      known = jnp.where(s.seen, then.logits, MINUS_INF) if outputs == 'seen' else then.logits
+      known = jnp.where(s.past.seen, then.logits, MINUS_INF) if outputs == 'seen' else then.logits
       replayed = jnp.mean(cross_entropy(now.logits, known.argmax(-1)))
     return share(s) * (replayed - weighted_mean(cross_entropy(out.logits, batch.y), batch.w))
 
@@ -123,19 +101,16 @@ def dgr(
 
     updates, opt = tx.update(jax.grad(total)(s.generator), s.opt, s.generator)
     generator = optax.apply_updates(s.generator, updates)
-    now = s.now.at[step.batch.y].max(w > 0)
     replay = dreamt(s.former, noise(k_next, (draw, latent)), s.replay)
-    return params, s._replace(generator=generator, opt=opt, replay=replay, now=now)
+    past = distillation.meet(s.past, step.batch)
+    return params, s._replace(generator=generator, opt=opt, replay=replay, past=past)
 
   def boundary(s, params, batches, fwd, key):
     replay = dreamt(s.generator, noise(key, (draw, latent)), s.replay)
-    return params, s._replace(
-      former=s.generator, teacher=overlay(fwd.stats, params), replay=replay, seen=s.now, tasks=s.tasks + 1
-    )  # fmt: skip
+    past = distillation.settle(s.past, params, fwd)
+    return params, s._replace(former=s.generator, past=past, replay=replay)
 
-  return Method(
-    init=init, wrap=wrap, loss=loss, after=after, boundary=boundary, needs=('boundary',)
-  )
+  return Method(init=init, wrap=raw, loss=loss, after=after, boundary=boundary, needs=('boundary',))
 
 
 def noise(key: Array, shape: tuple[int, ...]) -> Array:
@@ -188,14 +163,6 @@ def elbo(generator: Tree, x: Array, eps: Array) -> Array:
   return (reconstruction + kl) / x.shape[-1]
 
 
-def scaled(x: Array) -> Array:
-  """f32[B, inputs] in [0, 1]."""
-  flat = x.reshape(len(x), -1)
-  return flat.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else flat
-
-
 def dreamt(generator: Tree, z: Array, like: Array) -> Array:
   """Inputs of the dtype and shape of `like`."""
-  x = jax.nn.sigmoid(decoded(generator, z))
-  x = jnp.round(255 * x) if like.dtype == jnp.uint8 else x
-  return x.astype(like.dtype).reshape(like.shape)
+  return stored(jax.nn.sigmoid(decoded(generator, z)), like)
