@@ -20,14 +20,14 @@ from cl_jax.memory import (
 )
 from cl_jax.types import Array, Batch, Tree
 
-NAMES = ('reservoir', 'ring', 'class_balanced', 'greedy', 'mof', 'kmeans')
+NAMES = ('reservoir', 'ring', 'class_balanced', 'greedy', 'largest', 'mof', 'kmeans')
 
 
 def writer(name: str, capacity: int, classes: int, tasks: int = 1) -> Writer:
   """The writer of that name, one of `NAMES`; `tasks` > 1 keeps classes of different tasks apart.
 
-  'reservoir', 'ring' and 'class_balanced' are in `cl_jax.memory`; 'greedy' is `greedy_balanced`, 'mof'
-  `mean_of_features`.
+  'reservoir', 'ring' and 'class_balanced' are in `cl_jax.memory`; 'greedy' is `greedy_balanced`, 'largest'
+  `largest_class`, 'mof' `mean_of_features`.
   """
   match name:
     case 'reservoir':
@@ -38,6 +38,8 @@ def writer(name: str, capacity: int, classes: int, tasks: int = 1) -> Writer:
       return class_balanced(capacity, classes)
     case 'greedy':
       return greedy_balanced(capacity, classes)
+    case 'largest':
+      return largest_class(capacity, classes)
     case 'mof':
       return mean_of_features(capacity, classes, tasks)
     case 'kmeans':
@@ -71,13 +73,8 @@ def greedy_balanced(capacity: int, classes: int) -> Writer:
       c = batch.y[i]
       seen = aux.seen.at[c].set(True)
       stored = jnp.zeros(classes, jnp.int32).at[aux.labels].add(aux.labels >= 0)
-      filled = stored.sum()
       keep = stored[c] * seen.sum() < capacity
-      largest = jnp.argmax(stored)
-      nth = jnp.floor(u[i] * stored[largest]).astype(jnp.int32)
-      victim = jnp.searchsorted(jnp.cumsum(aux.labels == largest), nth + 1)
-      slot = jnp.where(filled < capacity, filled, jnp.minimum(victim, capacity - 1))
-      slot = slot.astype(jnp.int32)
+      slot = free_or_largest(aux.labels, stored, u[i])
       labels = aux.labels.at[slot].set(jnp.where(keep, c, aux.labels[slot]))
       return GreedyState(labels, seen), jnp.where(keep, slot, capacity)
 
@@ -87,6 +84,42 @@ def greedy_balanced(capacity: int, classes: int) -> Writer:
     return distinct(key, n, (aux.labels >= 0).sum(dtype=jnp.int32))
 
   return Writer(init, place, pick, capacity)
+
+
+def largest_class(capacity: int, classes: int) -> Writer:
+  """Every example is stored; when the memory is full, in place of a random row of the largest class.
+
+  The buffer of REMIND (Hayes et al., ECCV 2020, section 3.2). State: 4 bytes a slot.
+  """
+
+  def init(features):
+    del features
+    return jnp.full(capacity, -1, jnp.int32)
+
+  def place(labels, batch, key, features):
+    del features
+    u = jax.random.uniform(key, batch.y.shape)
+
+    def one(i, labels):
+      stored = jnp.zeros(classes, jnp.int32).at[labels].add(labels >= 0)
+      slot = free_or_largest(labels, stored, u[i])
+      return labels.at[slot].set(batch.y[i]), slot
+
+    return row_by_row(one, labels, batch, capacity)
+
+  def pick(labels, key, n):
+    return distinct(key, n, (labels >= 0).sum(dtype=jnp.int32))
+
+  return Writer(init, place, pick, capacity)
+
+
+def free_or_largest(labels: Array, stored: Array, u: Array) -> Array:
+  """The next free slot, or a random one (by u in [0, 1)) of the class that holds most of a full memory."""
+  filled, capacity, largest = stored.sum(), labels.shape[0], jnp.argmax(stored)
+  nth = jnp.floor(u * stored[largest]).astype(jnp.int32)
+  victim = jnp.searchsorted(jnp.cumsum(labels == largest), nth + 1)
+  slot = jnp.where(filled < capacity, filled, jnp.minimum(victim, capacity - 1))
+  return slot.astype(jnp.int32)
 
 
 class MeanState(NamedTuple):

@@ -115,9 +115,18 @@ def layer_norm(p: Tree, x: Array, eps: float) -> Array:
 
 
 def batch_norm(
-  p: Tree, x: Array, w: Array, train: bool, momentum: float = 0.1, eps: float = 1e-5
+  p: Tree,
+  x: Array,
+  w: Array,
+  train: bool,
+  momentum: float = 0.1,
+  eps: float = 1e-5,
+  renorm: tuple[float, ...] = (),
 ) -> tuple[Array, Tree]:
   """Normalises the last axis over all others; rows with w == 0 take no part in the statistics.
+
+  With `renorm` the training pass normalises as inference would, as far as the bounds allow: from batches
+  that are small or of few classes the two differ most.
 
   Args:
     p: 'scale', 'bias', and the running 'mean', 'var', each f32[C].
@@ -125,16 +134,19 @@ def batch_norm(
     w: f32[B]; only whether it is positive matters.
     train: use and return the statistics of this batch, else the running ones.
     momentum: share of the new statistics in the running ones, as torch means it.
+    renorm: () or (r_max, d_max), the bounds of batch renormalisation.
 
   Returns:
     The normalised x, and the new {'mean', 'var'} ({} outside training). As in torch the running
     variance is the unbiased one; a batch without a valid row leaves both as they are.
 
-  Source: Ioffe & Szegedy 2015, alg. 1.
+  Source: Ioffe & Szegedy 2015, alg. 1; Ioffe 2017, alg. 1, for `renorm` (deviation: the running
+  statistics are the mean and the unbiased variance, as without it).
   """
   if not train:
     return _affine(p, x, p['mean'], p['var'], eps), {}
   axes = tuple(range(x.ndim - 1))
+  w = w[: x.shape[0]]  # rows that enter above this layer come last; see `cl_jax.cut`
   valid = jnp.reshape(w > 0, (-1,) + (1,) * (x.ndim - 1))
   n = (w > 0).sum() * math.prod(x.shape[1:-1])
   # `where`, not a product: padding may hold anything, even NaN.
@@ -146,6 +158,13 @@ def batch_norm(
     'mean': p['mean'] + rate * (mean - p['mean']),
     'var': p['var'] + rate * (unbiased - p['var']),
   }
+  if renorm:
+    r_max, d_max = renorm
+    running = jnp.sqrt(p['var'] + eps)
+    r = jnp.clip(jnp.sqrt(var + eps) / running, 1 / r_max, r_max)
+    d = jnp.clip((mean - p['mean']) / running, -d_max, d_max)
+    r, d = jax.lax.stop_gradient((r, d))
+    p = {**p, 'scale': p['scale'] * r, 'bias': p['bias'] + p['scale'] * d}
   return _affine(p, x, mean, var, eps), jax.lax.stop_gradient(stats)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.models import layers
 from cl_jax.models.conv import conv
 from cl_jax.types import Array, Batch, Model, Out, Tree, Wire, no_tap
@@ -19,6 +20,7 @@ def resnet(
   init: str | float = 'torch',
   mean: Any = None,
   std: Any = None,
+  renorm: tuple[float, ...] = (),
 ) -> Model:
   """A residual network with basic blocks for images [B, H, W, C] or [B, H, W] of about 32 pixels.
 
@@ -34,10 +36,14 @@ def resnet(
     blocks: of each stage; (2, 2, 2, 2) is ResNet-18.
     init: see `layers.weight`.
     mean, std: for u8 inputs, see `layers.pixels`.
+    renorm: () for batch norm, (r_max, d_max) for batch renormalisation; see `layers.batch_norm`.
 
   Source: He et al. 2016; 20 filters and no pooling in the stem as in Lopez-Paz & Ranzato, GEM,
   2017 (github.com/facebookresearch/GradientEpisodicMemory, model/common.py).
   """
+
+  if len(renorm) not in (0, 2):
+    raise UserError(f'resnet renorm={renorm}: (r_max, d_max), or () for batch norm')
 
   def init_fn(key: Array, batch: Batch) -> tuple[Tree, Tree]:
     channels = batch.x.shape[3] if batch.x.ndim == 4 else 1
@@ -61,7 +67,8 @@ def resnet(
 
   def apply(variables: Tree, batch: Batch, tap=no_tap, train: bool = False) -> Out:
     def unit(p: Tree, x: Array, stride: int = 1) -> tuple[Array, Tree]:
-      return layers.batch_norm(p, conv(x, p['w'], stride), batch.w, train)
+      h = conv(x, p['w'], stride)
+      return layers.batch_norm(p, h, batch.w, train, renorm=renorm)
 
     stats = {}
     h = layers.pixels(batch.x, mean, std)

@@ -26,7 +26,8 @@ def er(
   Args:
     capacity: slots in all.
     draw: memory rows per step, drawn without replacement.
-    writer: 'reservoir', 'ring', 'class_balanced', 'greedy', 'mof' or 'kmeans'; see `cl_jax.writers`.
+    writer: 'reservoir', 'ring', 'class_balanced', 'greedy', 'largest', 'mof' or 'kmeans'; see
+      `cl_jax.writers`.
     coef: weight of a memory row relative to a stream row.
     classes, tasks: for the writers that keep classes apart; tasks > 1 keeps those of each task apart too
       (ring, mof, kmeans).
