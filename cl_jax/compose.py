@@ -7,6 +7,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.types import Array, Method, Tree
 
 
@@ -99,8 +100,13 @@ def gated(on: Array | float, method: Method) -> Method:
         return wrapped(v, b, tap, train)
 
       def off(v, b):  # with zeros for what the method hands to its own hooks
-        out, aux = apply(v, b, tap, train), jax.eval_shape(on, v, b).aux
-        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+        out, other = apply(v, b, tap, train), jax.eval_shape(on, v, b)
+        if other.features.shape != out.features.shape:
+          raise UserError(
+            f'a method with features {other.features.shape} in place of {out.features.shape} makes '
+            'another network and cannot be gated: leave it out'
+          )
+        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), other.aux)
         return out._replace(aux={**blank, **out.aux})
 
       return jax.lax.cond(enabled, on, off, variables, batch)
@@ -110,6 +116,8 @@ def gated(on: Array | float, method: Method) -> Method:
   def mix(s, batch):
     n = batch.y.shape[0]
     mixed = method.mix(s, batch)
+    if jax.tree.structure(mixed.x) != jax.tree.structure(batch.x):
+      raise UserError('a memory whose rows enter inside the network cannot be gated: leave it out')
     rest = jnp.where(enabled, mixed.w[n:], 0.0)
     return mixed._replace(w=jnp.concatenate([mixed.w[:n], rest]))
 

@@ -24,7 +24,7 @@ from cl_jax import methods
 from cl_jax.budget import passes, state_bytes
 from cl_jax.learner import learner
 from cl_jax.models.mlp import mlp
-from cl_jax.types import Batch, Method
+from cl_jax.types import Batch, Method, Model
 from tools.pages import fill, update
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,15 @@ REQUIRED = {
 # Rows of published tables that are named after the memory of experience replay.
 WRITERS = {'ring': 'er', 'reservoir': 'er', 'mof': 'er', 'kmeans': 'er'}
 # Where the defaults do not fit that network: arguments by method.
-ARGUMENTS = {'lora': {'targets': 'l0/w'}}
+ARGUMENTS = {
+  'lora': {'targets': 'l0/w'},
+  'latent': {'tap': 'l0'},
+  'remind': {'tap': 'l0', 'codebooks': 25},
+}
+
+
+def network() -> Model:
+  return mlp((100,), CLASSES)
 
 
 def make(name: str) -> Method:
@@ -61,6 +69,8 @@ def make(name: str) -> Method:
           f'{name}: no value for its argument {parameter.name!r}; add one to tools/method_table.py'
         )
       arguments[parameter.name] = REQUIRED[parameter.name]
+    if parameter.name == 'wires':
+      arguments['wires'] = network().wires
   return factory(**arguments)
 
 
@@ -81,7 +91,7 @@ def state_sentence(name: str) -> str:
 
 def measure(name: str) -> tuple[int, dict[str, float]]:
   """(bytes that the method adds to the naive learner's state, passes per step)."""
-  model, method = mlp((100,), CLASSES), make(name)
+  model, method = network(), make(name)
   batch = Batch(
     jnp.zeros((BATCH, 28, 28, 1), jnp.uint8),
     jnp.arange(BATCH, dtype=jnp.int32) % CLASSES,

@@ -36,7 +36,15 @@ SMALL = {
   'batches': 2,
   'hidden': (12,),
   'latent': 3,
+  'auto': 1.0,
+  'tap': 'l0',
+  'codebooks': 2,
+  'codes': 4,
+  'code': 5,
 }
+HEADED = ('hat', 'packnet', 'pnn')  # every task has outputs of its own
+ADDED = {'hat', 'lora', 'pnn', 'decoder'}  # parameters that methods bring along
+OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
 
 
@@ -54,15 +62,17 @@ class Case(NamedTuple):
 
 def make(name, stream) -> Method:
   """The method with small sizes; what a scenario knows is filled in by name, as a config does."""
+  factory = methods.find(name)
+  tasks = inspect.signature(factory).parameters.get('tasks')
   known = {
     'classes': stream.classes,
-    'tasks': stream.tasks if name == 'hat' else 1,
+    'tasks': stream.tasks if tasks is not None and tasks.default is tasks.empty else 1,
     'task_classes': stream.task_classes,
     'steps_per_epoch': 15,
     'prune_after': 20,
+    'wires': mlp((16, 12), 6).wires,
     **SMALL,
   }
-  factory = methods.find(name)
   return factory(**{k: known[k] for k in inspect.signature(factory).parameters if k in known})
 
 
@@ -82,7 +92,7 @@ def case(request, toy_stream) -> Case:
   stream = short(toy_stream)
   name = request.param
   method = chain(**{name: make(name, stream)})
-  if name in ('hat', 'packnet'):
+  if name in HEADED:
     method = chain(**{name: make(name, stream), 'head': task_head(stream.task_classes, 6)})
   build = builder(method)
   state, record = jax.jit(partial(run, build))(HP, jax.random.key(KEY), stream)
@@ -260,23 +270,25 @@ def test_predictions_are_per_row(case):
 
 def test_gated_off_is_absent(case, naive):
   """`gated(0, method)` trains and predicts like no method at all, in the same program as `gated(1)`."""
-  if case.name in ('hat', 'lora'):  # they add parameters; off, those are there without effect
-    compare = lambda p: {k: v for k, v in p.items() if k not in ('hat', 'lora')}  # noqa: E731
-  else:
-    compare = lambda p: p  # noqa: E731
+  # What methods add is there without effect.
+  compare = lambda p: {k: v for k, v in p.items() if k not in ADDED}  # noqa: E731
 
   def switched(hp, weights):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
     return learner(mlp((16, 12), 6), optax.sgd(hp['lr'], momentum=0.9), method)
 
   program = jax.jit(partial(run, switched))
+  if case.name in OTHER:
+    with pytest.raises(UserError, match='cannot be gated'):
+      program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
+    return
   off, _ = program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
   on, _ = program({**HP, 'on': jnp.float32(1)}, jax.random.key(KEY), case.stream)
   near(compare(off.params), naive.params, 2e-4)
   batch = jax.tree.map(lambda a: a[0, 0], case.stream.test)
   logits = switched({**HP, 'on': jnp.float32(0)}, None).predict(off, batch)
   near(logits, builder(Method())(HP, None).predict(naive, batch), 2e-3)
-  if case.name not in ('hat', 'packnet'):  # those runs have a head besides
+  if case.name not in HEADED:  # those runs have a head besides
     near(on.params, case.state.params, 2e-4)
     alike = ('er', 'imm', 'ncm', 'slda', 'ranpac', 'task_head')  # in their parameters
     assert case.name in alike or differs(on, off)

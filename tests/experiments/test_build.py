@@ -173,6 +173,24 @@ ARGUMENTS = {
     'outputs': 'seen',
     'task_classes': ((0, 1, 2), (3, 4), (5, 6), (7, 8), (9,)),
   },
+  'ebll': {
+    'tasks': 6,
+    'outputs': 'seen',
+    'task_classes': ((0, 1, 2), (3, 4), (5, 6), (7, 8), (9,)),
+  },
+  'pnn': {'tasks': 4, 'task_classes': ((0, 2, 1), (3,), (5, 6), (7, 8), (4, 9))},
+  'dreamnet': {
+    'draw': 50,
+    'rounds': 4,
+    'hidden': (7,),
+    'outputs': 'seen',
+    'task_classes': ((0, 1, 2), (3, 4), (5, 6), (7, 8), (9,)),
+  },
+  'rehearsal': {'share': 'partial', 'tasks': 6},
+  'latent': {'tap': 'l1'},
+  'remind': {'tap': 'l1', 'codebooks': 2, 'most': 9, 'classes': 11},
+  'hat': {'tasks': 6, 'steps_per_epoch': 7},
+  'cwr': {},
   'gem': {'tasks': 2, 'capacity': 400},
   'gdumb': {'classes': 11},
   'icarl': {},
@@ -186,17 +204,29 @@ WITH = {
   ('er', 'classes'): {'er.writer': 'ring'},
   ('lwf', 'task_classes'): {'lwf.outputs': 'heads'},
   ('dgr', 'task_classes'): {'dgr.outputs': 'heads'},
+  ('ebll', 'task_classes'): {'ebll.outputs': 'heads'},
+  ('dreamnet', 'task_classes'): {'dreamnet.outputs': 'heads'},
+  ('rehearsal', 'tasks'): {'rehearsal.share': 'partial'},
 }
+REQUIRED = {
+  'latent': {'tap': 'l0'},
+  'remind': {'tap': 'l0', 'codebooks': 4, 'codes': 8},
+}
+UNGATED = ('latent', 'remind', 'pnn')  # see `compose.gated`
+TASKS = ('packnet', 'hat', 'pnn', 'lwf', 'dgr', 'ebll', 'dreamnet')
 
 
 @pytest.mark.parametrize('method', ARGUMENTS)
 def test_every_argument_of_a_method_changes_what_is_run(method, effects):
-  needs_tasks = method in ('packnet', 'lwf', 'dgr')
-  base = {**RAW, 'methods': (method,), 'scenario': 'task' if needs_tasks else 'class'}
-  base |= {'head': 'task'} if needs_tasks else {}
+  base = {**RAW, 'methods': (method,), 'scenario': 'task' if method in TASKS else 'class'}
+  base |= {'head': 'task'} if method in TASKS else {}
+  if method in REQUIRED:
+    base |= {method: REQUIRED[method], 'model': {'name': 'mlp', 'sizes': (8, 8)}}
   for name, old in config.resolve(base)[method].items():
     if name == 'classes' and method in ('ncm', 'slda', 'ranpac', 'icarl'):
       continue  # they must be the stream's
+    if name == 'gate' and method in UNGATED:
+      continue
     raw = base
     for dotted, value in WITH.get((method, name), {}).items():
       raw = config.override(raw, dotted, value)

@@ -82,7 +82,7 @@ def test_without_a_closed_form_method_a_linear_head_learns():
   [
     ({'freeze': ('l0/.*',)}, r'l1/b is not frozen'),
     ({'methods': ('lora',), 'lora': {'targets': 'l./w'}}, 'changes the network below its head'),
-    ({'methods': ('hat',), 'scenario': 'task'}, 'hat needs one gated activation'),
+    ({'methods': ('hat',), 'scenario': 'task'}, 'hat needs hidden units to gate'),
     ({'transform': {'name': 'permuted'}}, 'features of their own per task'),
     (
       {'freeze': ('s.*',), 'model': {'name': 'resnet', 'width': 2, 'blocks': (1,)}},

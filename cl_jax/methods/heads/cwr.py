@@ -16,7 +16,7 @@ class CWRState(NamedTuple):
   now: Array  # f32[C], rows of the current one, those from a memory included
 
 
-def cwr(head: str = 'head') -> Method:
+def cwr() -> Method:
   """Averages each class's outgoing weights over the tasks it occurred in, after a shift to mean 0.
 
   At a boundary, for every class c that was trained on: w_c is shifted by the mean of all such classes'
@@ -29,16 +29,13 @@ def cwr(head: str = 'head') -> Method:
   initial weights, not at 0; classes that do not occur in the coming task begin at cw_c too, not at 0,
   since a learner does not know what comes.
 
-  Args:
-    head: path of the output layer, {'w', 'b'}.
-
   Needs the boundary. State: 4 (D + 1) + 8 bytes per class.
   """
 
   def init(key, params, batch, fwd):
-    if set(params.get(head, {})) != {'w', 'b'}:
-      raise UserError(f'cwr needs a trained output layer {head!r} of a weight w and a bias b')
-    d, classes = params[head]['w'].shape
+    if set(params.get('head', {})) != {'w', 'b'}:
+      raise UserError('cwr needs a trained output layer "head" of a weight w and a bias b')
+    d, classes = params['head']['w'].shape
     none = jnp.zeros(classes)
     return {}, CWRState(jnp.zeros((d + 1, classes)), none, none)
 
@@ -46,14 +43,14 @@ def cwr(head: str = 'head') -> Method:
     return g, s._replace(now=s.now.at[batch.y].add((batch.w > 0).astype(s.now.dtype)))
 
   def boundary(s, params, batches, fwd, key):
-    layer = jnp.concatenate([params[head]['w'], params[head]['b'][None]])
+    layer = jnp.concatenate([params['head']['w'], params['head']['b'][None]])
     trained = s.now > 0
     count = jnp.maximum(trained.sum(), 1) * layer.shape[0]
     shifted = layer - jnp.sum(jnp.where(trained, layer, 0)) / count
     p = jnp.sqrt(s.past / jnp.maximum(s.now, 1))
     merged = (s.consolidated * p + shifted) / (p + 1)
     kept = jnp.where(trained, merged, s.consolidated)  # 0 where a class has never occurred
-    new = {**params, head: {'w': kept[:-1], 'b': kept[-1]}}
+    new = {**params, 'head': {'w': kept[:-1], 'b': kept[-1]}}
     return new, CWRState(kept, s.past + s.now, jnp.zeros_like(s.now))
 
   return Method(init=init, grads=grads, boundary=boundary, needs=('boundary',))

@@ -25,7 +25,6 @@ def hat(
   steps_per_epoch: int,
   coef: float = 0.75,
   smax: float = 400.0,
-  head: str = 'head',
   wires: tuple[Wire, ...] = (),
 ) -> Method:
   """Learns, per task, a nearly binary gate on every hidden unit and protects the units in use.
@@ -54,7 +53,6 @@ def hat(
     steps_per_epoch: length of one annealing cycle.
     coef: c, the weight of the sparsity term.
     smax: the steepest gate.
-    head: top-level name of the output layer.
     wires: `Model.wires` of the network.
 
   Needs the task in training and at test, and the boundary. State: 4 bytes per unit, 2 per class, 8 bytes (and
@@ -64,7 +62,7 @@ def hat(
   named = {
     w.layer: w._replace(source=w.source.replace('/', '.'), target=w.target.replace('/', '.'))
     for w in wires
-    if w.layer != head
+    if w.layer != 'head'
   }
   gated_taps = {w.source for w in named.values()} | {w.target for w in named.values()}
 
@@ -160,7 +158,7 @@ def hat(
     old, moved = paths(step.params), paths(params)
     for path, new in moved.items():
       top = path.split('/')[0]
-      if top == head:
+      if top == 'head':
         moved[path] = jnp.where(s.settled & ~now, old[path], new)
       elif top != 'hat':
         moved[path] = old[path] + (1 - taken(s, path, new)) * (new - old[path])

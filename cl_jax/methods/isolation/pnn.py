@@ -16,7 +16,6 @@ def pnn(
   tasks: int,
   task_classes: tuple[tuple[int, ...], ...],
   lateral: float = 0.1,
-  head: str = 'head',
   wires: tuple[Wire, ...] = (),
 ) -> Method:
   """Gives every task a column of its own, which also reads the hidden units of all columns before it.
@@ -35,7 +34,6 @@ def pnn(
     tasks: number of columns.
     task_classes: the labels of each task, which no two tasks may share.
     lateral: initial lateral weights relative to those of the column itself.
-    head: path of the output layer.
     wires: `Model.wires` of the network, which is one column.
 
   Needs the boundary and the task at test. State: 4 bytes (and parameters: T - 1 columns more for T tasks, and
@@ -61,7 +59,7 @@ def pnn(
       drawn: dict[str, Array] = {}
       for path, a in leaves.items():
         layer, _, name = path.rpartition('/')
-        shape = (*a.shape[:-1], len(task_classes[k])) if layer == head else a.shape
+        shape = (*a.shape[:-1], len(task_classes[k])) if layer == 'head' else a.shape
         key, k_own, k_lateral = jax.random.split(key, 3)
         drawn[path] = shuffled(k_own, a, shape)
         if name == 'w' and named[layer].source:
@@ -77,13 +75,13 @@ def pnn(
       for path, a in leaves[0].items():
         layer, _, name = path.rpartition('/')
         own = [c[path] for c in leaves]
-        if layer == head:
+        if layer == 'head':
           own[0] = own[0][..., list(task_classes[0])]
         if name == 'w' and named[layer].source:
           units = leaves[0][f'{source_of[named[layer].source]}/w'].shape[-1]
           own = [reading(k, w, leaves[k].get(f'{layer}/u'), units) for k, w in enumerate(own)]
         joined = jnp.concatenate(own, axis=-1)
-        if layer == head:
+        if layer == 'head':
           blank = jnp.zeros((*joined.shape[:-1], a.shape[-1]), joined.dtype)
           joined = blank.at[..., [c for t in task_classes[:tasks] for c in t]].set(joined)
         whole[path] = joined

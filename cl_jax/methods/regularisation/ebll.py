@@ -31,7 +31,6 @@ def ebll(
   temperature: float = 2.0,
   outputs: str = 'all',
   task_classes: tuple[tuple[int, ...], ...] = (),
-  head: str = 'head',
 ) -> Method:
   """LwF, and features that stay where the codes of the finished tasks' autoencoders see them.
 
@@ -55,7 +54,6 @@ def ebll(
     epochs: of an autoencoder.
     lr: of an autoencoder.
     temperature, outputs, task_classes: see `cl_jax.distillation.distiller`.
-    head: top-level name of the output layer, {'w', 'b'}.
 
   Needs the boundary. State: 1 x parameters and norm statistics, 4 (T - 1) (D + 1) K bytes for T tasks, 2
   bytes per class, 4 bytes. One more forward pass per step.
@@ -64,8 +62,8 @@ def ebll(
   tx, kept = optax.adam(lr), max(tasks - 1, 1)
 
   def init(key, params, batch, fwd):
-    if set(params.get(head, {})) | set(fwd.frozen.get(head, {})) != {'w', 'b'}:
-      raise UserError(f'ebll needs an output layer {head!r} of a weight w and a bias b')
+    if set(params.get('head', {})) | set(fwd.frozen.get('head', {})) != {'w', 'b'}:
+      raise UserError('ebll needs an output layer "head" of a weight w and a bias b')
     d = jax.eval_shape(fwd, params, batch).features.shape[-1]
     encoders = {'w': jnp.zeros((kept, d, code)), 'b': jnp.zeros((kept, code))}
     return {}, EBLLState(distillation.begin(params, batch, fwd), encoders)
@@ -88,7 +86,7 @@ def ebll(
 
   def boundary(s, params, batches, fwd, key):
     features = jax.lax.map(lambda b: fwd(params, b).features, batches)
-    output = {**fwd.frozen.get(head, {}), **params.get(head, {})}
+    output = {**fwd.frozen.get('head', {}), **params.get('head', {})}
     start = autoencoder(key, features.shape[-1], code)
     encoder = fit(start, features, batches, output)['encoder']
     at = jnp.minimum(s.past.tasks, kept - 1)
