@@ -45,6 +45,7 @@ def get_config(arg: str = 'class') -> dict:
   fields, methods = common.words(arg, 'class')
   base = fields['base'] or fields['scenario']
   replay = {'capacity': CAPACITY, 'draw': 32}
+  outputs = {'task': 'heads', 'domain': 'all', 'class': 'seen'}[base]
   arguments = {
     'er': replay,
     'er_ace': replay,
@@ -60,10 +61,17 @@ def get_config(arg: str = 'class') -> dict:
     'mas': {'coef': 0.1},
     'rwalk': {'coef': 10.0},
     'l2': {'coef': 0.1},
+    'ebll': {'coef': 1.0 if base == 'class' else 0.3, 'outputs': outputs},
+    'dgr': {'draw': 32, 'hidden': (256, 256), 'outputs': outputs},
+    'dreamnet': {'draw': 30, 'density': 0.4, 'outputs': outputs},
+    'rehearsal': replay,
+    'latent': {**replay, 'tap': 'l0'},
+    'remind': {**replay, 'tap': 'l0'},
+    'mer': {'capacity': CAPACITY},
     'imm': {'mode': 'mode'},
     'lwf': {
       'coef': 1.0 if base == 'class' else 0.3,
-      'outputs': {'task': 'heads', 'domain': 'all', 'class': 'seen'}[base],
+      'outputs': outputs,
     },
   }
   head = {'task': 'task', 'domain': 'all', 'class': 'seen'}[base]

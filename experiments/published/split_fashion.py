@@ -16,14 +16,18 @@ from experiments.streams import streams
 
 EVERYWHERE = (
   'naive', 'joint', 'cumulative', 'l2', 'ewc', 'si', 'mas', 'rwalk', 'lwf', 'l2,imm', 'er', 'agem', 'gem',
-  'mir', 'der', 'derpp', 'er_ace', 'gdumb',
+  'mir', 'der', 'derpp', 'er_ace', 'gdumb', 'rehearsal', 'rehearsal:partial', 'latent', 'latent,si,cwr',
+  'remind', 'dgr', 'dreamnet', 'ebll', 'mer',
 )  # fmt: skip
-BESIDE = {'task': ('hat', 'packnet'), 'domain': (), 'class': ('icarl',)}
+BESIDE = {'task': ('hat', 'packnet', 'pnn'), 'domain': (), 'class': ('icarl',)}
 
 
 @lru_cache(maxsize=64)
 def resolved(scenario: str, words: str, seed: int):
+  words, _, share = words.partition(':')  # of the memory
   raw = split_fashion.get_config(f'{scenario},{words}')
+  if share:
+    raw = config.override(raw, f'{words}.share', share)
   return config.resolve({**raw, 'seeds': (seed,)})
 
 
@@ -43,7 +47,7 @@ def row(scenario: str, words: str) -> Row:
   figures = (Figure('acc', None),)
   if words != 'joint':  # all at once: there is nothing to forget
     figures += (Figure('forgetting', None),)
-  name = words.replace(',', '+')
+  name = words.replace(',', '+').replace(':', ' ')
   note = 'not in a paper; five class orders'
   return Row(
     'split_fashion', 'fashion_mnist_small', scenario, name, 'own', stream, build, figures, note

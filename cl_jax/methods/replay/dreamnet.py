@@ -26,6 +26,7 @@ def dreamnet(
   coef: float = 1.0,
   auto: float = 100.0,
   hidden: tuple[int, ...] = (256,),
+  density: float = 1.0,
   outputs: str = 'all',
   task_classes: tuple[tuple[int, ...], ...] = (),
 ) -> Method:
@@ -40,9 +41,10 @@ def dreamnet(
 
   No data are kept, and nothing is trained beside the network. Mainsant, Solinas, Reyboz, Godin & Mermillod,
   "Dream Net", 2021; Solinas, Galiez, Cohendet, Rousset, Reyboz & Mermillod 2021 (reinjection sampling);
-  Ans & Rousset 1997 (self-refreshing memory). No official code. Deviations: noise is uniform on
-  [0, 1]; every training step dreams its own rows, instead of a set that is dreamt once per task;
-  inputs must lie in [0, 1] or be uint8, which dreams are rounded to.
+  Ans & Rousset 1997 (self-refreshing memory). No official code. Deviations: every training step dreams its
+  own rows, instead of a set that is dreamt once per task; with density < 1 each row of noise has a share of
+  its inputs, drawn from [0, density], at 1 and the others at 0, which is nearer to images that are mostly
+  empty; inputs must lie in [0, 1] or be uint8, which dreams are rounded to.
 
   Args:
     draw: dreams per step; a multiple of `rounds`.
@@ -50,6 +52,7 @@ def dreamnet(
     coef: weight of the dreams.
     auto: weight of the reconstruction; its error is the mean over inputs.
     hidden: widths of the decoder's layers between the features and the inputs.
+    density: 1 for noise uniform on [0, 1]; less for sparse noise.
     outputs, task_classes: which outputs of M are rehearsed; see `cl_jax.distillation.distiller`.
 
   Needs the boundary. State: 1 x parameters and norm statistics, draw / rounds inputs as stored, 2 bytes per
@@ -71,10 +74,10 @@ def dreamnet(
 
   def static(key, x):
     """Noise like the inputs x."""
-    shape = (draw // rounds, *x.shape[1:])
-    if x.dtype == jnp.uint8:
-      return jax.random.randint(key, shape, 0, 256, jnp.int32).astype(jnp.uint8)
-    return jax.random.uniform(key, shape, x.dtype)
+    k_noise, k_share = jax.random.split(key)
+    flat = jax.random.uniform(k_noise, (draw // rounds, math.prod(x.shape[1:])))
+    share = density * jax.random.uniform(k_share, (len(flat), 1))
+    return stored(jnp.where(density < 1, (flat < share).astype(flat.dtype), flat), x)
 
   def dreams(s, fwd):
     """x_1 .. x_R one after the other."""
