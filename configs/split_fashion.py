@@ -57,7 +57,7 @@ def get_config(arg: str = 'class') -> dict:
     'gdumb': {'capacity': CAPACITY},
     'agem': {'capacity': CAPACITY, 'draw': 128},
     'ewc': {'coef': 100.0},
-    'si': {'coef': 10.0 if base == 'task' else 1.0},
+    'si': {'coef': 10.0 if base == 'task' and 'latent' not in methods else 1.0},
     'mas': {'coef': 0.1},
     'rwalk': {'coef': 10.0},
     'l2': {'coef': 0.1},

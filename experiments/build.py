@@ -6,6 +6,7 @@ configuration says is fixed inside `build`: see `traced`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ class Setup(NamedTuple):
     weights: {'frozen', 'initial'}: parameters that are not trained, and pretrained ones that are; shared
       by all runs.
     build: (hp, weights) -> Learner.
-    assemble: (hp, weights, model, method) -> Learner with another model or method; None is the own one.
+    assemble: (hp, weights, model, method, tasks) -> Learner with another model or method, or for the first
+      `tasks` tasks of the stream; None is the own one, and all.
     model: (weights) -> Model.
     frozen: every weight that the learner keeps and does not train, also those behind cached features.
     slots: {method: capacity} that `config.budget_bytes` gave; {} without a budget.
@@ -91,10 +93,10 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     weights, make = {'frozen': {}, 'initial': {}}, head_only(config, group[0].classes)
   facts = group[0]
 
-  def assemble(hp, weights, model=None, own=None) -> Learner:
+  def assemble(hp, weights, model=None, own=None, tasks=None) -> Learner:
     tx, reset = optimizer.make(config, hp)
     model = make(weights) if model is None else model
-    method = chain_of(sized if own is None else own, facts, hp, model.wires)
+    method = chain_of(sized if own is None else own, begun(facts, tasks), hp, model.wires)
     return optimizer.resetting(learner(model, tx, method, weights['frozen']), reset)
 
   def added(own) -> int:
@@ -112,6 +114,13 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
   )
   check(setup)
   return setup
+
+
+def begun(stream: Stream, tasks: int | None) -> Stream:
+  """The stream as methods would know it if it ended after `tasks` tasks; the output layer stays whole."""
+  return dataclasses.replace(
+    stream, task_names=stream.task_names[:tasks], task_classes=stream.task_classes[:tasks]
+  )
 
 
 def check(setup: Setup) -> None:

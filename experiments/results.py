@@ -35,7 +35,7 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
   `wall_s` and `compile_s` are those of the mapped program divided by its runs, so that sums over lines
   are what was waited for; `compile_s` is lowering and compiling, and is part of `wall_s`.
   """
-  cost = costs(job.setup)
+  cost, grown = costs(job.setup), growth(job.setup)
   about = {
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
     'commit': commit(),
@@ -67,6 +67,7 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
         **({'curve': nested(np.asarray(record.curve))} if record.curve.size else {}),
         **({'slots': job.setup.slots} if job.setup.slots else {}),
         'state_bytes': cost['state_bytes'],
+        **({'state_bytes_by_task': grown} if grown else {}),
         'flops_per_step': cost['flops_per_step'],
         'passes': cost['passes'],
         'steps': int(leg_steps(stream).sum()),
@@ -118,6 +119,25 @@ def costs(setup: Setup) -> dict[str, Any]:
     'flops_per_step': budget.flops(step, weights, state, batch),
     'passes': budget.passes(made, setup.model(setup.weights), state, batch),
   }
+
+
+def growth(setup: Setup) -> list[int]:
+  """Bytes of state that a learner needs after 1, 2, ... tasks; [] where they stay the same.
+
+  Each is the total of the learner made for so many tasks: what methods allocate for tasks to come (columns,
+  gates, encoders) is not there yet. The output layer and a memory of fixed capacity are whole from the start.
+  """
+  stream = setup.streams[0]
+  hp, batch = hyper(setup.config, stream), abstract(example(stream))
+
+  def total(tasks: int) -> int:
+    own = setup.assemble(hp, setup.weights, tasks=tasks)
+    state = jax.eval_shape(own.init, jax.random.key(0), batch)
+    return budget.state_bytes(state, setup.frozen)['total']
+
+  if total(1) == total(stream.tasks):
+    return []
+  return [total(t + 1) for t in range(stream.tasks)]
 
 
 def abstract(tree: Tree | Batch) -> Any:

@@ -93,6 +93,15 @@ def figures(section: Section) -> Iterator[Figure]:
       f'Scatter plot of accuracy against bytes of state: {ends}.',
       lambda theme: against_bytes(sized, theme),
     )
+  if any(grows(g) for g in groups):
+    longer = ', '.join(g.label for g in groups if grows(g))
+    yield Figure(
+      'growth',
+      'Bytes of state after each task: what methods allocate per task is charged when it comes. '
+      f'{longer}: more with every task; dotted lines: bounded.{rest}',
+      f'Line chart of bytes of state over tasks; {longer} grow.',
+      lambda theme: over_tasks(sized, theme),
+    )
   inside = [g for g in groups if curves(g.first) is not None]
   if inside:
     yield Figure(
@@ -122,29 +131,33 @@ def over_time(groups: Sequence[Group], theme: Theme) -> bytes:
         if None not in half:
           low, high = centre - np.array(half, float), centre + np.array(half, float)
           ax.fill_between(x, 100 * low, 100 * high, color=style['color'], alpha=0.15, linewidth=0)
-      ends.append((100 * centre[-1], named(g), style['color']))
+      value = 100 * centre[-1]
+      ends.append((value, f'{named(g)} {value:.0f}', style['color']))
     for value, colour in bounds:
       ax.axhline(100 * value, color=colour, linewidth=0.8, linestyle=(0, (1, 3)))
       ax.plot([tasks], [100 * value], marker='D', markersize=5, color=colour, clip_on=False)
-    ax.set(xlabel='tasks learnt', ylabel='accuracy on tasks seen so far, %', ylim=(0, 102))
-    ax.set_xticks(range(1, tasks + 1) if tasks <= 20 else np.linspace(1, tasks, 11).astype(int))
-    ax.set_xlim(0.8, tasks + 0.15)
-    gap = 4.4  # percentage points that a line of text takes
-    for y, (value, label, colour) in zip(
-      place.apart([e[0] for e in ends], gap, (1, 101)), ends, strict=True
-    ):
-      ax.annotate(
-        f'{label} {value:.0f}',
-        (tasks, value),
-        (1.02, y),
-        textcoords=('axes fraction', 'data'),
-        color=colour,
-        va='center',
-        fontsize=9,
-        annotation_clip=False,
-        arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.5, 'alpha': 0.6},
-      )
+    ax.set(ylabel='accuracy on tasks seen so far, %', ylim=(0, 102))
+    # 4.4 percentage points is what a line of text takes.
+    label_ends(ax, tasks, ends, place.apart([e[0] for e in ends], 4.4, (1, 101)))
     return png()
+
+
+def label_ends(ax, tasks: int, ends: Sequence[tuple[float, str, str]], heights: Sequence[float]):
+  """The axis of tasks, and beside it the lines' names: `ends` are (value, text, colour)."""
+  ax.set(xlabel='tasks learnt', xlim=(0.8, tasks + 0.15))
+  ax.set_xticks(range(1, tasks + 1) if tasks <= 20 else np.linspace(1, tasks, 11).astype(int))
+  for y, (value, label, colour) in zip(heights, ends, strict=True):
+    ax.annotate(
+      label,
+      (tasks, value),
+      (1.02, y),
+      textcoords=('axes fraction', 'data'),
+      color=colour,
+      va='center',
+      fontsize=9,
+      annotation_clip=False,
+      arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.5, 'alpha': 0.6},
+    )
 
 
 def seen_so_far(R: np.ndarray) -> np.ndarray:
@@ -218,6 +231,28 @@ def against_bytes(groups: Sequence[Group], theme: Theme) -> bytes:
       ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     fig.canvas.draw()
     place.beside(ax, points)
+    return png()
+
+
+def grows(g: Group) -> bool:
+  return bool(g.first['state_bytes_by_task'])
+
+
+def over_tasks(groups: Sequence[Group], theme: Theme) -> bytes:
+  """Bytes of state after each task, one line a method."""
+  with canvas(theme, 7.6, 4.4) as (fig, png):
+    ax = fig.subplots()
+    ends = []
+    for i, g in enumerate(groups):
+      style, sizes = look(i, theme), g.first['state_bytes_by_task']
+      sizes = sizes or [g.first['state_bytes']['total']] * g.first['tasks']
+      style['linestyle'] = '-' if grows(g) else ':'
+      ax.plot(range(1, len(sizes) + 1), sizes, markersize=3.5, **style)
+      ends.append((sizes[-1], f'{named(g)} {scaled(sizes[-1], "B", ".3g")}', style['color']))
+    ax.set(ylabel='bytes of state', ylim=(0, 1.05 * max(e[0] for e in ends)))
+    ax.yaxis.set_major_formatter(lambda v, _: scaled(v, 'B', '.3g'))
+    top = ax.get_ylim()[1]
+    label_ends(ax, len(sizes), ends, place.apart([e[0] for e in ends], top / 23, (0, top)))
     return png()
 
 

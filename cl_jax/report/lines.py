@@ -138,6 +138,10 @@ def check(line: Any) -> Line:
   needs = line.setdefault('needs', [])
   if not isinstance(needs, list) or not all(isinstance(n, str) for n in needs):
     raise UserError(f"'needs' must be a list of texts, not {needs!r}")
+  by_task = line.get('state_bytes_by_task')
+  if by_task is not None and not isinstance(by_task, list):
+    raise UserError(f"'state_bytes_by_task' must be a list of numbers, not {by_task!r}")
+  line['state_bytes_by_task'] = [number('state_bytes_by_task', v) for v in by_task or ()]
   for owner, keys in ((line, NUMBERS), *((line[k], line[k]) for k in ('state_bytes', 'passes'))):
     for key in [*keys]:
       owner[key] = number(key, owner.get(key))

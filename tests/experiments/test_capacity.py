@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from cl_jax.errors import UserError
@@ -23,6 +25,28 @@ def added(methods, **fields):
   (plain,) = build.prepare(config.resolve({**RAW, 'methods': ()}))
   total = lambda s: results.costs(s)['state_bytes']['total']  # noqa: E731
   return setup.slots, total(setup) - total(plain)
+
+
+def test_growth_is_what_a_learner_for_so_many_tasks_would_keep():
+  """Columns of PNN, gates of HAT, encoders of EBLL come with their tasks; ER's memory was there before."""
+  units, image = 8, 784
+
+  def grown(method, **more):
+    (setup,) = build.prepare(config.resolve({**RAW, 'methods': (method,), **more}))
+    total = results.costs(setup)['state_bytes']['total']
+    sizes = results.growth(setup)
+    assert not sizes or sizes[-1] == total
+    return sizes
+
+  task = {'scenario': 'task', 'head': 'task'}
+  assert grown('er') == grown('ewc') == []
+  steps = [b - a for a, b in itertools.pairwise(grown('hat', **task))]
+  assert steps == [4 * units] * 4
+  steps = [b - a for a, b in itertools.pairwise(grown('pnn', **task))]
+  column, lateral = image * units + units + 2 * units + 2, 2 * units
+  assert steps == [4 * (column + k * lateral) for k in (1, 2, 3, 4)]
+  steps = [b - a for a, b in itertools.pairwise(grown('ebll', ebll={'code': 3}))]
+  assert steps == [0] + [4 * 3 * (units + 1)] * 3  # one from the start; the last task needs none
 
 
 @pytest.mark.parametrize('method', ['er', 'agem', 'gem', 'derpp', 'mir', 'icarl', 'gdumb'])

@@ -125,6 +125,23 @@ def test_the_page_needs_no_other_file(folder):
   assert 'prefers-color-scheme: dark' in text and '<html lang="en">' in text
 
 
+@pytest.mark.parametrize('wanted', [False, True])
+def test_growth_is_drawn_where_a_method_grows(put, make, wanted):
+  """Bytes after each task; a method without such a list is bounded."""
+  grown = [900_000, 1_000_000, 1_100_000, 1_200_000]
+  more = {'state_bytes_by_task': grown} if wanted else {}
+  folder = put(make(), make('pnn', total=1_200_000, **more))
+  text = write(folder).read_text()
+  assert ('Bytes of state after each task' in text) == wanted
+  assert ('it comes. pnn: more with every task' in text) == wanted
+  assert (folder / 'figures/clinc150-class-growth.png').exists() == wanted
+
+
+def test_growth_must_be_a_list_of_numbers(put, make):
+  folder = put(make(state_bytes_by_task=7), make('er'))
+  assert 'must be a list of numbers' in write(folder).read_text()
+
+
 def test_figures_are_pngs_and_always_the_same_bytes(folder, monkeypatch):
   page = write(folder).read_bytes()
   names = sorted(p.name for p in (folder / 'figures').iterdir())
