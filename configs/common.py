@@ -53,6 +53,8 @@ def defaults() -> dict[str, Any]:
       'test': 'test',
       'domain': '',
       'hold_out': 0.0,
+      # Images of TFDS and of image folders: (height, width, channels) they are brought to; () = as they are.
+      'image': (),
     },
     # Fraction of every class that is held out of the training data.
     'validation': 0.0,
@@ -175,3 +177,42 @@ def words(arg: str, scenario: str) -> tuple[dict[str, str], tuple[str, ...]]:
   base = named or scenario
   fields = {'scenario': schedule, 'base': base} if schedule else {'scenario': base, 'base': ''}
   return fields, tuple(methods)
+
+
+def images(arg: str, capacity: int = 500, **own) -> dict:
+  """A benchmark of small colour images with the reduced ResNet-18, one pass in batches of 10; `own` fields win."""
+  fields, methods = words(arg, 'class')
+  base = fields['base'] or fields['scenario']
+  outputs = {'task': 'heads', 'domain': 'all', 'class': 'seen'}[base]
+  replay = {'capacity': capacity, 'draw': 10}
+  arguments = {
+    'er': replay,
+    'er_ace': replay,
+    'derpp': {**replay, 'alpha': 0.1, 'beta': 0.5},
+    'rehearsal': replay,
+    'icarl': replay,
+    'agem': {'capacity': capacity, 'draw': 64},
+    # Cut behind the third of four stages; a row is a feature map of the fourth's input.
+    'latent': {**replay, 'tap': 's2b1'},
+    'remind': {**replay, 'tap': 's2b1', 'codebooks': 20},
+    'ewc': {'coef': 10.0, 'labels': 'empirical'},
+    'lwf': {'outputs': outputs},
+    'ebll': {'outputs': outputs},
+    'dgr': {'draw': 10, 'outputs': outputs},
+    'dreamnet': {'draw': 10, 'outputs': outputs},
+  }
+  matching = {'der', 'derpp'} & set(methods)  # logits, also those of classes to come
+  head = {'task': 'task', 'domain': 'all', 'class': 'all' if matching else 'seen'}[base]
+  return {
+    **fields,
+    'seeds': (0, 1, 2),
+    'order': 'seed',
+    'batch': 10,
+    'model': {'name': 'resnet', 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25)},
+    'optimizer': {'name': 'sgd', 'lr': 0.03},
+    'head': head,
+    'methods': methods,
+    'chunk': 25,
+    **{m: arguments[m] for m in methods if m in arguments},
+    **own,
+  }

@@ -27,7 +27,13 @@ from cl_jax.errors import Fault, UserError
 from cl_jax.loop import run
 from cl_jax.streams.take import put
 from cl_jax.sweep import MAPPED, map_runs, stack_streams
-from experiments.published import permuted_mnist, split_fashion, split_mnist, tiny_memories
+from experiments.published import (
+  permuted_mnist,
+  split_cifar10,
+  split_fashion,
+  split_mnist,
+  tiny_memories,
+)
 from experiments.published.table import Row
 
 COLUMNS = (
@@ -130,6 +136,7 @@ def all_rows() -> list[Row]:
     *tiny_memories.rows(),
     *permuted_mnist.rows(),
     *split_fashion.rows(),
+    *split_cifar10.rows(),
   ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.models import pretrained
-from cl_jax.streams import schedules, splits
+from cl_jax.streams import folders, schedules, splits
 from cl_jax.streams.arrays import Arrays
 from cl_jax.streams.load import dataset
 from cl_jax.streams.order import shuffled
@@ -21,7 +21,7 @@ from cl_jax.types import Stream
 from configs.common import SEPARATE, defaults
 
 TEXT = ('tokenizer', 'length')
-PREPARED = ('train', 'test', 'domain', 'hold_out')
+PREPARED = ('train', 'test', 'domain', 'hold_out', 'image')
 
 
 def streams(config: Mapping[str, Any], data_dir: str | Path | None = None) -> list[Stream]:
@@ -48,9 +48,12 @@ def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arra
     takes = TEXT
   elif kind == 'npz' or name == 'fashion_mnist_small':
     options, takes = {}, ()
+  elif name in folders.KINDS or '+' in name:
+    options, takes = {'image': data['image']}, ('image',)
   else:
     options = {'train': data['train'], 'test': data['test'], 'seed': data['seed'] or 0}
     options |= {'domain': data['domain'] or None, 'hold_out': data['hold_out'] or None}
+    options |= {'image': data['image']}
     takes = PREPARED
   for field in (*TEXT, *PREPARED):
     if field not in takes and data[field] != defaults()['data'][field]:

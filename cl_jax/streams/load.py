@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.streams import builtin, text, tfds
+from cl_jax.streams import builtin, folders, text, tfds
 from cl_jax.streams.arrays import Arrays, arrays, check_pair, compact, hold_out
+from cl_jax.streams.images import check_shape
 
 SHIPPED = ('fashion_mnist_small', 'clinc150')
 
@@ -23,7 +24,9 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   |---|---|---|
   | fashion_mnist_small | shipped, 6,000 / 2,000 images | |
   | clinc150 | shipped, 15,000 / 4,500 sentences, 150 intents, 10 domains | tokenizer, length |
-  | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed |
+  | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed, image |
+  | tiny_imagenet, core50, notmnist | data_dir/images, the archive as published | image |
+  | NAME+NAME+... | all of them, the labels one after the other; a domain each | image |
   | text:NAME | data_dir/text/classify/NAME/{train,test}.jsonl | tokenizer, length |
   | jsonl:DIR | DIR/{train,test}.jsonl | tokenizer, length |
   | npz:PATH | arrays x_train, y_train, x_test, y_test; domain_*, names, domain_names | |
@@ -35,10 +38,13 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
       train, test: split names ('train', 'test'). domain: the feature that names the domain.
       hold_out: fraction of `train` per class that becomes the test data, for datasets without a
         test split; its `seed` is 0. Classes without a training example are dropped.
+      image: (height, width, channels) that images are brought to (() = as they are).
 
   Raises:
     UserError: unknown names (with close matches) and options, absent or unusable data.
   """
+  if '+' in name:
+    return _joined(name.split('+'), data_dir, **_known(name, options, image=()))
   kind, _, rest = (
     name.partition(':')
     if name.split(':')[0] in ('tfds', 'text', 'jsonl', 'npz')
@@ -61,19 +67,50 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
     return _sentences(name, paths, **options)
   if name == 'fashion_mnist_small':
     return _npz(builtin.file('fashion_mnist_small.npz'), **_known(name, options))
-  options = _known(name, options, train='train', test='test', domain=None, hold_out=None, seed=0)
+  if name in folders.KINDS:
+    options = _known(name, options, image=())
+    return folders.load(name, _root(name, data_dir), check_shape(options['image'], name))
+  options = _known(
+    name, options, train='train', test='test', domain=None, hold_out=None, seed=0, image=()
+  )
   return _tfds(rest, _root(name, data_dir), **options)
 
 
-def _tfds(name, root, train, test, domain, hold_out, seed) -> tuple[Arrays, Arrays]:
+def _joined(names: list[str], data_dir, image) -> tuple[Arrays, Arrays]:
+  """Several datasets as one: label l of the second is l + the number of classes of the first."""
+  plain = {'fashion_mnist_small'} | {n for n in names if n.startswith('npz:')}
+  pairs = [dataset(n, data_dir, **({} if n in plain else {'image': image})) for n in names]
+  shapes = {n: pair[0].x.shape[1:] for n, pair in zip(names, pairs, strict=True)}
+  if len(set(shapes.values())) > 1:
+    raise UserError(
+      f'{"+".join(names)}: images of different shapes {shapes}; bring them to one by image='
+      '(height, width, channels)'
+    )
+  offsets = np.cumsum([0, *(len(train.names) for train, _ in pairs)])
+
+  def join(parts: list[Arrays]) -> Arrays:
+    return Arrays(
+      np.concatenate([p.x for p in parts]),
+      np.concatenate([p.y + o for p, o in zip(parts, offsets, strict=False)]).astype(np.int32),
+      np.repeat(np.arange(len(parts), dtype=np.int32), [len(p.y) for p in parts]),
+      tuple(f'{n} {label}' for n, p in zip(names, parts, strict=True) for label in p.names),
+      tuple(names),
+    )
+
+  train, test = (join([pair[i] for pair in pairs]) for i in (0, 1))
+  return train, test
+
+
+def _tfds(name, root, train, test, domain, hold_out, seed, image) -> tuple[Arrays, Arrays]:
+  image = check_shape(image, name)
   try:
-    first = tfds.load(name, train, root, domain=domain)
+    first = tfds.load(name, train, root, domain=domain, image=image)
   except UserError as error:
     base = name.partition(':')[0]
     near = '' if (root / 'tfds' / base).is_dir() else _near(base, root / 'tfds')
     raise UserError(f'{error}{near}') from error
   if hold_out is None:
-    second = tfds.load(name, test, root, domain=domain)
+    second = tfds.load(name, test, root, domain=domain, image=image)
   else:
     first, second = _cut(first, hold_out, seed, name)
   first, second = compact(first, second)
@@ -142,7 +179,7 @@ def _root(name: str, data_dir: str | Path | None) -> Path:
 
 def _near(name: str, folder: Path) -> str:
   there = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-  near = difflib.get_close_matches(name, [*there, *SHIPPED], 3, 0.6)
+  near = difflib.get_close_matches(name, [*there, *SHIPPED, *folders.KINDS], 3, 0.6)
   return f'; did you mean {" or ".join(near)}?' if near else ''
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from cl_jax.errors import UserError
 from cl_jax.streams.arrays import Arrays, arrays
 from cl_jax.streams.cache import cached, digest
+from cl_jax.streams.images import shaped
 
 CHUNK = 1000  # examples decoded at a time
 
@@ -22,6 +23,7 @@ def load(
   data_dir: str | Path,
   *,
   domain: str | None = None,
+  image: tuple[int, ...] = (),
   cache_dir: Path | None = None,
 ) -> Arrays:
   """One split of a prepared TFDS dataset, from the cache of decoded arrays if it is there.
@@ -31,6 +33,7 @@ def load(
     split: 'train', 'train[:80%]', ...; the cache keeps each apart.
     data_dir: the folder whose `tfds/` holds the prepared datasets.
     domain: the integer feature that becomes `Arrays.domain`, such as 'alphabet'.
+    image: (height, width, channels) that images are brought to; () = as they are.
     cache_dir: see `cache.cached`.
 
   Returns:
@@ -43,14 +46,15 @@ def load(
   what = f'{name} {split}'
   prepared = _prepared(root, name)
   if prepared is None:  # nothing that could be told apart by its files: mocked data, or an error
-    parts = _decode(root, name, split, domain, False)
+    parts = _decode(root, name, split, domain, image, False)
   else:
     files = sorted((p.name, p.stat().st_size) for p in prepared.iterdir() if p.is_file())
     # Versions alone do not identify data: a cut of a dataset may carry the version of the whole.
-    source = digest(prepared / 'dataset_info.json', json.dumps(files), split, str(domain))
+    shape = str(image) if image else ''
+    source = digest(prepared / 'dataset_info.json', json.dumps(files), split, str(domain) + shape)
     stem = f'{prepared.relative_to(root).as_posix().replace("/", "-")}-{split}-{source[:16]}'
     parts = cached(
-      ('tfds', stem), lambda: _decode(root, name, split, domain, True), what, cache_dir
+      ('tfds', stem), lambda: _decode(root, name, split, domain, image, True), what, cache_dir
     )
   names = json.loads(parts['names'].tobytes())
   return arrays(parts['x'], parts['y'], parts.get('domain'), names['label'], names['domain'], what)
@@ -67,7 +71,9 @@ def _prepared(root: Path, name: str) -> Path | None:
   return max(found, key=lambda p: [int(n) for n in re.findall(r'\d+', p.name)], default=None)
 
 
-def _decode(root: Path, name: str, split: str, domain: str | None, known: bool) -> dict[str, Any]:
+def _decode(
+  root: Path, name: str, split: str, domain: str | None, image: tuple[int, ...], known: bool
+) -> dict[str, Any]:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -126,6 +132,7 @@ def _decode(root: Path, name: str, split: str, domain: str | None, known: bool) 
       ) from error
     for i, example in enumerate(examples, start):
       x = np.asarray(example[x_key])
+      x = shaped(x, image, f'{name} {split}') if image else x
       if parts['x'] is None:
         parts['x'] = np.empty((count, *x.shape), x.dtype)
       if x.shape != parts['x'].shape[1:]:

@@ -109,7 +109,9 @@ OTHER: dict[str, Any] = {
 }
 # Of the loop, another command or another data set; tested with those (test_run, test_framework, ...).
 ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep'}
-ELSEWHERE |= {f'data.{f}' for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out')}
+ELSEWHERE |= {
+  f'data.{f}' for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out', 'image')
+}
 FIELDS = [
   f for f in flat(config.resolve(RAW)) if f not in ELSEWHERE and not f.startswith('tuning.')
 ]
