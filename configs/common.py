@@ -180,7 +180,7 @@ def words(arg: str, scenario: str) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def images(arg: str, capacity: int = 500, **own) -> dict:
-  """A benchmark of small colour images with the reduced ResNet-18, one pass in batches of 10; `own` fields win."""
+  """Small colour images and the reduced ResNet-18, one pass in batches of 10; `own` fields win."""
   fields, methods = words(arg, 'class')
   base = fields['base'] or fields['scenario']
   outputs = {'task': 'heads', 'domain': 'all', 'class': 'seen'}[base]

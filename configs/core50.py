@@ -5,8 +5,8 @@
 9 tasks over 50 objects, frames brought to 32 x 32 pixels, 1,500 rows of memory, ResNet-18 of 20 filters with
 batch renormalisation; `latent,si,cwr` is AR1* with latent replay. Unpack
 http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip in DATA_DIR/images; sessions 3, 7 and 10
-are the test data. Differs from the published runs in its network, which is not pretrained, and in frames, theirs
-are of 128 pixels. Not measured here: the data is not at hand.
+are the test data. Differs from the published runs in its network, which is not pretrained, and its frames,
+where theirs have 128 pixels. Not measured here: the data is not at hand.
 """
 
 from configs import common

@@ -2,10 +2,10 @@
 
   python -m experiments.run --config=configs/omniglot.py:task,er --workdir=runs/omniglot/er
 
-The split `small1`: 5 alphabets of 136 characters, 20 drawings each, of which 5 are the test data; 28 x 28 grey
-pixels, 20 epochs in batches of 16, two convolutions and a hidden layer, SGD 0.05. `tfds build omniglot
---file_format=array_record` prepares the data; --config.data.train=train gives 30 alphabets. The words after the
-colon are a scenario (task or class) and methods.
+The split `small1`: 5 alphabets of 136 characters, 20 drawings each, of which 5 are the test data; 28 x 28
+grey pixels, 20 epochs in batches of 16, two convolutions and a hidden layer, SGD 0.05. `tfds build omniglot
+--file_format=array_record` prepares the data; --config.data.train=train gives 30 alphabets. The words after
+the colon are a scenario (task or class) and methods.
 """
 
 from configs import common

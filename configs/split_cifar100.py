@@ -4,10 +4,10 @@
 
 17 tasks of 5 classes (the paper holds 3 of 20 back to choose settings: `validation` does that here), one
 pass in batches of 10 and 10 from memory, SGD 0.03; the memory holds one image per class, capacities of
-255, 425 and 1105 hold 3, 5 and 13. `tfds build cifar100 --file_format=array_record` prepares the data. Published
-with 17 tasks, task-incremental, for 1/3/5/13 images per class, per cent: none 40.6, agem 54.9/56.9/59.9/63.1, er
-(reservoir) 53.1/59.7/65.5/68.5, er (ring) 56.2/60.9/62.6/64.3, joint 68.3. Not measured here: the data is
-not at hand.
+255, 425 and 1105 hold 3, 5 and 13. `tfds build cifar100 --file_format=array_record` prepares the data.
+Published with 17 tasks, task-incremental, for 1/3/5/13 images per class, per cent: none 40.6, agem
+54.9/56.9/59.9/63.1, er (reservoir) 53.1/59.7/65.5/68.5, er (ring) 56.2/60.9/62.6/64.3, joint 68.3. Not
+measured here: the data is not at hand.
 """
 
 from configs import common

@@ -67,7 +67,7 @@ def get_config(arg: str = 'class') -> dict:
     'rehearsal': replay,
     'latent': {**replay, 'tap': 'l0'},
     'remind': {**replay, 'tap': 'l0'},
-    'mer': {'capacity': CAPACITY},
+    'mer': {'capacity': CAPACITY, 'batches': 2},
     'imm': {'mode': 'mode'},
     'lwf': {
       'coef': 1.0 if base == 'class' else 0.3,

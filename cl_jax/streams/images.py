@@ -15,7 +15,7 @@ def shaped(x: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
   """u8[H, W, C] (or u8[H, W], or an image of Pillow) as u8[h, w, c]; an empty shape leaves it as it is.
 
   Pixels are averaged over the area they come to stand for (Pillow's box filter); colours become grey by ITU-R
-  601-2, grey becomes three equal colours.
+  601-2, grey becomes three equal colours. What holds only 0 and 1 is black and white: 1 becomes 255.
   """
   image = _image(x, where)
   if shape:
@@ -56,4 +56,10 @@ def _image(x: Any, where: str) -> Any:
     return x
   if x.dtype != np.uint8 or x.ndim not in (2, 3) or (x.ndim == 3 and x.shape[2] not in MODES):
     raise UserError(f'{where}: {x.dtype}{list(x.shape)} is no image of 1 or 3 channels of uint8')
+  x = black_and_white(x)
   return image_module().fromarray(x[..., 0] if x.ndim == 3 and x.shape[2] == 1 else x)
+
+
+def black_and_white(x: np.ndarray) -> np.ndarray:
+  """Images of 0 and 1 (Omniglot's) as images of 0 and 255; others as they are."""
+  return 255 * x if x.dtype == np.uint8 and x.max(initial=0) == 1 else x

@@ -12,7 +12,7 @@ import numpy as np
 from cl_jax.errors import UserError
 from cl_jax.streams.arrays import Arrays, arrays
 from cl_jax.streams.cache import cached, digest
-from cl_jax.streams.images import shaped
+from cl_jax.streams.images import black_and_white, shaped
 
 CHUNK = 1000  # examples decoded at a time
 
@@ -57,7 +57,8 @@ def load(
       ('tfds', stem), lambda: _decode(root, name, split, domain, image, True), what, cache_dir
     )
   names = json.loads(parts['names'].tobytes())
-  return arrays(parts['x'], parts['y'], parts.get('domain'), names['label'], names['domain'], what)
+  x = black_and_white(parts['x'])
+  return arrays(x, parts['y'], parts.get('domain'), names['label'], names['domain'], what)
 
 
 def _prepared(root: Path, name: str) -> Path | None:
