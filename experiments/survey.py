@@ -1,6 +1,6 @@
-"""Which family wins within a budget of bytes? `python -m experiments.survey --workdir=DIR`.
+"""Which family wins within a budget of bytes? `python -m experiments.survey --workdir=DIR [--benchmark=NAME]`.
 
-The question of De Lange et al. (TPAMI 2022) on Split Fashion-MNIST, task-incremental, with their
+The question of De Lange et al. (TPAMI 2022) on Split Fashion-MNIST or Omniglot, task-incremental, with their
 hyperparameter framework (`experiments.framework`): a class order a seed, memories as large as each budget
 allows, snapshots and importances counted. Mean ranks over the orders, with the critical difference of
 Nemenyi's test (Demsar 2006) at 5 %: methods whose ranks differ by less are not told apart. It resumes when
@@ -21,22 +21,28 @@ import numpy as np
 from cl_jax import durable, metrics
 from experiments import framework
 
-# Plain fine-tuning keeps 1.08 MB of weights: 500, 1,500 and 4,100 images, or one and three copies of it.
-BUDGETS = (400_000, 1_200_000, 3_300_000)
+# By configuration, bytes beside the weights. Plain fine-tuning keeps 1.08 MB of weights on Split Fashion-MNIST:
+# 500, 1,500 and 4,100 images, or one and three copies of them; on Omniglot 0.9 MB: 125 and 500 images, all of
+# them or three copies.
+BENCHMARKS = {
+  'split_fashion': (400_000, 1_200_000, 3_300_000),
+  'omniglot': (100_000, 400_000, 2_800_000),
+}
 METHODS = {
   'fine-tuning': 'naive',
   'EWC': 'ewc',
   'SI': 'si',
   'MAS': 'mas',
   'LwF': 'lwf',
+  'EBLL': 'ebll',
   'mode-IMM': 'l2,imm',
   'PackNet': 'packnet',
   'HAT': 'hat',
 }
-# With a memory: R-PM keeps a share of it for each class from the start, R-FM uses all of it always.
+# With a memory: R-PM keeps a share of it for each task from the start, R-FM uses all of it always.
 REPLAY = {
-  'R-PM': ('er', ('--config.er.writer=ring',)),
-  'R-FM': ('er', ('--config.er.writer=class_balanced',)),
+  'R-PM': ('rehearsal', ('--config.rehearsal.share=partial',)),
+  'R-FM': ('rehearsal', ()),
   'ER': ('er', ()),
   'A-GEM': ('agem', ()),
   'GEM': ('gem', ()),
@@ -46,12 +52,12 @@ REPLAY = {
 }
 
 
-def runs() -> list[tuple[str, int | None, str, tuple[str, ...]]]:
+def runs(budgets: Sequence[int]) -> list[tuple[str, int | None, str, tuple[str, ...]]]:
   """(name, budget, words of the configuration, further words of the command)."""
   found: list[tuple[str, int | None, str, tuple[str, ...]]] = [
     (name, None, words, ()) for name, words in METHODS.items()
   ]
-  for budget in BUDGETS:
+  for budget in budgets:
     found += [(name, budget, words, more) for name, (words, more) in REPLAY.items()]
   return found
 
@@ -88,15 +94,15 @@ def critical_difference(methods: int, orders: int) -> float:
   return q * np.sqrt(methods * (methods + 1) / (6 * orders))
 
 
-def tables(root: Path) -> str:
+def tables(root: Path, budgets: Sequence[int]) -> str:
   """A table for each budget, in Markdown, from the results alone."""
-  found = {(n, b): read(place_of(root, n, b) / 'results.jsonl') for n, b, *_ in runs()}
+  found = {(n, b): read(place_of(root, n, b) / 'results.jsonl') for n, b, *_ in runs(budgets)}
   plain = found['fine-tuning', None]
   if not plain:
     return 'nothing is finished yet\n'
   naive = plain[0]['state_bytes']['total']
   text = []
-  for budget in BUDGETS:
+  for budget in budgets:
     fits = {
       name: lines
       for (name, b), lines in found.items()
@@ -126,7 +132,7 @@ def tables(root: Path) -> str:
         f'{slots:,}' if slots else '', f'{cost:.1f}',
       )  # fmt: skip
       text.append('| ' + ' | '.join(cells) + ' |')
-    left = [n for n, b, *_ in runs() if b in (None, budget) and n not in fits]
+    left = [n for n, b, *_ in runs(budgets) if b in (None, budget) and n not in fits]
     text += ['', f'Too large for it, or not run: {", ".join(left) or "none"}.', '']
   return '\n'.join(text)
 
@@ -134,6 +140,9 @@ def tables(root: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog='python -m experiments.survey', description=__doc__)
   parser.add_argument('--workdir', type=Path, required=True, help='where runs and tables go')
+  parser.add_argument(
+    '--benchmark', default='split_fashion', choices=BENCHMARKS, help='(split_fashion)'
+  )
   parser.add_argument('--seeds', type=int, default=5, help='class orders (5)')
   parser.add_argument('--only', default='', help='methods by name, such as ER,SI')
   parser.add_argument('--table', action='store_true', help='only draw the tables again')
@@ -141,13 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   only = {n.strip() for n in args.only.split(',') if n.strip()}
   if unknown := only - {*METHODS, *REPLAY}:
     parser.error(f'--only: unknown {sorted(unknown)}; there are {", ".join((*METHODS, *REPLAY))}')
-  worst = 0
-  for name, budget, words, more in () if args.table else runs():
+  worst, budgets = 0, BENCHMARKS[args.benchmark]
+  for name, budget, words, more in () if args.table else runs(budgets):
     if only and name not in only:
       continue
     place = place_of(args.workdir, name, budget)
     seeds = ','.join(map(str, range(args.seeds)))
-    words = [f'--config=configs/split_fashion.py:task,{words}', f'--workdir={place}', *more]
+    words = [f'--config=configs/{args.benchmark}.py:task,{words}', f'--workdir={place}', *more]
     words += [f'--config.seeds={seeds},' if args.seeds == 1 else f'--config.seeds={seeds}']
     words += [] if budget is None else [f'--config.budget_bytes={budget}']
     print(f'== {name}' + ('' if budget is None else f', {budget / 1e6:g} MB'), flush=True)
@@ -155,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code > 3:
       return code  # a signal
     worst = max(worst, code)
-  text = tables(args.workdir)
+  text = tables(args.workdir, budgets)
   durable.write(args.workdir / 'survey.md', text)
   print(text)
   return worst

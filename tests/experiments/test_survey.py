@@ -8,6 +8,8 @@ import pytest
 
 from experiments import framework, survey
 
+BUDGETS = survey.BENCHMARKS['split_fashion']
+
 
 def test_mean_ranks_share_equals():
   table = {'a': [0.9, 0.8], 'b': [0.9, 0.7], 'c': [0.1, 0.9]}
@@ -42,7 +44,7 @@ def test_tables_hold_what_fits(tmp_path):
     place = survey.place_of(tmp_path, name, budget)
     place.mkdir()
     (place / 'results.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in found))
-  small, middle, large = survey.tables(tmp_path).split('###')[1:]
+  small, middle, large = survey.tables(tmp_path, BUDGETS).split('###')[1:]
   assert '0.4 MB beside the weights, 3 class orders' in small
   assert '| ER | task_test | 1.0 | 80.0 ± 24.8 | 10.0 ± 0.0 | 399,000 | 470 | 3.0 |' in small
   assert '| EWC' not in small and 'EWC' in small.split('Too large')[1]
@@ -52,7 +54,7 @@ def test_tables_hold_what_fits(tmp_path):
 
 
 def test_nothing_yet(tmp_path):
-  assert 'nothing is finished' in survey.tables(tmp_path)
+  assert 'nothing is finished' in survey.tables(tmp_path, BUDGETS)
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
@@ -61,9 +63,12 @@ def test_commands(tmp_path, monkeypatch, capsys):
   assert survey.main([f'--workdir={tmp_path}', '--seeds=2', '--only=EWC,R-PM']) == 0
   ewc, *rpm = called
   assert ewc[0].endswith(':task,ewc') and '--config.seeds=0,1' in ewc
-  assert len(rpm) == 3 and all('--config.er.writer=ring' in words for words in rpm)
-  assert [words[-1] for words in rpm] == [f'--config.budget_bytes={b}' for b in survey.BUDGETS]
+  assert len(rpm) == 3 and all('--config.rehearsal.share=partial' in words for words in rpm)
+  assert [words[-1] for words in rpm] == [f'--config.budget_bytes={b}' for b in BUDGETS]
   assert (tmp_path / 'survey.md').exists()
+  called.clear()
+  assert survey.main([f'--workdir={tmp_path}', '--only=HAT', '--benchmark=omniglot']) == 0
+  assert called[0][0] == '--config=configs/omniglot.py:task,hat'
   monkeypatch.setattr(framework, 'main', lambda words: 130)
   assert survey.main([f'--workdir={tmp_path}']) == 130  # a signal ends it
   with pytest.raises(SystemExit) as stop:
