@@ -1,4 +1,4 @@
-"""Which family wins within a budget of bytes? `python -m experiments.survey --workdir=DIR [--benchmark=NAME]`.
+"""Which family wins within a budget of bytes? `python -m experiments.survey --workdir=DIR`.
 
 The question of De Lange et al. (TPAMI 2022) on Split Fashion-MNIST or Omniglot, task-incremental, with their
 hyperparameter framework (`experiments.framework`): a class order a seed, memories as large as each budget
@@ -21,9 +21,9 @@ import numpy as np
 from cl_jax import durable, metrics
 from experiments import framework
 
-# By configuration, bytes beside the weights. Plain fine-tuning keeps 1.08 MB of weights on Split Fashion-MNIST:
-# 500, 1,500 and 4,100 images, or one and three copies of them; on Omniglot 0.9 MB: 125 and 500 images, all of
-# them or three copies.
+# By configuration, bytes beside the weights. Split Fashion-MNIST, 1.08 MB of weights: 500, 1,500 and 4,100
+# images, or one and three copies of the weights. Omniglot, 0.9 MB: 125 and 500 images, all of them or three
+# copies.
 BENCHMARKS = {
   'split_fashion': (400_000, 1_200_000, 3_300_000),
   'omniglot': (100_000, 400_000, 2_800_000),
