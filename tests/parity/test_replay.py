@@ -13,11 +13,12 @@ from cl_jax.methods.replay.der import der
 from cl_jax.methods.replay.derpp import derpp
 from cl_jax.methods.replay.dgr import dgr
 from cl_jax.methods.replay.er_ace import er_ace
+from cl_jax.methods.replay.gdumb import gdumb
 from cl_jax.methods.replay.gem import gem
 from cl_jax.methods.replay.icarl import icarl
 from cl_jax.methods.replay.mer import mer
 from cl_jax.methods.replay.mir import mir
-from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
+from tests.parity.shared import LEAVES, OURS, Golden, batch_of, build, close, close_trees, stacked
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,53 @@ def test_gdumb_sampler(monkeypatch):
     writer = writers.greedy_balanced(int(g['K']), int(g['classes']))
     for row, stored, _ in shown(writer, None, labels, monkeypatch, u):
       assert np.array_equal(stored, slots[row])
+
+
+def test_gdumb_trains_as_torch_does(monkeypatch):
+  """Three epochs on a full memory: momentum, decay, gradients cut at norm 10, one cosine of the rate."""
+  torch = pytest.importorskip('torch')
+  g = Golden('er')
+  xs, ys = g['xs'].reshape(-1, g['xs'].shape[-1]), g['ys'].reshape(-1)
+  K, size, epochs, lr, end, decay = 15, 5, 3, 0.4, 0.01, 0.02
+  orders = [np.random.default_rng(e).permutation(K) for e in range(epochs)]
+  method = gdumb(4, K, epochs, size, lr, end, decay)
+  L = build(g, method)
+  state = L.init(jax.random.key(0), batch_of(xs[:1], ys[:1]))
+  rows = state.method.memory.rows
+  x = 30 * xs[:K]  # large enough for gradients beyond norm 10
+  rows = batch_of(np.concatenate([x, x[:1]]), np.concatenate([ys[:K], ys[:1]]))
+  state = state._replace(
+    method=state.method._replace(memory=state.method.memory._replace(rows=rows))
+  )
+  coming = [jnp.asarray(o) for o in orders]
+  monkeypatch.setattr(jax.random, 'permutation', lambda key, n: coming.pop(0))
+  with jax.disable_jit():
+    state = L.boundary(state, stacked(xs[None, :5], ys[None, :5]))
+  assert not coming
+
+  p = {n: torch.tensor(np.asarray(g[f'init/{n}']), requires_grad=True) for n in LEAVES}
+  tx = torch.optim.SGD(p.values(), lr=lr, momentum=0.9, weight_decay=decay)
+  step, cut = 0, 0
+  for order in orders:
+    for at in order.reshape(-1, size):
+      t = step / (epochs * K // size)
+      tx.param_groups[0]['lr'] = end + (lr - end) * (1 + np.cos(np.pi * t)) / 2
+      h = torch.tensor(x[at])
+      for layer in ('l0', 'l1'):
+        h = torch.relu(h @ p[f'{layer}/w'] + p[f'{layer}/b'])
+      loss = torch.nn.functional.cross_entropy(h @ p['l2/w'] + p['l2/b'], torch.tensor(ys[:K][at]))
+      tx.zero_grad()
+      loss.backward()
+      norm = torch.sqrt(sum(a.grad.square().sum() for a in p.values()))
+      for a in p.values():  # torch's own function divides by norm + 1e-6
+        a.grad *= min(1.0, 10 / float(norm))
+      cut += float(norm) > 10
+      tx.step()
+      step += 1
+  assert 0 < cut < step
+  ours = state.params
+  for n in LEAVES:
+    close(ours[OURS[n[:2]]][n[3:]], p[n].detach().numpy())
 
 
 @pytest.mark.parametrize('name', ['mof', 'kmeans'])

@@ -25,6 +25,7 @@ from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import AGEMState, agem
 from cl_jax.methods.replay.er import er
+from cl_jax.methods.replay.gdumb import gdumb
 from cl_jax.models.cnn import cnn
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
@@ -213,6 +214,28 @@ def test_packnet_forgets_nothing_in_any_network(name, tx):
   assert np.array_equal(answers(state), before)
   after = paths(state.params)
   assert all(not np.array_equal(after[p], weights[p]) for p in owner)
+
+
+def test_gdumb_predicts_with_norm_statistics_of_its_own_training():
+  """A network with batch norm, trained at the boundary on what is stored, fits it."""
+  rng = np.random.default_rng(2)
+  y = np.arange(24) % 6
+  x = rng.normal(size=(24, 8, 8, 1)) + 2 * rng.normal(size=(6, 8, 8, 1))[y]
+  batch = Batch(
+    jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32), jnp.ones(24), jnp.full(24, -1)
+  )
+  learn = learner(resnet(6, 4, (1, 1)), optax.sgd(0.1), gdumb(6, 24, 20, 8))
+  state = learn.init(jax.random.key(0), batch)
+  state, _ = jax.jit(learn.step)(state, batch)
+  state = jax.jit(learn.boundary)(state, jax.tree.map(lambda a: a[None], batch))
+  right = np.asarray(learn.predict(state, batch).argmax(-1)) == y
+  assert right.mean() > 0.9
+  own, at_start = state.method.stats, state.method.start
+  assert not np.array_equal(own['stem']['mean'], at_start['stem']['mean'])
+  moved = state._replace(
+    stats=jax.tree.map(lambda a: a + 7.0, state.stats)
+  )  # the stream's: of no use
+  assert np.array_equal(learn.predict(moved, batch), learn.predict(state, batch))
 
 
 @settings(max_examples=5)

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from cl_jax import memory, writers
-from cl_jax.errors import UserError
 from cl_jax.linalg import cross_entropy, weighted_mean
-from cl_jax.types import Method, Tree
+from cl_jax.masks import nest, paths
+from cl_jax.types import Method, Tree, overlay
 
 
 class GDumbState(NamedTuple):
   memory: memory.Memory
-  start: Tree  # the initial parameters
+  start: Tree  # the initial parameters and norm statistics
+  stats: Tree  # norm statistics of the network that predicts
 
 
 def gdumb(
@@ -33,8 +34,7 @@ def gdumb(
   Prabhu, Torr & Dokania, ECCV 2020, algorithms 1-2; official code drimpossible/GDumb: a check on what
   learning from the stream itself is worth. The optimiser of the run is not used. SGD with momentum 0.9,
   gradients cut at norm 10, the rate falls from `lr` to `lr_end` along one cosine. Deviations: no warm
-  restarts, no cutmix, no early stopping; the initial weights are the same each time. For networks without
-  norm statistics.
+  restarts, no cutmix, no early stopping; the initial weights are the same each time.
 
   Args:
     classes: number of classes.
@@ -44,16 +44,21 @@ def gdumb(
     lr, lr_end, decay: of the training at a boundary, as in the official code.
 
   Needs the boundary, which is when it can predict. State: capacity + 2 rows as stored, 4 bytes per slot, 1
-  per class, 1 x parameters.
+  per class, 1 x parameters, 2 x norm statistics.
   """
   write = writers.greedy_balanced(capacity, classes)
   size = min(rows, capacity)
   steps = capacity // size
 
   def init(key, params, batch, fwd):
-    if jax.tree.leaves(fwd.stats):
-      raise UserError('gdumb trains at the boundary, where norm statistics stay as they are')
-    return {}, GDumbState(memory.create(write, batch, 1), params)
+    start = overlay(fwd.stats, params)
+    return {}, GDumbState(memory.create(write, batch, 1), start, fwd.stats)
+
+  def wrap(s, apply):
+    def predict(variables, batch, tap, train):
+      return apply(variables if train else overlay(variables, s.stats), batch, tap, train)
+
+    return predict if jax.tree.leaves(s.stats) else apply
 
   def grads(s, g, params, batch, grad_fn):
     return jax.tree.map(jnp.zeros_like, g), s
@@ -71,22 +76,27 @@ def gdumb(
     )
     stored = s.memory.rows._replace(w=s.memory.rows.w * (jnp.arange(capacity + 1) < capacity))
 
-    def loss(p, batch):
-      return weighted_mean(cross_entropy(fwd(p, batch, train=True).logits, batch.y), batch.w)
+    def loss(p, stats, batch):
+      out = fwd(overlay(stats, p), batch, train=True)
+      return weighted_mean(cross_entropy(out.logits, batch.y), batch.w), out.stats
 
     def epoch(carry, key):
       order = jax.random.permutation(key, capacity)[: steps * size].reshape(steps, size)
 
       def step(carry, chosen):
-        p, opt = carry
-        g = jax.grad(loss)(p, jax.tree.map(lambda a: a[chosen], stored))
+        p, stats, opt = carry
+        g, stats = jax.grad(loss, has_aux=True)(p, stats, jax.tree.map(lambda a: a[chosen], stored))
         updates, opt = tx.update(g, opt, p)
-        return (optax.apply_updates(p, updates), opt), None
+        return (optax.apply_updates(p, updates), stats, opt), None
 
       return jax.lax.scan(step, carry, order)[0], None
 
-    start = (s.start, tx.init(s.start))
-    (params, _), _ = jax.lax.scan(epoch, start, jax.random.split(key, epochs))
-    return params, s
+    first, of_norms = paths(s.start), paths(s.stats)
+    begin = nest({p: a for p, a in first.items() if p not in of_norms})
+    carry = (begin, nest({p: first[p] for p in of_norms}), tx.init(begin))
+    (params, stats, _), _ = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
+    return params, s._replace(stats=stats)
 
-  return Method(init=init, grads=grads, after=after, boundary=boundary, needs=('boundary',))
+  return Method(
+    init=init, wrap=wrap, grads=grads, after=after, boundary=boundary, needs=('boundary',)
+  )
