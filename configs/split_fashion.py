@@ -16,6 +16,7 @@ and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
   mas          96.8 +-  2.6  71.0 +-  9.2  25.5 +- 10.3
   rwalk        97.1 +-  1.9  70.4 +-  8.7  25.3 +-  9.9
   lwf          97.5 +-  1.6  70.1 +-  9.6  33.8 +-  8.0
+  ebll         97.5 +-  1.7  70.6 +-  8.9  33.3 +-  8.1
   l2,imm       96.7 +-  2.2  77.5 +-  6.5  33.6 +-  7.8
   er           97.5 +-  1.7  86.0 +-  4.3  76.8 +-  3.9
   agem         97.5 +-  1.7  76.0 +- 10.2  34.8 +- 15.6
@@ -25,14 +26,24 @@ and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
   derpp        97.7 +-  2.0  85.6 +-  7.0  77.1 +-  5.4
   er_ace       97.8 +-  1.6  87.3 +-  4.5  77.9 +-  2.9
   gdumb        97.0 +-  2.3  60.3 +- 15.4  77.9 +-  1.3
+  rehearsal    97.5 +-  2.3  85.9 +-  3.1  76.1 +-  2.1
+    partial    97.6 +-  1.8  85.2 +-  7.4  76.4 +-  4.1
+  latent       97.4 +-  2.1  84.5 +-  4.2  73.7 +-  2.9
+  latent,si,cwr 97.2 +- 2.0  84.1 +-  4.7  74.1 +-  1.2
+  remind       97.0 +-  2.4  68.9 +-  8.0  70.3 +-  2.8
+  dgr          96.2 +-  2.4  72.6 +-  9.8  43.7 +-  4.9
+  dreamnet     96.0 +-  4.9  72.2 +-  8.9  37.2 +- 11.4
   hat          97.5 +-  1.9
   packnet      97.5 +-  1.9
+  pnn          96.8 +-  3.9
   icarl                                    74.8 +-  1.0
 
 The strengths of penalties and of dark replay are the best of two to five on a fifth of the training data (3
 seeds), where the best did not diverge: a rate of 0.05 is unstable under strong penalties. They need rates of
 their own, which `python -m experiments.framework` finds. HAT and PackNet know the task at test, as all do in
-the first column. GDumb fills its memory with the first tasks where these share their labels.
+the first column. GDumb fills its memory with the first tasks where these share their labels, and so REMIND its
+codebooks: they are those of the first task. Dream Net and DGR keep no images, and learn from 150 steps a task
+what to dream.
 """
 
 from configs import common
