@@ -67,7 +67,7 @@ def resnet(
 
   def apply(variables: Tree, batch: Batch, tap=no_tap, train: bool = False) -> Out:
     def unit(p: Tree, x: Array, stride: int = 1) -> tuple[Array, Tree]:
-      h = conv(x, p['w'], stride)
+      h = jnp.asarray(conv(x, p['w'], stride))
       return layers.batch_norm(p, h, batch.w, train, renorm=renorm)
 
     stats = {}
