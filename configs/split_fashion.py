@@ -41,9 +41,9 @@ and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
 The strengths of penalties and of dark replay are the best of two to five on a fifth of the training data (3
 seeds), where the best did not diverge: a rate of 0.05 is unstable under strong penalties. They need rates of
 their own, which `python -m experiments.framework` finds. HAT and PackNet know the task at test, as all do in
-the first column. GDumb fills its memory with the first tasks where these share their labels, and so REMIND its
-codebooks: they are those of the first task. Dream Net and DGR keep no images, and learn from 150 steps a task
-what to dream.
+the first column. GDumb fills its memory with the first tasks where these share their labels, and REMIND's
+codebooks are those of the first task. Dream Net and DGR keep no images, and learn from 150 steps a task what
+to dream.
 """
 
 from configs import common
