@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -38,6 +40,56 @@ class Search(NamedTuple):
 
   def rates_of(self, task: int) -> tuple[float, ...]:
     return (*(self.first_rates if task == 0 else ()), *self.rates)
+
+
+class Patience(NamedTuple):
+  """When training ends: the survey's rule.
+
+  Attributes:
+    lower: epochs without a better validation accuracy after which the learning rate falls.
+    stop: epochs without one after which training ends.
+    factor: on the learning rate.
+  """
+
+  lower: int = 5
+  stop: int = 10
+  factor: float = 0.1
+
+
+def until_no_better(
+  train: Callable, measure: Callable, model: Any, epochs: int, patience: Patience
+) -> tuple[Any, jax.Array]:
+  """Trains epoch by epoch while that pays, in one traceable loop.
+
+  Args:
+    train: (model, epoch i32[], scale of the learning rate f32[]) -> model.
+    measure: model -> validation accuracy f32[]; NaN is never better.
+    model: what is trained, any tree.
+    epochs: at most.
+    patience: see `Patience`.
+
+  Returns:
+    (the model after its best epoch, the first of equals, or as it came where no epoch has an accuracy; i32[],
+    epochs that were trained).
+  """
+
+  def more(carry):
+    _, _, _, waited, _, epoch = carry
+    return (epoch < epochs) & (waited <= patience.stop)
+
+  def one(carry):
+    model, best, top, waited, scale, epoch = carry
+    scale = jnp.where(waited == patience.lower, scale * patience.factor, scale)
+    model = train(model, epoch, scale)
+    accuracy = measure(model)
+    better = accuracy > top
+    best = jax.tree.map(lambda a, b: jnp.where(better, a, b), model, best)
+    top = jnp.where(better, accuracy, top)
+    return model, best, top, jnp.where(better, 0, waited + 1), scale, epoch + 1
+
+  start = (model, model, jnp.float32(-1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
+  _, best, _, _, _, epoch = jax.lax.while_loop(more, one, start)
+  return best, epoch
 
 
 class Choice(NamedTuple):

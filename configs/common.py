@@ -152,6 +152,10 @@ def defaults() -> dict[str, Any]:
       'decay': 0.5,
       # Trainings by the method at most.
       'attempts': 10,
+      # Early stopping: (epochs without a better validation accuracy after which the rate falls, epochs after
+      # which training ends, the factor on the rate); the best epoch is kept. The survey's are (5, 10, 0.1)
+      # of 70 epochs; () = all epochs, at one rate.
+      'patience': (),
       # What to start from, (('ewc.coef', 400.0), ...); () = the values of the survey.
       'start': (),
     },

@@ -20,7 +20,7 @@ import numpy as np
 
 from cl_jax import checkpoint
 from cl_jax.errors import Fault, UserError
-from cl_jax.framework import Choice, Search, best_rate, decayed
+from cl_jax.framework import Choice, Patience, Search, best_rate, decayed, until_no_better
 from cl_jax.loop import Record, begin, evaluate, learn, strong
 from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
@@ -28,7 +28,7 @@ from cl_jax.types import Learner, State, Stream, Tree
 from configs.common import SEPARATE
 from experiments import build, cli, config, engine, results, show, tables, workdir
 from experiments.build import hyper
-from experiments.job import all_finite, leg_steps
+from experiments.job import all_finite
 from experiments.options import Options, parse
 from experiments.run import job
 from experiments.watch import Clock, Interrupted, Stop
@@ -71,6 +71,8 @@ def command(argv: list[str]) -> int:
       f'the framework goes from task to task (config.scenario one of {", ".join(SEPARATE)}) and '
       "validates by itself (config.evaluate='test')"
     )
+  if options.config['tuning']['patience'] and options.config['iterations'] is not None:
+    raise UserError('config.tuning.patience counts epochs: leave config.iterations out')
   shown = show.make()
   with cli.network(options.offline), workdir.claimed(options.workdir) as place:
     try:
@@ -126,7 +128,10 @@ class Tuned:
       tuning['rates'], tuning['first_rates'], tuning['drop'], tuning['decay'], tuning['attempts']
     )
     self.start = stability_of(own)
-    self.attempt = jax.jit(partial(attempt, setup.build))
+    self.epochs, self.patience = own['epochs'], None
+    if tuning['patience']:
+      self.patience = Patience(*tuning['patience'])
+    self.attempt = jax.jit(partial(attempt, setup.build, self.epochs, self.patience))
     self.programs: dict[int, Any] = {}
     self.report = jax.jit(lambda hp, s, test, w: evaluate(setup.build(hp, w), s, test))
 
@@ -137,7 +142,7 @@ class Tuned:
     state, _ = jax.jit(lambda hp, key, w: begin(self.setup.build(hp, w), key, self.stream, first))(
       self.hp, key, self.weights
     )
-    T, lengths = self.stream.tasks, leg_steps(self.setup.streams[0])
+    T = self.stream.tasks
     R, loss = (
       np.full((T, T), np.nan, np.float32),
       np.full(self.stream.index.shape[:2], np.nan, np.float32),
@@ -155,11 +160,11 @@ class Tuned:
     with clock.running():
       for t in range(len(choices), T):
         base = choices[-1].base if choices else self.start
-        choice, (state, loss[t]), runs = self.task(
+        choice, (state, loss[t]), taken = self.task(
           state, t, base, partial(check, stop, work, seed, t)
         )
         choices.append(choice)
-        steps += runs * int(lengths[t])
+        steps += taken
         if not np.isfinite(choice.accuracy):
           raise Fault(
             f'{work.name}, seed {seed}: task {t} ends in NaN after {choice.attempts} attempts, the last with '
@@ -175,48 +180,78 @@ class Tuned:
     return engine.Outcome([host], [record], clock, {}), choices, steps
 
   def task(self, state: Tree, t: int, base: Mapping[str, float], look) -> tuple[Choice, Any, int]:
-    """(the choice, (state, loss), number of trainings) of task t."""
+    """(the choice, (state, loss), steps of all trainings) of task t."""
     rates = self.search.rates_of(t)
     look()
-    rate, reference = best_rate(rates, self.plasticity(state, t, rates))
+    accuracies, searched = self.plasticity(state, t, rates)
+    rate, reference = best_rate(rates, accuracies)
+    steps = [int(np.sum(searched))]
 
     def trial(stability):
       look()
       hp = with_values(self.hp, rate, stability)
-      state_, loss, accuracy = self.attempt(hp, state, self.stream, t, self.weights)
+      state_, loss, taken, accuracy = self.attempt(hp, state, self.stream, t, self.weights)
+      steps.append(int(taken))
       return float(accuracy), (state_, np.asarray(loss))
 
     choice, model = decayed(trial, base, rate, reference, self.search)
-    return choice, model, len(rates) + choice.attempts
+    return choice, model, sum(steps)
 
-  def plasticity(self, state: Tree, t: int, rates: Sequence[float]) -> Sequence[float]:
-    """Validation accuracies of fine-tuning on task t at each rate, one mapped program."""
+  def plasticity(self, state: Tree, t: int, rates: Sequence[float]) -> tuple[list, list]:
+    """(validation accuracies, steps) of fine-tuning on task t at each rate, one mapped program."""
     if len(rates) not in self.programs:
       axes = (MAPPED, SHARED, SHARED, SHARED, SHARED)
       self.programs[len(rates)] = jax.jit(map_runs(self.fine_tuned, axes, len(rates)))
     program = self.programs[len(rates)]
-    return program(jnp.asarray(rates), state, self.stream, jnp.int32(t), self.weights).tolist()
+    out = program(jnp.asarray(rates), state, self.stream, jnp.int32(t), self.weights)
+    return tuple(a.tolist() for a in out)
 
   def fine_tuned(self, rate, state: Tree, stream: Stream, t, weights):
-    """The validation accuracy on task t of the network alone, trained at `rate` from where it stands."""
+    """(validation accuracy on task t, steps) of the network alone, trained at `rate` from where it stands."""
     hp = {**self.hp, 'optimizer': {**self.hp['optimizer'], 'lr': rate}, 'methods': {}}
     made = self.plain(hp, weights)
     new = made.init(state.key, take(stream, stream.index[t, 0], t))
     params = shared_part(new.params, state.params)
     new = new._replace(params=params, stats=state.stats, step=state.step)
-    new, _, _ = learn(made, new, stream, t, 0)
-    return validated(made, new, stream, t)
+    new, _, steps = trained(self.plain, self.epochs, self.patience, hp, new, stream, t, weights)
+    return validated(made, new, stream, t), steps
 
 
-def attempt(make, hp, state, stream: Stream, t, weights):
-  """(state, loss, validation accuracy) after learning task t and its boundary."""
+def attempt(make, epochs: int, patience: Patience | None, hp, state, stream: Stream, t, weights):
+  """(state, loss, steps, validation accuracy) after learning task t and its boundary."""
   made = make(hp, weights)
-  state, loss, _ = learn(made, state, stream, t, 0)
+  state, loss, steps = trained(make, epochs, patience, hp, state, stream, t, weights)
   if 'boundary' in stream.told:
     state = strong(
       made.boundary(state, jax.vmap(lambda rows: take(stream, rows, t))(stream.ends[t]))
     )
-  return state, loss, validated(made, state, stream, t)
+  return state, loss, steps, validated(made, state, stream, t)
+
+
+def trained(make, epochs, patience, hp, state, stream: Stream, t, weights):
+  """(state, loss f32[S], steps taken) after learning task t without its boundary."""
+  S = stream.index.shape[1]
+  whole = jnp.int32(S) if stream.steps is None else stream.steps[t]
+  if patience is None:
+    state, loss, _ = learn(make(hp, weights), state, stream, t, 0)
+    return state, loss, whole
+  an_epoch = whole // epochs
+
+  def train(model, epoch, scale):
+    optimizer = {**hp['optimizer'], 'lr': scale * hp['optimizer']['lr']}
+    made = make({**hp, 'optimizer': optimizer}, weights)
+
+    def step(i, model):
+      state, loss = model
+      state, value = made.step(state, take(stream, stream.index[t, i], t))
+      return strong(state), loss.at[i].set(value)
+
+    return jax.lax.fori_loop(epoch * an_epoch, (epoch + 1) * an_epoch, step, model)
+
+  measure = lambda model: validated(make(hp, weights), model[0], stream, t)  # noqa: E731
+  start = (strong(state), jnp.full(S, jnp.nan, jnp.float32))
+  (state, loss), done = until_no_better(train, measure, start, epochs, patience)
+  return state, loss, done * an_epoch
 
 
 def validated(made: Learner, state: State, stream: Stream, t) -> jax.Array:

@@ -96,6 +96,10 @@ RULES: dict[str, Rule] = {
   'tuning.drop': fraction(),
   'tuning.decay': fraction(low=False),
   'tuning.attempts': least(1),
+  'tuning.patience': (
+    lambda v: not v or (len(v) == 3 and whole(v[0], 1) and whole(v[1], 1) and 0 < v[2] < 1),
+    'must be (epochs, epochs, factor), as in (5, 10, 0.1), or ()',
+  ),
   'tuning.start': (
     lambda v: (
       all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in v)

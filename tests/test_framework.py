@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from cl_jax.framework import Search, best_rate, candidates, decayed
+from cl_jax.framework import (
+  Patience,
+  Search,
+  best_rate,
+  candidates,
+  decayed,
+  until_no_better,
+)
 
 
 def test_the_best_rate():
@@ -57,3 +67,46 @@ def test_of_several_each_is_decayed_alone_then_all():
 def test_the_goal_is_inclusive(drop):
   choice, _ = decayed(lambda s: ((1 - drop) * 0.5, None), {'c': 1.0}, 0.1, 0.5, Search(drop=drop))
   assert choice.met and choice.attempts == 1
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_training_ends_when_it_is_no_better(seed):
+  """Against the survey's loop in Python: which epoch is kept, how many are trained, at which rates."""
+  rng, epochs = np.random.default_rng(seed), 30
+  accuracy = np.cumsum(rng.normal(0.01, 0.05, epochs)).astype(np.float32)
+  accuracy[rng.integers(0, epochs, 3)] = np.nan
+  patience = Patience(2, 4, 0.1)
+
+  count, rate, best, top, rates = 0, 1.0, -1, -1.0, []
+  for epoch in range(epochs):
+    if count > patience.stop:
+      break
+    if count == patience.lower:
+      rate *= patience.factor
+    rates.append(rate)
+    if accuracy[epoch] > top:
+      best, top, count = epoch, accuracy[epoch], 0
+    else:
+      count += 1
+
+  def train(model, epoch, scale):
+    _, seen = model
+    return epoch, seen.at[epoch].set(scale)
+
+  def run():
+    start = (jnp.int32(-1), jnp.full(epochs, jnp.nan))
+    measure = lambda model: jnp.asarray(accuracy)[model[0]]  # noqa: E731
+    return until_no_better(train, measure, start, epochs, patience)
+
+  (kept, seen), done = jax.jit(run)()
+  assert (int(kept), int(done)) == (best, len(rates))
+  np.testing.assert_allclose(seen[: best + 1], rates[: best + 1], rtol=1e-6)
+  assert np.isnan(seen[best + 1 :]).all()
+
+
+def test_a_model_without_an_accuracy_comes_back_as_it_was():
+  train = lambda model, epoch, scale: model + 1  # noqa: E731
+  model, done = until_no_better(
+    train, lambda model: jnp.float32(jnp.nan), jnp.int32(7), 20, Patience(1, 2, 0.5)
+  )
+  assert (int(model), int(done)) == (7, 3)

@@ -129,9 +129,32 @@ def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path
   assert line['tuning'][0]['stability']['er.coef'] <= 2.0
 
 
+def test_patience_saves_steps_and_keeps_the_best_epoch(call, tiny, tmp_path):
+  """Twelve epochs at most: fewer steps than without, and other models."""
+  found = {}
+  for name, patience in (('all', '()'), ('early', '(1, 1, 0.5)')):
+    argv = (
+      *TUNING,
+      '--config.seeds=0,',
+      '--config.epochs=12',
+      f'--config.tuning.patience={patience}',
+    )
+    place = tmp_path / name
+    assert call(framework.main, f'--config={tiny}:class,er', f'--workdir={place}', *argv).code == 0
+    (found[name],) = lines(place)
+  early, everything = found['early'], found['all']
+  assert early['tuning_steps'] < everything['tuning_steps'] == 4 * everything['steps']
+  assert np.isfinite(early['R']).all() and early['tuning'] != everything['tuning']
+
+
 @pytest.mark.parametrize(
   ('words', 'message'),
   [
+    (('--config.tuning.patience=(5, 10)',), 'config.tuning.patience must be'),
+    (
+      ('--config.tuning.patience=(5, 10, 0.1)', '--config.iterations=9', '--config.epochs=1'),
+      'leave config.iterations out',
+    ),
     (('--config.scenario=joint',), 'goes from task to task'),
     (('--config.evaluate=valid', '--config.validation=0.1'), 'goes from task to task'),
     (('--config.tuning.rates=(0.1, -1.0)',), 'config.tuning.rates must be positive'),
