@@ -49,9 +49,16 @@ def test_growth_is_what_a_learner_for_so_many_tasks_would_keep():
   assert steps == [0] + [4 * 3 * (units + 1)] * 3  # one from the start; the last task needs none
 
 
-@pytest.mark.parametrize('method', ['er', 'agem', 'gem', 'derpp', 'mir', 'icarl', 'gdumb'])
+@pytest.mark.parametrize(
+  'method', [*'er agem gem derpp mir icarl gdumb rehearsal latent remind'.split()]
+)
 def test_what_is_added_is_just_below_the_budget(method):
-  fields = {'agem': {'draw': 16}, 'mir': {'candidates': 20}}.get(method, {})
+  fields = {
+    'agem': {'draw': 16},
+    'mir': {'candidates': 20},
+    'latent': {'tap': 'l0'},
+    'remind': {'tap': 'l0', 'codebooks': 4, 'codes': 16},
+  }.get(method, {})
   own = {method: fields} if fields else {}
   slots, size = added((method,), budget_bytes=150_000, **own)
   # A slot is an image of 784 bytes, its label, weight and task, and what the method keeps with it.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_jax.compose import chain
+from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import run
 from cl_jax.masks import paths
@@ -20,6 +21,7 @@ from cl_jax.methods.closed_form.slda import slda
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.methods.isolation.hat import hat
 from cl_jax.methods.isolation.packnet import packnet
+from cl_jax.methods.isolation.pnn import pnn
 from cl_jax.methods.lowrank.lora import lora, merge
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
@@ -214,6 +216,30 @@ def test_packnet_forgets_nothing_in_any_network(name, tx):
   assert np.array_equal(answers(state), before)
   after = paths(state.params)
   assert all(not np.array_equal(after[p], weights[p]) for p in owner)
+
+
+@pytest.mark.parametrize('name', ['mlp', 'cnn'])
+@ANY
+def test_progressive_networks_forget_nothing(name, tx):
+  """A finished column keeps its bits and its answers; the new one reads it through laterals."""
+  model = NETWORKS[name]()
+  method = pnn(2, ((0, 1, 2), (3, 4, 5)), wires=model.wires)
+  state, finish, step, answers = two_tasks(model, tx, method)
+  state = finish(state)
+  before, weights = answers(state), paths(state.params)
+  for i in range(4):
+    state = step(state, i)
+  assert np.array_equal(answers(state), before)
+  moved = {p for p, a in paths(state.params).items() if not np.array_equal(a, weights[p])}
+  assert moved == {p for p in weights if p.startswith('pnn/column1')}
+  assert any(p.endswith('/u') for p in moved)
+
+
+@pytest.mark.parametrize('name', ['resnet', 'vit'])
+def test_progressive_networks_refuse_what_they_cannot_widen(name):
+  model = NETWORKS[name]()
+  with pytest.raises(UserError, match='columns of layers between taps'):
+    two_tasks(model, optax.sgd(0.1), pnn(2, ((0, 1, 2), (3, 4, 5)), wires=model.wires))
 
 
 def test_gdumb_predicts_with_norm_statistics_of_its_own_training():
