@@ -86,29 +86,38 @@ def greedy_balanced(capacity: int, classes: int) -> Writer:
   return Writer(init, place, pick, capacity)
 
 
+class LargestState(NamedTuple):
+  """Writer state of `largest_class`."""
+
+  labels: Array  # i32[capacity], -1 = empty
+  stored: Array  # i32[C]
+
+
 def largest_class(capacity: int, classes: int) -> Writer:
   """Every example is stored; when the memory is full, in place of a random row of the largest class.
 
-  The buffer of REMIND (Hayes et al., ECCV 2020, section 3.2). State: 4 bytes a slot.
+  The buffer of REMIND (Hayes et al., ECCV 2020, section 3.2). State: 4 bytes a slot, 4 a class. A row that
+  arrives at a full memory scans its labels.
   """
 
   def init(features):
     del features
-    return jnp.full(capacity, -1, jnp.int32)
+    return LargestState(jnp.full(capacity, -1, jnp.int32), jnp.zeros(classes, jnp.int32))
 
-  def place(labels, batch, key, features):
+  def place(aux, batch, key, features):
     del features
     u = jax.random.uniform(key, batch.y.shape)
 
-    def one(i, labels):
-      stored = jnp.zeros(classes, jnp.int32).at[labels].add(labels >= 0)
-      slot = free_or_largest(labels, stored, u[i])
-      return labels.at[slot].set(batch.y[i]), slot
+    def one(i, aux):
+      slot = free_or_largest(aux.labels, aux.stored, u[i])
+      out, c = aux.labels[slot], batch.y[i]
+      stored = aux.stored.at[jnp.maximum(out, 0)].add(-(out >= 0).astype(jnp.int32)).at[c].add(1)
+      return LargestState(aux.labels.at[slot].set(c), stored), slot
 
-    return row_by_row(one, labels, batch, capacity)
+    return row_by_row(one, aux, batch, capacity)
 
-  def pick(labels, key, n):
-    return distinct(key, n, (labels >= 0).sum(dtype=jnp.int32))
+  def pick(aux, key, n):
+    return distinct(key, n, aux.stored.sum(dtype=jnp.int32))
 
   return Writer(init, place, pick, capacity)
 

@@ -32,6 +32,7 @@ def mer(
   For every example of the stream's batch, `batches` times: `draw` rows from memory and then the example, a
   step of SGD at rate lr for each of them, theta <- theta_0 + beta (theta - theta_0) (Reptile within the
   batch). After them theta <- theta_A + gamma (theta - theta_A) (across batches), and the example is stored.
+  Algorithm 6 of the paper ("one big batch", gamma alone) is batches=1, beta=1.
 
   Riemer et al., ICLR 2019, algorithm 1; official code mattriemer/MER. The run's optimiser is not used: its
   update is replaced. Deviation: the current example comes last as in the paper (first in the code), memory
