@@ -55,8 +55,8 @@ def remind(
     most: places of feature maps, drawn at random, that the quantiser is fitted to.
 
   Needs the boundary. State: capacity + 1 + draw rows of `codebooks` bytes per place, with 12 bytes each for
-  label, weight and task, 4 bytes per slot and class, 4 D codes bytes of codewords for D channels at the cut, 1 byte
-  per parameter array, 4 bytes.
+  label, weight and task, 4 bytes per slot and class, 4 D codes bytes of codewords for D channels at the cut,
+  1 byte per parameter array, 4 bytes.
   """
   if not 1 < codes <= 256:
     raise ValueError(f'remind codes={codes}: a code is a byte, 2 to 256')
