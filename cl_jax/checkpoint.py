@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,11 +117,20 @@ def save(
     for old in steps(directory)[:-keep]:
       remove(directory / f'{old:010d}')
   except Exception as error:
-    shutil.rmtree(part, ignore_errors=True)
+    discard(part)
     raise UserError(
       f'no checkpoint could be written to {directory}, those before it are whole: {reason(error)}'
     ) from error
   return place
+
+
+def discard(part: Path, patience: float = 2.0) -> None:
+  """Removes a half-written checkpoint, into which other threads of orbax may still be writing."""
+  end = time.monotonic() + patience
+  shutil.rmtree(part, ignore_errors=True)
+  while part.exists() and time.monotonic() < end:
+    time.sleep(0.02)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def restore(

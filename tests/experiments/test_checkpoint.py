@@ -205,3 +205,26 @@ def test_arrays_serve_as_the_structure(tmp_path):
   checkpoint.save(tmp_path, 1, tree)
   found = checkpoint.restore(tmp_path, like=tree)
   assert found is not None and checkpoint.digest(found.tree) == checkpoint.digest(tree)
+
+
+def test_a_half_written_checkpoint_is_removed_though_threads_still_write(tmp_path, monkeypatch):
+  """As orbax's threads do on a full disk: a file appears between the removal of files and of the folder."""
+  part = tmp_path / '.0000000001.1.part'
+  part.mkdir()
+  real, tries = shutil.rmtree, []
+
+  def outrun(path, ignore_errors=False):
+    tries.append(path)
+    real(path, ignore_errors)
+    if len(tries) < 3:
+      path.mkdir()
+      (path / 'late').write_bytes(b'x')
+
+  monkeypatch.setattr(shutil, 'rmtree', outrun)
+  checkpoint.discard(part)
+  assert not part.exists() and tries == [part] * 3
+  tries[:] = []
+  monkeypatch.setattr(shutil, 'rmtree', lambda path, ignore_errors=False: tries.append(path))
+  part.mkdir()
+  checkpoint.discard(part, patience=0.05)  # it gives up: the next save sweeps it up
+  assert part.exists() and tries

@@ -130,8 +130,8 @@ def test_permuted_mnist_is_the_full_protocol(data_dir):
   stream = permuted_mnist.stream_of('class')(1, data_dir)
   assert stream.index.shape == (10, 5000, 256) and stream.test.x.shape[3:] == (32, 32, 1)
   assert stream.classes == 100 and stream.task_classes == permuted_mnist.HEADS
-  row = permuted_mnist.rows()[-2]
-  assert (row.scenario, row.method) == ('class', 'lwf') and row.slow
+  (row,) = (r for r in permuted_mnist.rows() if (r.scenario, r.method) == ('class', 'lwf'))
+  assert row.slow
   jax.eval_shape(lambda k, s: reproduce.run(row.build, None, k, s), jax.random.key(0), stream)
 
 
