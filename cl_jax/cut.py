@@ -7,7 +7,7 @@ norm statistics of then, and what a memory holds enters right above it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval
 
 from cl_jax.errors import UserError
 from cl_jax.masks import nest, paths
-from cl_jax.types import Array, Batch, Tree, no_tap
+from cl_jax.types import Array, Batch, Forward, Tree, no_tap, overlay
 
 
 class Joined(NamedTuple):
@@ -63,6 +63,19 @@ def below(apply: Callable, variables: Tree, batch: Batch, name: str) -> set[str]
   jaxpr = jax.make_jaxpr(lambda v: at_cut(apply, v, batch, name))(variables).jaxpr
   _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   return {path for path, u in zip(paths(variables), used, strict=True) if u}
+
+
+def begin(fwd: Forward, params: Tree, batch: Batch, name: str) -> tuple[Any, Tree]:
+  """(shape and dtype of the activation `name`, a bool[] per parameter: whether it lies below)."""
+  variables = overlay(fwd.frozen, fwd.stats, params)
+  h = jax.eval_shape(lambda v: at_cut(fwd.apply, v, batch, name), variables)
+  under = below(fwd.apply, variables, batch, name)
+  return h, nest({p: jnp.bool_(p in under) for p in paths(params)})
+
+
+def hold(under: Tree, fixed: Array, old: Tree, new: Tree) -> Tree:
+  """The new parameters, the old ones where `under` once the part below is `fixed`."""
+  return jax.tree.map(lambda u, a, b: jnp.where(u & fixed, a, b), under, old, new)
 
 
 def cut(

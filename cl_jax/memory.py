@@ -127,6 +127,19 @@ def distinct(key: Array, n: int, total: Array) -> tuple[Array, Array]:
   return jnp.where(few, first, chosen), 1 - (few & (j >= total)).astype(jnp.float32)
 
 
+def distinct_of(key: Array, n: int, marked: Array) -> tuple[Array, Array]:
+  """(i32[n], f32[n] weights): n distinct places where `marked` bool[N] is true; see `distinct`."""
+  nth, w = distinct(key, n, marked.sum(dtype=jnp.int32))
+  places = jnp.searchsorted(jnp.cumsum(marked), nth + 1)
+  return jnp.minimum(places, marked.shape[0] - 1).astype(jnp.int32), w
+
+
+def shuffled(key: Array, last: Array) -> Array:
+  """0 .. N - 1 in random order, but those where `last` bool[N] is true after all others."""
+  order = jax.random.permutation(key, last.shape[0])
+  return order[jnp.argsort(last[order], stable=True)]
+
+
 def arrivals(batch: Batch) -> tuple[Array, Array]:
   """(valid bool[B], rank i32[B]): which rows count, and how many valid ones came before each."""
   valid = batch.w > 0

@@ -9,17 +9,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from cl_jax import memory
 from cl_jax.types import Array
 
 
 def starts(key: Array, w: Array, parts: int, words: int) -> Array:
   """i32[parts, words]: rows drawn without replacement for each part, those with w = 0 last."""
-
-  def one(key):
-    order = jax.random.permutation(key, w.shape[0])
-    return order[jnp.argsort(w[order] <= 0, stable=True)][:words]
-
-  return jax.vmap(one)(jax.random.split(key, parts))
+  keys = jax.random.split(key, parts)
+  return jax.vmap(lambda key: memory.shuffled(key, w <= 0)[:words])(keys)
 
 
 def fit(key: Array, x: Array, w: Array, parts: int, words: int, rounds: int) -> Array:

@@ -63,3 +63,9 @@ def build(golden, method, classes=4, prefix='init', tx=None, frozen=None):
 def stacked(xs, ys, task=-1):
   """A task's batches as a boundary gets them, leaves [steps, rows, ...]."""
   return jax.vmap(lambda x, y: batch_of(x, y, task))(xs, ys)
+
+
+def drawn(rows, slots):
+  """The rows of our memory in the reference's slots; w = 0 where it drew none."""
+  found = jax.tree.map(lambda a: a[np.maximum(slots, 0)], rows)
+  return found._replace(w=jnp.asarray(slots >= 0, jnp.float64))

@@ -12,18 +12,13 @@ from cl_jax.methods.heads.cwr import cwr
 from cl_jax.methods.replay.latent import latent
 from cl_jax.methods.replay.remind import remind
 from cl_jax.models import layers
-from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
+from tests.parity.shared import Golden, batch_of, build, close, close_trees, drawn, stacked
 
 
 @pytest.fixture(autouse=True)
 def double():
   with jax.enable_x64(True):
     yield
-
-
-def drawn(rows, slots):
-  found = jax.tree.map(lambda a: a[np.maximum(slots, 0)], rows)
-  return found._replace(w=jnp.asarray(slots >= 0, jnp.float64))
 
 
 @pytest.mark.parametrize('variant', ['plain', 'few', 'short'])

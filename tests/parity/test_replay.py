@@ -18,19 +18,23 @@ from cl_jax.methods.replay.gem import gem
 from cl_jax.methods.replay.icarl import icarl
 from cl_jax.methods.replay.mer import mer
 from cl_jax.methods.replay.mir import mir
-from tests.parity.shared import LEAVES, OURS, Golden, batch_of, build, close, close_trees, stacked
+from tests.parity.shared import (
+  LEAVES,
+  OURS,
+  Golden,
+  batch_of,
+  build,
+  close,
+  close_trees,
+  drawn,
+  stacked,
+)
 
 
 @pytest.fixture(autouse=True)
 def double():
   with jax.enable_x64(True):
     yield
-
-
-def drawn(rows, slots):
-  """The rows of our memory in the reference's slots; w = 0 where it drew none."""
-  found = jax.tree.map(lambda a: a[np.maximum(slots, 0)], rows)
-  return found._replace(w=jnp.asarray(slots >= 0, jnp.float64))
 
 
 def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss'):

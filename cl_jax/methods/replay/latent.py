@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax import cut, memory
-from cl_jax.masks import nest, paths
-from cl_jax.types import Array, Batch, Method, Tree, overlay
+from cl_jax.types import Array, Batch, Method, Tree
 
 
 class LatentState(NamedTuple):
@@ -43,15 +42,12 @@ def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
   """
 
   def init(key, params, batch, fwd):
-    variables = overlay(fwd.frozen, fwd.stats, params)
-    h = jax.eval_shape(lambda v: cut.at_cut(fwd.apply, v, batch, tap), variables)
+    h, below = cut.begin(fwd, params, batch, tap)
 
     def blank(n):
       return jax.tree.map(lambda a: jnp.zeros((n, *a.shape[1:]), a.dtype), batch._replace(x=h))
 
-    under = cut.below(fwd.apply, variables, batch, tap)
-    mask = nest({p: jnp.bool_(p in under) for p in paths(params)})
-    return {}, LatentState(blank(capacity + 1), blank(draw), mask, jnp.int32(0))
+    return {}, LatentState(blank(capacity + 1), blank(draw), below, jnp.int32(0))
 
   def wrap(s, apply):
     return cut.cut(apply, 'latent', tap, s.tasks > 0)
@@ -60,15 +56,11 @@ def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
     return cut.join(batch, s.draw)
 
   def drawn(s, key):
-    filled = s.rows.w[:capacity] > 0
-    nth, w = memory.distinct(key, draw, filled.sum(dtype=jnp.int32))
-    slots = jnp.minimum(jnp.searchsorted(jnp.cumsum(filled), nth + 1), capacity - 1)
+    slots, w = memory.distinct_of(key, draw, s.rows.w[:capacity] > 0)
     return jax.tree.map(lambda a: a[slots], s.rows)._replace(w=w)
 
   def after(s, params, step, key):
-    fixed = s.tasks > 0
-    still = lambda under, old, new: jnp.where(under & fixed, old, new)  # noqa: E731
-    params = jax.tree.map(still, s.below, step.params, params)
+    params = cut.hold(s.below, s.tasks > 0, step.params, params)
     return params, s._replace(draw=drawn(s, key))
 
   def boundary(s, params, batches, fwd, key):
@@ -76,10 +68,8 @@ def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
     n, size = batches.y.shape[1], flat.y.shape[0]
     most = min(capacity, size)
-    some = jax.random.permutation(k_rows, size)
-    some = some[jnp.argsort(flat.w[some] <= 0, stable=True)]  # padding last
-    slots = jax.random.permutation(k_slots, capacity)
-    slots = slots[jnp.argsort(s.rows.w[slots] > 0, stable=True)]  # empty ones first
+    some = memory.shuffled(k_rows, flat.w <= 0)  # padding last
+    slots = memory.shuffled(k_slots, s.rows.w[:capacity] > 0)  # empty ones first
     count = jnp.minimum(capacity // (s.tasks + 1), (flat.w > 0).sum())
     slots = jnp.where(jnp.arange(most) < count, slots[:most], capacity)
     # In batches of the stream's size: all at once may not fit.

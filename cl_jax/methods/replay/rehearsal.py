@@ -113,8 +113,6 @@ def shared_out(capacity: int, tasks: int | None) -> memory.Writer:
 
   def pick(aux, key, n):
     earlier = aux.filled[:capacity] & (aux.owner < aux.task)
-    nth, w = memory.distinct(key, n, earlier.sum(dtype=jnp.int32))
-    slots = jnp.searchsorted(jnp.cumsum(earlier), nth + 1)
-    return jnp.minimum(slots, capacity - 1).astype(jnp.int32), w
+    return memory.distinct_of(key, n, earlier)
 
   return memory.Writer(init, place, pick, capacity)

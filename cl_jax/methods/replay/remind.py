@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from cl_jax import cut, memory, quantise
 from cl_jax.errors import UserError
-from cl_jax.masks import nest, paths
-from cl_jax.types import Array, Method, Tree, overlay
+from cl_jax.types import Array, Method, Tree
 from cl_jax.writers import largest_class
 
 
@@ -63,17 +62,14 @@ def remind(
   write = largest_class(capacity, classes)
 
   def init(key, params, batch, fwd):
-    variables = overlay(fwd.frozen, fwd.stats, params)
-    h = jax.eval_shape(lambda v: cut.at_cut(fwd.apply, v, batch, tap), variables)
+    h, below = cut.begin(fwd, params, batch, tap)
     if h.shape[-1] % codebooks:
       raise UserError(
         f'remind codebooks={codebooks} does not divide the {h.shape[-1]} channels of {tap!r}'
       )
     rows = batch._replace(x=jnp.zeros((*h.shape[:-1], codebooks), jnp.uint8))
     books = jnp.zeros((codebooks, codes, h.shape[-1] // codebooks))
-    under = cut.below(fwd.apply, variables, batch, tap)
-    mask = nest({p: jnp.bool_(p in under) for p in paths(params)})
-    return {}, REMINDState(memory.create(write, rows, draw), books, mask, jnp.int32(0))
+    return {}, REMINDState(memory.create(write, rows, draw), books, below, jnp.int32(0))
 
   def wrap(s, apply):
     return cut.cut(
@@ -93,8 +89,7 @@ def remind(
 
   def after(s, params, step, key):
     fixed = s.tasks > 0
-    still = lambda under, old, new: jnp.where(under & fixed, old, new)  # noqa: E731
-    params = jax.tree.map(still, s.below, step.params, params)
+    params = cut.hold(s.below, fixed, step.params, params)
     rows = encoded(s.books, step.batch, step.out.aux['remind'])
     rows = rows._replace(w=rows.w * fixed)  # the first task is stored at its end
     return params, s._replace(memory=memory.write_then_draw(write, s.memory, rows, key))
@@ -108,8 +103,7 @@ def remind(
         batches.w.reshape(*batches.w.shape, *[1] * (h.ndim - 3)), h.shape[:-1]
       ).reshape(-1)
       if len(w) > most:
-        order = jax.random.permutation(k_some, len(w))
-        some = order[jnp.argsort(w[order] <= 0, stable=True)][:most]
+        some = memory.shuffled(k_some, w <= 0)[:most]
         places, w = places[some], w[some]
       books = quantise.fit(k_fit, places, (w > 0).astype(h.dtype), codebooks, codes, rounds)
 
