@@ -118,7 +118,8 @@ def defaults() -> dict[str, Any]:
     # Bytes that all methods together may add to the state of plain fine-tuning: those with a `capacity` get
     # as many slots as fit, in place of their own number. None = as their `capacity` says.
     'budget_bytes': Maybe(int),
-    # Which outputs compete: 'all', 'seen' (classes seen so far) or 'task' (those of the task at hand).
+    # Which outputs compete: 'all', 'seen' (classes seen so far), 'current' (in training those of the task at
+    # hand, at test those seen so far) or 'task' (those of the task at hand, which is told).
     'head': 'all',
     'optimizer': {
       # The function of optax, then its arguments; `lr` is its learning rate.

@@ -10,7 +10,6 @@ import numpy as np
 
 from cl_jax import compose, methods
 from cl_jax.errors import UserError
-from cl_jax.methods.heads.seen_head import seen_head
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.types import Method, Stream, Tree, Wire
 from experiments import fields
@@ -34,17 +33,16 @@ def chain_of(
     except (ValueError, TypeError) as error:
       raise UserError(f'config.{name}: {error}') from error
     chosen[name] = made if gate is None else compose.gated(gate, made)
-  head = {'all': {}, 'seen': {'seen_head': seen_head}, 'task': {'task_head': task_head}}
+  head = {'all': (), 'seen': ('seen_head',), 'current': ('current_head',), 'task': ('task_head',)}
   for name in head[config['head']]:
     if name in chosen:
       raise UserError(
         f'config.head={config["head"]!r} adds {name!r}: leave it out of config.methods'
       )
-    chosen[name] = (
-      seen_head(stream.classes)
-      if name == 'seen_head'
-      else task_head(stream.task_classes, stream.classes)
-    )
+    if name == 'task_head':
+      chosen[name] = task_head(stream.task_classes, stream.classes)
+    else:
+      chosen[name] = methods.find(name)(stream.classes)
   return compose.chain(**chosen) if chosen else Method()
 
 

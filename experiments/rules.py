@@ -75,7 +75,7 @@ RULES: dict[str, Rule] = {
   'batch': least(1),
   'ends_batch': least(1),
   'budget_bytes': least(1),
-  'head': one_of('all', 'seen', 'task'),
+  'head': one_of('all', 'seen', 'current', 'task'),
   'optimizer.lr': above(0.0),
   'optimizer.weight_decay': least(0.0),
   'optimizer.schedule': one_of('constant', 'cosine'),

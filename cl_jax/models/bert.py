@@ -41,9 +41,9 @@ def bert(
 
   Parameters: 'backbone' {'embed': {'tokens', 'positions', 'types', 'norm'}, 'layers': every leaf
   stacked [depth, ...]} and 'head' {'w', 'b'}. `features` f32[B, d] are the pooled hidden states.
-  Taps: 'embed', then per layer 'k', 'v', 'attention' (its output), 'mlp' (the hidden units) and
-  'block', all [B, L, .]. What 'embed' puts before the first position is attended to and left out
-  of pooling.
+  Taps: 'embed', then per layer 'k', 'v', 'attention' (its output), 'middle' (what the MLP reads), 'mlp' (its
+  hidden units), 'feedforward' (its output) and 'block', all [B, L, .]. What 'embed' puts before the first
+  position is attended to and left out of pooling.
 
   Where `init` is traced, let `weights` be an argument of the program, as `cl_jax.loop.run` does:
   closed over, they would be copied into it as constants.
@@ -112,11 +112,10 @@ def encode(
   def block(p: Tree, h: Array, i: Array) -> Array:
     p = transformer.cast(p, dtype)
     a = tap('attention', transformer.attention(p, h, seen, config.heads, tap, i), i)
-    h = layers.layer_norm(p['norm1'], h + a, config.eps)
+    h = tap('middle', layers.layer_norm(p['norm1'], h + a, config.eps), i)
     m = tap('mlp', jax.nn.gelu(layers.dense(p['up'], h), approximate=False), i)
-    return tap(
-      'block', layers.layer_norm(p['norm2'], h + layers.dense(p['down'], m), config.eps), i
-    )
+    m = tap('feedforward', layers.dense(p['down'], m), i)
+    return tap('block', layers.layer_norm(p['norm2'], h + m, config.eps), i)
 
   h = transformer.stack(block, p['layers'], h, remat, unroll)
   return h.astype(jnp.float32), transformer.extend(mask, h.shape[1], False)

@@ -46,8 +46,9 @@ def vit(
   Parameters: 'backbone' {'patch': {'w': f32[patch * patch * channels, d], 'b'}, 'cls': f32[d],
   'positions': f32[1 + patches, d], 'layers': every leaf stacked [depth, ...], 'norm'} and 'head'
   {'w', 'b'}. `features` f32[B, d] are the class token's after the last norm. Taps: 'embed', then
-  per layer 'k', 'v', 'attention' (its output), 'mlp' (the hidden units) and 'block', all [B, L, .].
-  What 'embed' puts before the class token is attended to.
+  per layer 'k', 'v', 'attention' (its output), 'middle' (the residual stream that the MLP reads), 'mlp' (its
+  hidden units), 'feedforward' (its output) and 'block', all [B, L, .]. What 'embed' puts before the class
+  token is attended to.
 
   Where `init` is traced, let `weights` be an argument of the program, as `cl_jax.loop.run` does:
   closed over, they would be copied into it as constants.
@@ -99,9 +100,10 @@ def encode(
     p = transformer.cast(p, dtype)
     n = layers.layer_norm(p['norm1'], h, config.eps)
     h = h + tap('attention', transformer.attention(p, n, None, config.heads, tap, i), i)
+    h = tap('middle', h, i)
     n = layers.layer_norm(p['norm2'], h, config.eps)
     m = tap('mlp', jax.nn.gelu(layers.dense(p['up'], n), approximate=False), i)
-    return tap('block', h + layers.dense(p['down'], m), i)
+    return tap('block', h + tap('feedforward', layers.dense(p['down'], m), i), i)
 
   h = transformer.stack(block, p['layers'], h, remat, unroll)
   return layers.layer_norm(p['norm'], h.astype(jnp.float32), config.eps)
