@@ -23,10 +23,10 @@ Variants, which differ in 3 (and `paper` in 1):
             energy: the eigenvalues, so kept = trace(P_new H) / trace(H) exactly
   paper     `inputs`, with A_t too the leading eigenvectors of (I - P) H (I - P)
   still     `singular`, with biases and head too at rest in the warm steps
-The numbers of directions of the first two tasks are the same with eps_t = 0.95 + 0.05 t / (T - 1). Deviations from the authors'
-code: it takes one direction fewer in the first task, divides A by sqrt(3), stores the complement once it
-is the smaller (the same projector), makes a pass over the task's data before it trains, and trains a head
-per task on k and v only.
+The numbers of directions of the first two tasks are the same with eps_t = 0.95 + 0.05 t / (T - 1).
+Deviations from the authors' code: it takes one direction fewer in the first task, divides A by sqrt(3),
+stores the complement once it is the smaller (the same projector), makes a pass over the task's data
+before it trains, and trains a head per task and B on the keys and values of attention only.
 
 Keys. Inputs:
   init/l0/w [6,8] ... init/l2/b [6]; xs [3,5,6,6] (task, step, row), ys [3,5,6], probe [8,6]; lr, r, warm
