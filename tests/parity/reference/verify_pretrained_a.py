@@ -2,9 +2,10 @@
 
 Each run is made anew from its stored inputs alone and the stored arrays are compared to 1e-9: gradients by
 autograd where the generator's are by hand, torch.optim's SGD, torch.cov, and for the Vision Transformer
-torch's Conv2d, MultiheadAttention and LayerNorm. Projectors are compared, not bases. Limiting cases: adapters with
-up = 0 are the frozen network; a huge g1 makes FeCAM's matrix the identity; SD-LoRA with factors of unit length
-is the same; InfLoRA's W_eff descends the gradient projected by A A^T, without any B. Of the generators only the layout is shared. Run by hand:
+torch's Conv2d, MultiheadAttention and LayerNorm. Projectors are compared, not bases. Limiting cases:
+adapters with up = 0 are the frozen network; a huge g1 makes FeCAM's matrix the identity; SD-LoRA with
+factors of unit length is the same (1e-6, for the eps); InfLoRA's W_eff descends the gradient projected by
+A A^T, without any B. Of the generators only the layout is shared. Run by hand:
 ``python verify_pretrained_a.py``; it ends with an AssertionError on the first mismatch.
 """
 
