@@ -57,7 +57,7 @@ Prefix = dict[int, tuple[Tensor, Tensor]]
 def init(rng: np.random.Generator) -> pb.Params:
   """Backbone and head; biases, scales and positions are random too, so that a mistake in them shows.
 
-  The matrices are large enough that the frozen features of different images differ in direction.
+  The matrices are large: features of different images differ in direction, and prompts move visibly.
   """
   draw = lambda *shape, s=0.25: rng.normal(size=shape) * s  # noqa: E731
   p = {
@@ -74,7 +74,7 @@ def init(rng: np.random.Generator) -> pb.Params:
   for name in ('norm1', 'norm2'):
     p[f'layers/{name}/scale'] = 1 + draw(DEPTH, D)
     p[f'layers/{name}/bias'] = draw(DEPTH, D)
-  return pb.prefixed('backbone', p) | {'head/w': draw(D, CLASSES), 'head/b': draw(CLASSES)}
+  return pb.prefixed('backbone', p) | {'head/w': draw(D, CLASSES, s=0.8), 'head/b': draw(CLASSES)}
 
 
 def tasks(rng: np.random.Generator) -> dict:
