@@ -134,7 +134,7 @@ def run(variant: str, z: dict, start: tv.Tensors) -> dict:
 
 
 def main() -> None:
-  rng = np.random.default_rng(2302)
+  rng = np.random.default_rng(2322)
   init = tv.init(rng)
   init['P'] = rng.normal(size=(len(LAYERS), M, LENGTH, tv.D))
   init['K'] = rng.normal(size=(len(LAYERS), M, tv.D))

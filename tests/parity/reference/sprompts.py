@@ -120,7 +120,7 @@ def run(z: dict, start: tv.Tensors) -> dict:
 
 
 def main() -> None:
-  rng = np.random.default_rng(2429)
+  rng = np.random.default_rng(2418)
   init = tv.init(rng)
   init['P'] = rng.normal(size=(tv.TASKS, LENGTH, tv.D))
   init['w'] = rng.normal(size=(tv.TASKS, tv.D, tv.CLASSES)) * 0.8
