@@ -71,13 +71,13 @@ def test_tiny_bert_equals_transformers(tmp_path):
 def test_minilm_equals_transformers_on_sentences():
   tokenizers = pytest.importorskip('tokenizers')
   files = pretrained.find('all-MiniLM-L6-v2')
-  config, weights = bert.load(files.folder)
+  config, weights = bert.load(files.path)
   tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer))
   tokenizer.enable_padding()
   encoded = tokenizer.encode_batch(SENTENCES)
   tokens = np.array([e.ids for e in encoded])
   mask = np.array([e.attention_mask for e in encoded])
-  theirs = transformers.BertModel.from_pretrained(files.folder).eval()
+  theirs = transformers.BertModel.from_pretrained(files.path).eval()
   with torch.no_grad():
     hidden = theirs(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state.numpy()
   x = {'tokens': jnp.asarray(tokens, jnp.int32), 'mask': jnp.asarray(mask, bool)}

@@ -1,7 +1,7 @@
 """Reference for adapters in a Vision Transformer: golden/adapter.npz. PyTorch float64 with autograd.
 
 Houlsby et al. 2019 (ICML), fig. 2, serial: at the output `a` of attention and at that of the feed-forward
-block, before the residual sum (see tiny_vit.py),
+block, before the residual sum (see adapter_vit.py),
 
   a + up(gelu(down(a)))      down [d,m], up [m,d] with biases, the exact GELU
 
@@ -17,7 +17,7 @@ train the norms too; AdaptFormer's authors may put a norm before the adapter (he
 Variants: both, attention, feedforward (serial, at these places), parallel.
 
 Keys. Inputs:
-  init/backbone/..., init/head/w [8,4], init/head/b  as the library's tree of parameters, see tiny_vit.py
+  init/backbone/..., init/head/w [8,4], init/head/b  as the library's tree of parameters, see adapter_vit.py
   init/adapter/<place>/down/w [2,8,3], .../down/b [2,3], .../up/w [2,3,8], .../up/b [2,8], the first axis the
   layer; place: attention, feedforward (the latter is that of `parallel` too)
   xs [2,4,6,4,4,1] (task, step, row, image), ys [2,4,6], probe [6,4,4,1], lr, scale
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import numpy as np
 import problem as pb
-import tiny_vit as tv
+import adapter_vit as tv
 import torch
 from frozen import clear, stable
 

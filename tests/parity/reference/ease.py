@@ -1,6 +1,6 @@
 """Reference for EASE: golden/ease.npz. PyTorch float64 (training by autograd), then NumPy.
 
-Zhou et al. 2024 (CVPR), eq. 4-10; sun-hailong/CVPR24-Ease (models/ease.py). The frozen ViT of tiny_vit.py
+Zhou et al. 2024 (CVPR), eq. 4-10; sun-hailong/CVPR24-Ease (models/ease.py). The frozen ViT of adapter_vit.py
 with a parallel adapter per task b = 0, 1, 2 at every feed-forward block: with `middle` the residual stream
 that enters the block, before its norm, and `a` its output,
 
@@ -22,7 +22,7 @@ that every boundary makes all p_hat anew, as the authors' `recalc_sim`). Deviati
 it divides the terms with alpha by t, trains a cosine head of the task's own, and may add f of the plain ViT.
 
 Keys. Inputs:
-  init/backbone/..., init/head/w [8,6], init/head/b         see tiny_vit.py
+  init/backbone/..., init/head/w [8,6], init/head/b         see adapter_vit.py
   init/adapter/down/w [3,2,8,3] (task, layer, ...), .../down/b [3,2,3], .../up/w [3,2,3,8], .../up/b [3,2,8]
   xs [3,4,6,4,4,1] (task, step, row, image), ys [3,4,6], probe [6,4,4,1], lr, scale, alpha
   image, patch, d, depth, heads, ffn, eps
@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import numpy as np
 import problem as pb
-import tiny_vit as tv
+import adapter_vit as tv
 import torch
 from frozen import clear, stable
 

@@ -1,130 +1,198 @@
-"""The pre-norm Vision Transformer of adapter and ease in PyTorch float64, and its parameters.
+"""The tiny problem of the prompt references: a pre-norm ViT in PyTorch float64, gradients by autograd.
 
-Dosovitskiy et al. 2021. Images [B, 4, 4, 1] are cut row by row into patches of 2 x 2 pixels (a patch row by
-row too), h = patch @ w + b, a class token goes before, positions are added to all five; per layer
-  h <- h + A(attention(norm1(h)));  h <- h + F(down(gelu(up(norm2(h)))), h)
-with two heads, the scores divided by sqrt(d / heads), the exact GELU (erf) and F, A what an adapter makes
-of the output (of the second, with the residual stream `h` that enters the block); then a last norm. The
-features are those of the class token. Norms divide by sqrt(variance + 1e-12), the variance with 1/d.
-Everything is x @ w + b, w [in, out]; 'layers' have a leading axis [depth].
+Shared by l2p, dualprompt, coda, sprompts, prompt_tuning and prefix_tuning. Nothing here imports the
+library under test; the network is that of Dosovitskiy et al. 2021 with the layout below, every matrix
+[in, out] and applied as x @ w + b. `verify_pretrained_b.py` has the same network and its gradients by
+hand in NumPy.
+
+Network (images [B, 4, 4, 1], patch 2, d = 8, 3 layers, 2 heads, 12 hidden units, 6 outputs, eps 1e-12):
+  rows     patches in row-major order, a patch's pixels in row-major order [B, 4, 4] @ patch/w + patch/b
+  h        [cls, rows] + positions [B, 5, 8]; `embed` [B, n, 8] is put BEFORE it, without positions
+  layer i  n = norm1(h); k = n @ k/w + k/b, v likewise; `prefix[i]` = (keys, values) [B, n, 8] are put
+           before k and v (after the projections); q from n; both heads are consecutive halves of the 8
+           channels; softmax(q k^T / sqrt(4)) v; h <- h + that @ o/w + o/b
+           h <- h + gelu(norm2(h) @ up/w + up/b) @ down/w + down/b, gelu with the error function
+  feature  norm(h) at the class token (row n of the sequence); logits = feature @ head/w + head/b
+The frozen feature q is the feature without `embed` and `prefix`.
+
+Every golden file of these methods has, besides its own keys, the inputs
+  init/backbone/patch/w [4,8], patch/b [8], cls [8], positions [5,8], norm/scale [8], norm/bias [8]
+  init/backbone/layers/<q|k|v|o>/<w|b> [3,8,8], [3,8]; layers/up/<w|b> [3,8,12], [3,12];
+  init/backbone/layers/down/<w|b> [3,12,8], [3,8]; layers/<norm1|norm2>/<scale|bias> [3,8]
+  init/head/w [8,6], init/head/b [6]     (the backbone never trains)
+  xs [3,4,5,4,4,1], ys [3,4,5], ws [3,4,5]   [task, step, row]; task t has the classes 2t and 2t + 1
+  probe [8,4,4,1], lr
+In the second and fourth step of a task one row has ws = 0: its image is garbage and its label any; it
+must not influence anything. Here such rows are cut out before anything is computed. All 6 outputs
+compete in the cross-entropy CE, a mean over the rows with ws = 1. A step is p <- p - lr * gradient.
+
+And the outputs, V the variant:
+  V/params/<name> [3,4,...]   of everything that trains, AFTER every step
+  V/loss, V/ce [3,4]          the whole loss and its CE part BEFORE the step
+  V/probe_logits [3,8,6]      after each task's last step, BEFORE its boundary
+  V/probe_after [3,8,6]       behind the boundary, where that makes a difference (see the method)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import problem as pb
 import torch
+import torch.nn.functional as F
 
 torch.set_default_dtype(torch.float64)
 
-Tensors = dict[str, torch.Tensor]
-IMAGE, PATCH, D, DEPTH, HEADS, FFN, EPS = 4, 2, 8, 2, 2, 12, 1e-12
-SHAPES = {'q': (D, D), 'k': (D, D), 'v': (D, D), 'o': (D, D), 'up': (D, FFN), 'down': (FFN, D)}
+IMAGE, PATCH, D, DEPTH, HEADS, FFN, CLASSES, EPS = 4, 2, 8, 3, 2, 12, 6, 1e-12
+TASKS, STEPS, ROWS, PROBE = 3, 4, 5, 8
+PATCHES = (IMAGE // PATCH) ** 2
+BLOCK = {'q': (D, D), 'k': (D, D), 'v': (D, D), 'o': (D, D), 'up': (D, FFN), 'down': (FFN, D)}
+
+Tensor = torch.Tensor
+Tensors = dict[str, Tensor]
+Prefix = dict[int, tuple[Tensor, Tensor]]
 
 
-def init(rng: np.random.Generator, classes: int) -> Tensors:
-  """'backbone/...' and 'head/w', 'head/b'; neither biases nor norms are trivial."""
-  weight = lambda *s: rng.normal(size=s) / np.sqrt(s[-2])  # noqa: E731
-  bias = lambda *s: 0.2 * rng.normal(size=s)  # noqa: E731
-  out = {'backbone/patch/w': weight(PATCH**2, D), 'backbone/patch/b': bias(D)}
-  out |= {'backbone/cls': rng.normal(size=D), 'backbone/positions': 0.5 * rng.normal(size=(5, D))}
-  for name, shape in SHAPES.items():
-    out[f'backbone/layers/{name}/w'] = weight(DEPTH, *shape)
-    out[f'backbone/layers/{name}/b'] = bias(DEPTH, shape[1])
-  for name, lead in (('layers/norm1', (DEPTH,)), ('layers/norm2', (DEPTH,)), ('norm', ())):
-    out[f'backbone/{name}/scale'] = 1 + bias(*lead, D)
-    out[f'backbone/{name}/bias'] = bias(*lead, D)
-  out |= {'head/w': weight(D, classes), 'head/b': bias(classes)}
-  return {k: torch.from_numpy(np.asarray(v)) for k, v in out.items()}
+def init(rng: np.random.Generator) -> pb.Params:
+  """Backbone and head; biases, scales and positions are random too, so that a mistake in them shows.
+
+  The matrices are large: features of different images differ in direction, and prompts move visibly.
+  """
+  draw = lambda *shape, s=0.25: rng.normal(size=shape) * s  # noqa: E731
+  p = {
+    'patch/w': draw(PATCH * PATCH, D, s=0.8),
+    'patch/b': draw(D),
+    'cls': draw(D),
+    'positions': draw(1 + PATCHES, D),
+    'norm/scale': 1 + draw(D),
+    'norm/bias': draw(D),
+  }
+  for name, (fan_in, fan_out) in BLOCK.items():
+    p[f'layers/{name}/w'] = draw(DEPTH, fan_in, fan_out, s=0.6)
+    p[f'layers/{name}/b'] = draw(DEPTH, fan_out)
+  for name in ('norm1', 'norm2'):
+    p[f'layers/{name}/scale'] = 1 + draw(DEPTH, D)
+    p[f'layers/{name}/bias'] = draw(DEPTH, D)
+  return pb.prefixed('backbone', p) | {'head/w': draw(D, CLASSES, s=0.8), 'head/b': draw(CLASSES)}
 
 
-def images(
-  rng: np.random.Generator, classes_of_task: list[list[int]], steps: int, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-  """xs [tasks, steps, rows, 4, 4, 1] and ys [tasks, steps, rows], a pattern per class with noise."""
-  centres = rng.normal(size=(1 + max(map(max, classes_of_task)), IMAGE, IMAGE, 1))
-  ys = np.zeros((len(classes_of_task), steps, rows), np.int64)
-  for t, classes in enumerate(classes_of_task):
-    for s in range(steps):
-      ys[t, s] = rng.permutation(np.resize(classes, rows))
-  xs = centres[ys] + 0.5 * rng.normal(size=(*ys.shape, IMAGE, IMAGE, 1))
-  return torch.from_numpy(xs), torch.from_numpy(ys)
+def tasks(rng: np.random.Generator) -> dict:
+  """The stream and the probe: a Gaussian cloud of images per class."""
+  shape = (IMAGE, IMAGE, 1)
+  centres = rng.normal(size=(CLASSES, *shape)) * 1.5
+  ys = np.stack(
+    [
+      [2 * t + rng.permutation([0, 1, *rng.integers(0, 2, size=ROWS - 2)]) for _ in range(STEPS)]
+      for t in range(TASKS)
+    ]
+  )
+  xs = centres[ys] + rng.normal(size=(*ys.shape, *shape)) * 0.7
+  ws = np.ones(ys.shape)
+  for t in range(TASKS):
+    for s in range(1, STEPS, 2):
+      row = rng.integers(ROWS)
+      ws[t, s, row] = 0.0
+      xs[t, s, row] = rng.normal(size=shape) * 20
+      ys[t, s, row] = rng.integers(CLASSES)
+  kinds = np.concatenate([np.arange(CLASSES), rng.integers(0, CLASSES, size=PROBE - CLASSES)])
+  probe = centres[kinds] + rng.normal(size=(PROBE, *shape)) * 0.7
+  return {'xs': xs, 'ys': ys, 'ws': ws, 'probe': probe}
 
 
-def norm(p: Tensors, name: str, x: torch.Tensor, i: int | None = None) -> torch.Tensor:
-  scale, bias = p[f'backbone/{name}/scale'], p[f'backbone/{name}/bias']
-  scale, bias = (scale, bias) if i is None else (scale[i], bias[i])
-  x = x - x.mean(-1, keepdim=True)
-  return x / torch.sqrt((x**2).mean(-1, keepdim=True) + EPS) * scale + bias
+def tensors(arrays: dict) -> Tensors:
+  return {k: torch.from_numpy(np.array(v, dtype=np.float64)) for k, v in arrays.items()}
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-  return x * 0.5 * (1 + torch.erf(x / np.sqrt(2.0)))
+def arrays(p: Tensors) -> pb.Params:
+  return {k: v.detach().numpy().copy() for k, v in p.items()}
 
 
-def cut(x: torch.Tensor) -> torch.Tensor:
-  """[B, 4, 4, 1] to [B, 4, 4]: four patches of four pixels."""
-  parts = [
-    x[:, r : r + PATCH, c : c + PATCH].reshape(len(x), -1)
-    for r in range(0, IMAGE, PATCH)
-    for c in range(0, IMAGE, PATCH)
+def patches(x: Tensor) -> Tensor:
+  n = IMAGE // PATCH
+  rows = [
+    x[:, i * PATCH : (i + 1) * PATCH, j * PATCH : (j + 1) * PATCH].reshape(len(x), -1)
+    for i in range(n)
+    for j in range(n)
   ]
-  return torch.stack(parts, 1)
+  return torch.stack(rows, 1)
 
 
 def features(
-  p: Tensors,
-  x: torch.Tensor,
-  attention: Callable[[torch.Tensor, int], torch.Tensor] = lambda out, i: out,
-  feedforward: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = lambda out, h, i: out,
-) -> torch.Tensor:
-  """[B, d]; `attention(output, layer)` and `feedforward(output, middle, layer)` are the adapters."""
-  h = cut(x) @ p['backbone/patch/w'] + p['backbone/patch/b']
-  cls = p['backbone/cls'].expand(len(x), 1, D)
-  h = torch.cat([cls, h], 1) + p['backbone/positions']
-  for i in range(DEPTH):
-    dense = lambda name, a, i=i: (  # noqa: E731
-      a @ p[f'backbone/layers/{name}/w'][i] + p[f'backbone/layers/{name}/b'][i]
+  p: Tensors, x: Tensor, embed: Tensor | None = None, prefix: Prefix | None = None
+) -> Tensor:
+  """The feature [B, d] of images [B, 4, 4, 1]; see the top for `embed` and `prefix`."""
+
+  def norm(h: Tensor, name: str, at: int | None = None) -> Tensor:
+    scale, bias = (p[f'backbone/{name}/{k}'] for k in ('scale', 'bias'))
+    return F.layer_norm(
+      h, (D,), scale if at is None else scale[at], bias if at is None else bias[at], EPS
     )
-    n, parts = norm(p, 'layers/norm1', h, i), []
-    q, k, v = dense('q', n), dense('k', n), dense('v', n)
-    for c in torch.arange(D).split(D // HEADS):
-      scores = q[..., c] @ k[..., c].transpose(1, 2) / np.sqrt(D // HEADS)
-      parts.append(torch.softmax(scores, -1) @ v[..., c])
-    h = h + attention(dense('o', torch.cat(parts, -1)), i)
-    out = dense('down', gelu(dense('up', norm(p, 'layers/norm2', h, i))))
-    h = h + feedforward(out, h, i)
-  return norm(p, 'norm', h)[:, 0]
+
+  def dense(h: Tensor, name: str, at: int) -> Tensor:
+    return h @ p[f'backbone/layers/{name}/w'][at] + p[f'backbone/layers/{name}/b'][at]
+
+  def split(h: Tensor) -> Tensor:
+    return h.unflatten(2, (HEADS, D // HEADS)).transpose(1, 2)
+
+  rows = patches(x) @ p['backbone/patch/w'] + p['backbone/patch/b']
+  h = torch.cat([p['backbone/cls'].expand(len(x), 1, D), rows], 1) + p['backbone/positions']
+  before = 0 if embed is None else embed.shape[1]
+  h = h if embed is None else torch.cat([embed, h], 1)
+  for i in range(DEPTH):
+    n = norm(h, 'layers/norm1', i)
+    q, k, v = (dense(n, name, i) for name in 'qkv')
+    if prefix is not None and i in prefix:
+      k, v = (torch.cat([b, a], 1) for a, b in zip((k, v), prefix[i], strict=True))
+    q, k, v = split(q), split(k), split(v)
+    share = torch.softmax(q @ k.transpose(2, 3) / (D // HEADS) ** 0.5, -1)
+    h = h + dense((share @ v).transpose(1, 2).flatten(2), 'o', i)
+    hidden = F.gelu(dense(norm(h, 'layers/norm2', i), 'up', i))
+    h = h + dense(hidden, 'down', i)
+  return norm(h, 'norm')[:, before]
 
 
-def logits(p: Tensors, f: torch.Tensor) -> torch.Tensor:
+def head(p: Tensors, f: Tensor) -> Tensor:
   return f @ p['head/w'] + p['head/b']
 
 
-def bottleneck(rng: np.random.Generator, m: int, *lead: int) -> Tensors:
-  """'down/w' [..., d, m], 'down/b', 'up/w' [..., m, d], 'up/b', with up = 0."""
-  out = {'down/w': rng.normal(size=(*lead, D, m)) / np.sqrt(D)}
-  out |= {'down/b': 0.2 * rng.normal(size=(*lead, m))}
-  out |= {'up/w': np.zeros((*lead, m, D)), 'up/b': np.zeros((*lead, D))}
-  return {k: torch.from_numpy(v) for k, v in out.items()}
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+  """cos of the last axes; no epsilon, lengths here are far from 0."""
+  return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def spread(first: Tensor, batch: int) -> Tensor:
+  """The same [n, d] for every row: [B, n, d]."""
+  return first.expand(batch, *first.shape)
+
+
+def batches(z: dict, t: int) -> Iterator[tuple[Tensor, Tensor]]:
+  """Images and labels of every step of task t, without the rows of weight 0."""
+  for x, y, w in zip(z['xs'][t], z['ys'][t], z['ws'][t], strict=True):
+    yield torch.from_numpy(x[w > 0]), torch.from_numpy(y[w > 0])
 
 
 def step(
-  p: Tensors, trained: list[str], loss_of: Callable[[Tensors], torch.Tensor], lr: float
-) -> tuple[float, Tensors]:
-  """The loss before, and all parameters after a step of SGD on those of `trained`."""
+  p: Tensors, trained: list[str], objective: Callable[[Tensors], tuple[Tensor, Tensor]], lr: float
+) -> tuple[Tensors, float, float]:
+  """The parameters after one SGD step on `objective` = (loss, ce), and both values before it."""
   leaves = {k: p[k].detach().clone().requires_grad_() for k in trained}
-  loss = loss_of(p | leaves)
-  grads = torch.autograd.grad(loss, list(leaves.values()))
-  new = {k: p[k] - lr * g for k, g in zip(trained, grads, strict=True)}
-  return float(loss.detach()), p | new
+  loss, ce = objective(p | leaves)
+  grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+  moved = {
+    k: (v - lr * (torch.zeros_like(v) if g is None else g)).detach()
+    for (k, v), g in zip(leaves.items(), grads, strict=True)
+  }
+  return p | moved, float(loss.detach()), float(ce.detach())
 
 
-def nearby(rng: np.random.Generator, p: Tensors) -> Tensors:
-  noise = lambda v: torch.from_numpy(rng.uniform(-1, 1, size=tuple(v.shape)))  # noqa: E731
-  return {k: v * (1 + 6e-8 * noise(v)) for k, v in p.items()}
+def clear(first: Tensor, second: Tensor) -> None:
+  """A choice of `first` over `second` that float32 cannot turn."""
+  assert float((first - second).min()) > 1e-3, float((first - second).min())
 
 
-def arrays(tensors: Tensors) -> dict[str, np.ndarray]:
-  return {k: v.detach().numpy() for k, v in tensors.items()}
+def traced(rows: list[tuple[pb.Params, float, float]]) -> dict:
+  """The keys params, loss and ce of a variant from its (trained parameters, loss, ce) per step."""
+  params, loss, ce = zip(*rows, strict=True)
+  out = pb.prefixed('params', pb.per_task(list(params), TASKS))
+  return out | {'loss': np.reshape(loss, (TASKS, STEPS)), 'ce': np.reshape(ce, (TASKS, STEPS))}
