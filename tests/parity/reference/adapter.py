@@ -31,9 +31,9 @@ Outputs, V a variant:
 
 from __future__ import annotations
 
+import adapter_vit as tv
 import numpy as np
 import problem as pb
-import adapter_vit as tv
 import torch
 from frozen import clear, stable
 

@@ -37,9 +37,9 @@ Outputs (first axis: task or boundary):
 
 from __future__ import annotations
 
+import adapter_vit as tv
 import numpy as np
 import problem as pb
-import adapter_vit as tv
 import torch
 from frozen import clear, stable
 
