@@ -80,4 +80,8 @@ def learner(
   def predict(state: State, batch: Batch) -> jax.Array:
     return forward(state.method, state.stats)(state.params, batch).logits
 
-  return Learner(init, step, boundary, predict, method.needs)
+  def measure(state: State, batch: Batch) -> jax.Array:
+    return model.measure(forward(state.method, state.stats)(state.params, batch), batch)
+
+  own = measure if model.measure else None
+  return Learner(init, step, boundary, predict, method.needs, own)

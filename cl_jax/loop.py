@@ -147,14 +147,17 @@ def close(
 
 
 def evaluate(learner: Learner, state: State, test: Batch) -> Array:
-  """f32[T]: the accuracy on every task; `test` has leaves [T, E, B, ...], w = 0 is padding."""
+  """f32[T]: the accuracy on every task (or what `Model.measure` says); `test` has leaves [T, E, B, ...]."""
 
-  def hits(batch):
+  def accuracy(state, batch):
     right = learner.predict(state, batch).argmax(-1) == batch.y
-    return jnp.stack([jnp.sum(batch.w * right), jnp.sum(batch.w)])
+    return jnp.stack([batch.w * right, batch.w], -1)
 
-  right, total = jax.lax.map(lambda b: jax.lax.map(hits, b).sum(0), test).T
-  return right / total
+  def total(batch):
+    return (learner.measure or accuracy)(state, batch).sum(0)
+
+  value, weight = jax.lax.map(lambda b: jax.lax.map(total, b).sum(0), test).T
+  return value / weight
 
 
 def confusion(learner: Learner, state: State, test: Batch, classes: int) -> Array:

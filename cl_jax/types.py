@@ -88,12 +88,15 @@ class Model(NamedTuple):
       the (traced) position in a stack of layers that share the name, 0 elsewhere.
     loss: (out, batch) -> f32[B], the per-example task loss.
     wires: the layers between its taps; parameters that no wire names are of use to every unit.
+    measure: (out, batch) -> f32[B, 2], what evaluation reports of each example and how much that counts: R is
+      the ratio of the sums, higher is better. None is accuracy.
   """
 
   init: Callable[[Array, Batch], tuple[Tree, Tree]]
   apply: Callable[..., Out]
   loss: Callable[[Out, Batch], Array]
   wires: tuple[Wire, ...] = ()
+  measure: Callable[[Out, Batch], Array] | None = None
 
 
 class Forward(NamedTuple):
@@ -177,6 +180,7 @@ class Learner(NamedTuple):
     boundary: (state, batches) -> state.
     predict: (state, batch) -> logits f32[B, C]; reads `batch.x` and `batch.task` only, row by row.
     needs: see `Method.needs`; checked against the stream before the first step.
+    measure: (state, batch) -> f32[B, 2]; see `Model.measure`.
   """
 
   init: Callable[[Array, Batch], State]
@@ -184,6 +188,7 @@ class Learner(NamedTuple):
   boundary: Callable[[State, Batch], State]
   predict: Callable[[State, Batch], Array]
   needs: tuple[str, ...] = ()
+  measure: Callable[[State, Batch], Array] | None = None
 
 
 def overlay(*trees: Tree) -> Tree:

@@ -31,7 +31,7 @@ def defaults() -> dict[str, Any]:
     'seeds': (0,),
     # --- data ---------------------------------------------------------------------------------------
     # See cl_jax.streams.load.dataset: 'fashion_mnist_small' and 'clinc150' ship with the package; a TFDS
-    # name ('mnist', 'tfds:cifar10'), 'text:NAME', 'jsonl:DIR' and 'npz:PATH' are looked up.
+    # name ('mnist', 'tfds:cifar10'), 'text:NAME', 'corpora:NAME+NAME', 'jsonl:DIR' and 'npz:PATH' are looked up.
     'dataset': 'fashion_mnist_small',
     'data': {
       # At most so many training examples of each class in a task, and of each task; None = all.
@@ -44,9 +44,12 @@ def defaults() -> dict[str, Any]:
       # Of the choices above and of what is held out: the same examples for every run, or, as None, other
       # ones for every run's seed, so that intervals hold the luck of the draw as well.
       'seed': Maybe(int, 0),
-      # Text: tokens per sentence, and the path of a tokenizer.json ('' = the pretrained model's).
+      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json ('' = the pretrained
+      # model's). For language models, sentences with their label spelt out after them, as in
+      # '{text}\\nIntent: {label}'; '' = the label is a number.
       'length': 32,
       'tokenizer': '',
+      'template': '',
       # TFDS: the names of the splits; the feature that tells the domain ('' = none); the fraction of
       # `train` that becomes the test data where there is no test split (0 = there is one).
       'train': 'train',

@@ -20,7 +20,8 @@ from cl_jax.sweep import even
 from cl_jax.types import Stream
 from configs.common import SEPARATE, defaults
 
-TEXT = ('tokenizer', 'length')
+TEXT = ('tokenizer', 'length', 'template')
+CORPORA = ('tokenizer', 'length')
 PREPARED = ('train', 'test', 'domain', 'hold_out', 'image')
 
 
@@ -44,8 +45,10 @@ def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arra
   name, data = config['dataset'], config['data']
   kind = name.split(':')[0]
   if kind in ('text', 'jsonl') or name == 'clinc150':
-    options = {'length': data['length'], 'tokenizer': tokenizer(config)}
-    takes = TEXT
+    options = {'length': data['length'], 'template': data['template']}
+    options, takes = options | {'tokenizer': tokenizer(config)}, TEXT
+  elif kind == 'corpora':
+    options, takes = {'length': data['length'], 'tokenizer': tokenizer(config)}, CORPORA
   elif kind == 'npz' or name == 'fashion_mnist_small':
     options, takes = {}, ()
   elif name in folders.KINDS or '+' in name:
@@ -72,7 +75,10 @@ def tokenizer(config: Mapping[str, Any]) -> str:
       f'config.dataset={config["dataset"]!r} is text: set config.data.tokenizer to a tokenizer.json, '
       'or config.model.pretrained'
     )
-  return str(pretrained.find(source).tokenizer)
+  found = pretrained.find(source).tokenizer
+  if found is None:
+    raise UserError(f'{source} has no tokenizer.json, which text needs: set config.data.tokenizer to one')
+  return str(found)
 
 
 def base_scenario(config: Mapping[str, Any]) -> str:

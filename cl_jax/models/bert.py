@@ -152,7 +152,7 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   """Reads a directory with config.json and model.safetensors of a BERT encoder.
 
   Args:
-    path: what `pretrained.find` calls `folder`, or any Hugging Face or sentence-transformers one.
+    path: what `pretrained.find` calls `path`, or any Hugging Face or sentence-transformers one.
 
   Returns:
     Its shape, and the 'backbone' tree of f32 for `bert(config, classes, weights=...)`.

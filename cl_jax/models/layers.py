@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cl_jax.errors import UserError
 from cl_jax.linalg import cross_entropy
+from cl_jax.models.quantised import dequantise, is_stored, operator
 from cl_jax.types import Array, Batch, Out, Tree, Wire
 
 INITS = ('he', 'lecun', 'glorot', 'torch', 'zeros')
@@ -23,7 +24,7 @@ class LowRank(NamedTuple):
   """A weight plus a low-rank update, in the place of a weight: x @ w + (x @ a) @ b * scale.
 
   Attributes:
-    w: [..., d_in, d_out] the weight below, an array or a `LowRank` again.
+    w: [..., d_in, d_out] the weight below: an array, quantised, or a `LowRank` again.
     a: [..., d_in, r] the down projection.
     b: [..., r, d_out] the up projection.
     scale: [] or [...] (one per layer of a stack), alpha / r in the notation of the paper.
@@ -37,11 +38,12 @@ class LowRank(NamedTuple):
   scale: Array | float
 
   def __rmatmul__(self, x: Array) -> Array:
-    return x @ self.w + (x @ self.a) @ self.b * self.scale
+    return x @ operator(self.w) + (x @ self.a) @ self.b * self.scale
 
   def merge(self) -> Array:
     """The plain weight [..., d_in, d_out] that computes the same."""
     below = self.w.merge() if isinstance(self.w, LowRank) else self.w
+    below = dequantise(below) if is_stored(below) else below
     return below + jnp.expand_dims(jnp.asarray(self.scale), (-2, -1)) * (self.a @ self.b)
 
 
@@ -86,8 +88,9 @@ def dense_init(key: Array, d_in: int, d_out: int, init: str | float, bias: float
 
 
 def dense(p: Tree, x: Array) -> Array:
-  """[..., d_in] -> [..., d_out]."""
-  return x @ p['w'] + p['b']
+  """[..., d_in] -> [..., d_out]; a layer without 'b' has no bias."""
+  y = x @ operator(p['w'])
+  return y + p['b'] if 'b' in p else y
 
 
 def pixels(x: Array, mean: Any = None, std: Any = None) -> Array:
@@ -112,6 +115,13 @@ def layer_norm(p: Tree, x: Array, eps: float) -> Array:
   h = h - h.mean(-1, keepdims=True)
   h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
   return (h * p['scale'] + p['bias']).astype(x.dtype)
+
+
+def rms_norm(p: Tree, x: Array, eps: float) -> Array:
+  """Divides the last axis by its root mean square, in f32 (Zhang & Sennrich 2019, eq. 4)."""
+  h = x.astype(jnp.float32)
+  h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+  return (h * p['scale']).astype(x.dtype)
 
 
 def batch_norm(

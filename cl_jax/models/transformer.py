@@ -94,7 +94,11 @@ def wires() -> tuple[Wire, ...]:
 
 def cast(p: Tree, dtype: jnp.dtype) -> Tree:
   """The weights of a layer in the dtype it computes in; norms stay in f32."""
-  to = lambda a: jnp.asarray(a).astype(dtype)  # noqa: E731
+
+  def to(a: Array) -> Array:
+    a = jnp.asarray(a)
+    return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
   return {k: v if k.startswith('norm') else jax.tree.map(to, v) for k, v in p.items()}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.streams import builtin, folders, text, tfds
+from cl_jax.streams import builtin, corpora, folders, text, tfds
 from cl_jax.streams.arrays import Arrays, arrays, check_pair, compact, hold_out
 from cl_jax.streams.images import check_shape
 
@@ -23,18 +23,20 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   | name | what | options |
   |---|---|---|
   | fashion_mnist_small | shipped, 6,000 / 2,000 images | |
-  | clinc150 | shipped, 15,000 / 4,500 sentences, 150 intents, 10 domains | tokenizer, length |
+  | clinc150 | shipped, 15,000 / 4,500 sentences, 150 intents, 10 domains | tokenizer, length, template |
   | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed, image |
   | tiny_imagenet, core50, notmnist | data_dir/images, the archive as published | image |
   | NAME+NAME+... | all of them, the labels one after the other; a domain each | image |
-  | text:NAME | data_dir/text/classify/NAME/{train,test}.jsonl | tokenizer, length |
-  | jsonl:DIR | DIR/{train,test}.jsonl | tokenizer, length |
+  | text:NAME | data_dir/text/classify/NAME/{train,test}.jsonl | tokenizer, length, template |
+  | jsonl:DIR | DIR/{train,test}.jsonl | tokenizer, length, template |
+  | corpora:NAME+NAME+... | data_dir/text/corpora/NAME/{train,test}.txt, a domain each | tokenizer, length |
   | npz:PATH | arrays x_train, y_train, x_test, y_test; domain_*, names, domain_names | |
 
   Args:
     data_dir: None = the environment variable CL_JAX_DATA.
     options:
-      tokenizer: path of a tokenizer.json. length: tokens per sentence (32).
+      tokenizer: path of a tokenizer.json or GGUF file. length: tokens per sentence (32).
+      template: spells the label out after the text, for language models; see `text.answered`.
       train, test: split names ('train', 'test'). domain: the feature that names the domain.
       hold_out: fraction of `train` per class that becomes the test data, for datasets without a
         test split; its `seed` is 0. Classes without a training example are dropped.
@@ -43,6 +45,12 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   Raises:
     UserError: unknown names (with close matches) and options, absent or unusable data.
   """
+  if name.startswith('corpora:'):
+    names = tuple(name.removeprefix('corpora:').split('+'))
+    options = _known(name, options, tokenizer=None, length=32)
+    if options['tokenizer'] is None:
+      raise UserError(f'{name} is text: pass tokenizer, the path of a tokenizer.json')
+    return corpora.load(_root(name, data_dir) / 'text/corpora', names, **options)
   if '+' in name:
     return _joined(name.split('+'), data_dir, **_known(name, options, image=()))
   kind, _, rest = (
@@ -53,7 +61,7 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   if kind == 'npz':
     return _npz(Path(rest).expanduser(), **_known(name, options))
   if kind in ('text', 'jsonl') or name == 'clinc150':
-    options = _known(name, options, tokenizer=None, length=32)
+    options = _known(name, options, tokenizer=None, length=32, template='')
     if name == 'clinc150':
       paths = [builtin.file(f'clinc150_{split}.jsonl.gz') for split in ('train', 'test')]
     else:
@@ -122,13 +130,12 @@ def _cut(data: Arrays, fraction: float, seed: int, name: str) -> tuple[Arrays, A
   return hold_out(data, fraction, seed, f'test data of {name}')
 
 
-def _sentences(name, paths, tokenizer, length) -> tuple[Arrays, Arrays]:
+def _sentences(name, paths, tokenizer, length, template) -> tuple[Arrays, Arrays]:
   if tokenizer is None:
     raise UserError(f'{name} is text: pass tokenizer, the path of a tokenizer.json')
-  train = text.load(paths[0], tokenizer, length)
-  test = text.load(
-    paths[1], tokenizer, length, names=train.names, domain_names=train.domain_names or None
-  )
+  train = text.load(paths[0], tokenizer, length, template=template)
+  known = {'names': train.names, 'domain_names': train.domain_names or None}
+  test = text.load(paths[1], tokenizer, length, template=template, **known)
   check_pair(train, test, name)
   return train, test
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cl_jax.errors import UserError
+from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.streams.arrays import Arrays, arrays
 from cl_jax.streams.cache import cached, digest
 
@@ -61,6 +62,7 @@ def load(
   tokenizer: str | Path,
   length: int,
   *,
+  template: str = '',
   names=None,
   domain_names=None,
   cache_dir: Path | None = None,
@@ -71,8 +73,9 @@ def load(
   with the tokenizer's padding token and mask False. Label and domain names are sorted.
 
   Args:
-    tokenizer: a tokenizer.json of the `tokenizers` library.
+    tokenizer: a tokenizer.json of the `tokenizers` library, or a GGUF file.
     length: L.
+    template: '' or, for language models, how the label is spelt out after the text; see `answered`.
     names, domain_names: the names of another split, to number labels alike; None = this file's.
     cache_dir: see `cache.cached`. The entry depends on the contents of both files and on L.
   """
@@ -82,10 +85,16 @@ def load(
   data = read(path)
   if not tokenizer.is_file():
     raise UserError(f'there is no tokenizer at {tokenizer}; pass the path of a tokenizer.json')
-  key = digest(path, tokenizer, f'length {length}')
+  key = digest(path, tokenizer, f'length {length}', *([template] if template else []))
+
+  def encoded() -> dict[str, np.ndarray]:
+    if template:
+      return answered(data.texts, data.labels, tokenizer, length, template)
+    return encode(data.texts, tokenizer, length)
+
   tokens = cached(
     ('text', f'{path.name.split(".")[0]}-{length}-{key[:16]}'),
-    lambda: encode(data.texts, tokenizer, length),
+    encoded,
     f'tokens of {path}',
     cache_dir,
   )
@@ -94,7 +103,7 @@ def load(
   if data.domains:
     domain, domain_names = _numbered(data.domains, domain_names, path, 'domain')
   return arrays(
-    {'tokens': tokens['tokens'], 'mask': tokens['mask']},
+    {name: tokens[name] for name in ('tokens', 'mask', *(('learn',) if template else ()))},
     y,
     domain,
     names,
@@ -105,25 +114,63 @@ def load(
 
 def encode(texts, tokenizer: str | Path, length: int) -> dict[str, np.ndarray]:
   """{'tokens': i32[N, L], 'mask': bool[N, L]}; see `load`."""
-  try:
-    from tokenizers import Tokenizer
-  except ImportError as error:
-    raise UserError(
-      f'tokenising needs the extra "text": pip install "cl_jax[text]" ({error})'
-    ) from error
-  try:
-    model = Tokenizer.from_file(str(tokenizer))
-  except Exception as error:  # the library raises bare Exception
-    raise UserError(f'{tokenizer} is not a tokenizer.json ({error})') from error
-  padding = (model.padding or {}).get('pad_id')
-  candidates = (model.token_to_id(token) for token in ('[PAD]', '<pad>', '<|endoftext|>'))
-  pad = next((i for i in (padding, *candidates) if i is not None), 0)
+  model = tokenizers.load(tokenizer)
+  pad = tokenizers.padding(model)
   model.no_padding()
   model.enable_truncation(length)
-  tokens = np.full((len(texts), length), pad, np.int32)
-  mask = np.zeros((len(texts), length), bool)
-  for i, encoding in enumerate(model.encode_batch(list(texts))):
-    ids = encoding.ids
+  return filled([e.ids for e in model.encode_batch(list(texts))], length, pad)
+
+
+def answered(
+  texts, labels, tokenizer: str | Path, length: int, template: str
+) -> dict[str, np.ndarray]:
+  """Sentences with their labels spelt out, for a language model to learn to write them.
+
+  Args:
+    texts, labels: what `template` is filled with; '_' in labels becomes a space.
+    template: '{text}' first, '{label}' last, for instance '{text}\nIntent: {label}'.
+
+  Returns:
+    {'tokens': i32[N, L], 'mask': bool[N, L], 'learn': bool[N, L]}: the label and the token that ends a text
+    are to be learnt. What is too long loses the end of its text, never of the template or the label.
+
+  Raises:
+    UserError: another template, or a length that leaves no room for a text.
+  """
+  text_at, label_at = template.find('{text}'), template.find('{label}')
+  if text_at < 0 or label_at < text_at or not template.endswith('{label}'):
+    raise UserError(
+      f"config.data.template must have {{text}} in it and end with {{label}}; got {template!r}"
+    )
+  before, between = template[:text_at], template[text_at + 6 : label_at]
+  gap = between[len(between.rstrip(' ')) :]  # belongs to the label: byte-level BPE joins it to the word
+  model = tokenizers.load(tokenizer)
+  model.no_padding()
+  model.no_truncation()
+  ids = lambda rows: [e.ids for e in model.encode_batch(list(rows), add_special_tokens=False)]  # noqa: E731
+  start, middle = ids([before, between.rstrip(' ')])
+  end = tokenizers.end_of_text(model, tokenizer)
+  spelt = {y: [*one, end] for y, one in zip(
+    sorted(set(labels)), ids(gap + y.replace('_', ' ') for y in sorted(set(labels))), strict=True
+  )}  # fmt: skip
+  room = length - len(start) - len(middle) - max(map(len, spelt.values()))
+  if room < 1:
+    raise UserError(f'config.data.length={length} leaves no room for a text beside template and label')
+  rows = [
+    ([*start, *body[:room], *middle], spelt[y]) for body, y in zip(ids(texts), labels, strict=True)
+  ]
+  found = filled([question + answer for question, answer in rows], length, tokenizers.padding(model))
+  learn = np.zeros_like(found['mask'])
+  for i, (question, answer) in enumerate(rows):
+    learn[i, len(question) : len(question) + len(answer)] = True
+  return {**found, 'learn': learn}
+
+
+def filled(rows: list[list[int]], length: int, pad: int) -> dict[str, np.ndarray]:
+  """Rows of token ids, none longer than `length`, with `pad` after them and the mask of what is not that."""
+  tokens = np.full((len(rows), length), pad, np.int32)
+  mask = np.zeros((len(rows), length), bool)
+  for i, ids in enumerate(rows):
     tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
   return {'tokens': tokens, 'mask': mask}
 

@@ -1,0 +1,191 @@
+"""Files of tensors, opened without trusting them: safetensors, whole or in parts, and GGUF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cl_jax.errors import UserError
+
+WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+
+
+class Source(NamedTuple):
+  """An opened file of tensors.
+
+  Attributes:
+    file: what messages name.
+    shapes: {name: shape} of what is in it.
+    kinds: {name: how it is stored}, 'F32', 'BF16', 'Q4_1', ...
+    read: name -> the tensor, f32.
+    fields: the file's own description; {} where it has none.
+  """
+
+  file: Path
+  shapes: dict[str, tuple[int, ...]]
+  kinds: dict[str, str]
+  read: Callable[[str], np.ndarray]
+  fields: dict[str, Any]
+
+
+def safetensors(folder: str | Path) -> Source:
+  """model.safetensors in `folder`, or the parts that model.safetensors.index.json lists.
+
+  Raises:
+    UserError: a file that is absent, cut off or damaged, an index that does not fit its parts.
+  """
+  folder = Path(folder)
+  if (folder / WHOLE).is_file() or not (folder / INDEX).is_file():
+    shapes, kinds, read = _one(folder / WHOLE)
+    return Source(folder / WHOLE, shapes, kinds, read, {})
+  index = folder / INDEX
+  try:
+    placed = json.loads(index.read_text('utf-8'))['weight_map']
+    parts = sorted(set(placed.values()))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'{index} is not an index of safetensors ({e!r})') from e
+  opened = {}
+  for part in parts:
+    if not isinstance(part, str) or Path(part).name != part:
+      raise UserError(f'{index} names {part!r}, which is not a file beside it')
+    if not (folder / part).is_file():
+      raise UserError(f'{folder} has no {part}, which {INDEX} lists: the download is not complete')
+    opened[part] = _one(folder / part)
+  there = {name: part for part, (shapes, _, _) in opened.items() for name in shapes}
+  for name in sorted(there.keys() ^ placed.keys()):
+    where = 'is missing' if name in placed else 'is not in the index'
+    raise UserError(f'{index}: tensor {name} {where}')
+  shapes, kinds = ({n: opened[part][i][n] for n, part in placed.items()} for i in (0, 1))
+  return Source(index, shapes, kinds, lambda name: opened[placed[name]][2](name), {})
+
+
+def _one(file: Path) -> tuple[dict, dict, Callable[[str], np.ndarray]]:
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError as e:
+    raise UserError("reading weights needs safetensors: pip install 'cl_jax[text]'") from e
+  shapes, kinds = {}, {}
+  try:
+    with safe_open(file, framework='numpy') as f:
+      for name in f.keys():  # noqa: SIM118 (not a dict)
+        part = f.get_slice(name)
+        shapes[name], kinds[name] = tuple(part.get_shape()), part.get_dtype()
+  except (OSError, SafetensorError) as e:
+    raise UserError(f'{file} cannot be read, it may be cut off or damaged: {e}') from e
+
+  def read(name: str) -> np.ndarray:
+    with safe_open(file, framework='numpy') as f:
+      a = f.get_tensor(name)
+    # bfloat16 is a NumPy extension type of kind 'V'.
+    if a.dtype.kind not in 'fV':
+      raise UserError(f'{file}: tensor {name} is {a.dtype}, not floating point')
+    return a.astype(np.float32)
+
+  return shapes, kinds, read
+
+
+def is_gguf(path: Path) -> bool:
+  return path.suffix == '.gguf'
+
+
+def gguf(file: str | Path) -> Source:
+  """A GGUF file: its tensors dequantised one by one, and its fields ('tensors' are the names of the tensors).
+
+  Raises:
+    UserError: a file that is cut off or damaged, a quantisation that the gguf library cannot undo.
+  """
+  try:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+  except ImportError as e:
+    raise UserError("reading GGUF needs the gguf library: pip install 'cl_jax[text]'") from e
+  file = Path(file)
+  try:
+    reader = GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: t for t in reader.tensors}
+    # The library lists dimensions from the fastest on, and maps what lies beyond the file's end.
+    end = max(int(t.data_offset) + int(t.n_bytes) for t in tensors.values())
+    size = file.stat().st_size
+  except UserError:
+    raise
+  except Exception as e:  # the library raises what it stumbles over
+    raise UserError(f'{file} cannot be read as GGUF, it may be cut off or damaged: {e!r}') from e
+  if end > size:
+    raise UserError(f'{file} is cut off: it has {size} bytes, its tensors end at {end}')
+
+  def read(name: str) -> np.ndarray:
+    t = tensors[name]
+    try:
+      return np.asarray(dequantize(t.data, t.tensor_type), np.float32)
+    except (NotImplementedError, KeyError, ValueError) as e:
+      raise UserError(f'{file}: tensor {name} is {t.tensor_type.name}, which cannot be read: {e}') from e
+
+  shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
+  kinds = {name: t.tensor_type.name for name, t in tensors.items()}
+  return Source(file, shapes, kinds, read, {**fields, 'tensors': tuple(tensors)})
+
+
+def exactly(
+  source: Source,
+  wanted: dict[str, tuple[int, ...]],
+  prefix: str = '',
+  ignored: tuple[str, ...] = (),
+  ends: tuple[str, ...] = (),
+) -> dict[str, np.ndarray]:
+  """The tensors that are wanted, all of them, and nothing else may be there.
+
+  Args:
+    source: where they are.
+    wanted: name -> shape.
+    prefix: dropped from the names in the file where they have it.
+    ignored, ends: how the names of tensors begin and end that may be there and are not read.
+
+  Returns:
+    name -> f32 of that shape.
+
+  Raises:
+    UserError: naming the file, and the first tensor that is missing, left over, of another shape,
+      not of a floating type, or not finite.
+  """
+  missing, unused, names = difference(source, wanted, prefix, ignored, ends)
+  if missing:
+    raise UserError(f'{source.file}: tensor {missing[0]} is missing')
+  for name, shape in wanted.items():
+    there = source.shapes[names[name]]
+    if there != shape:
+      raise UserError(f'{source.file}: tensor {name} has the shape {there}, the config says {shape}')
+  if unused:
+    raise UserError(f'{source.file}: tensor {unused[0]} has no place in this model')
+  found = {}
+  for name in wanted:
+    found[name] = source.read(names[name])
+    if not np.isfinite(found[name]).all():
+      raise UserError(f'{source.file}: tensor {name} holds values that are not finite')
+  return found
+
+
+def difference(
+  source: Source,
+  wanted: dict[str, tuple[int, ...]],
+  prefix: str = '',
+  ignored: tuple[str, ...] = (),
+  ends: tuple[str, ...] = (),
+) -> tuple[list[str], list[str], dict[str, str]]:
+  """(what is wanted and not there, what is there and has no use, {our name for it: the file's}); see `exactly`."""
+  names = {_modern(name.removeprefix(prefix)): name for name in source.shapes}
+  missing = [name for name in wanted if name not in names]
+  left = sorted(names.keys() - wanted.keys())
+  unused = [n for n in left if not n.startswith(ignored) and not n.endswith(ends)]
+  return missing, unused, names
+
+
+def _modern(name: str) -> str:
+  """Old BERT checkpoints call the scale and bias of a norm gamma and beta."""
+  return name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace(
+    'LayerNorm.beta', 'LayerNorm.bias'
+  )

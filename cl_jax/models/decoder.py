@@ -1,0 +1,341 @@
+"""Causal transformers as language models and as classifiers, for weights of Llama, GPT-2 and GPT-J."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_jax.errors import UserError
+from cl_jax.masks import nest
+from cl_jax.models import causal, containers, language, layers, pretrained, transformer
+from cl_jax.models.causal import Config
+from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
+
+
+def decoder(
+  config: causal.Config,
+  classes: int,
+  weights: Tree = None,
+  output: str = 'classes',
+  measure: str = 'likelihood',
+  pool: str = 'last',
+  init: str | float = 0.02,
+  remat: bool = False,
+  unroll: bool = False,
+  dtype: jnp.dtype = jnp.float32,
+) -> Model:
+  """A causal transformer over {'tokens': i32[B, L], 'mask': bool[B, L]}.
+
+  Parameters: 'backbone' {'embed': {'tokens'[, 'positions']}, 'layers': 'q', 'k', 'v', 'o', 'norm1', 'up',
+  'down'[, 'gate', 'norm2'], every leaf stacked [depth, ...], 'norm'[, 'unembed']}. Taps: 'embed', then per
+  layer 'k' (after the rotation), 'v', 'attention', 'middle', 'mlp' (the hidden units), 'feedforward' and
+  'block', all [B, L, .]. What 'embed' puts before the first position is attended to and takes positions.
+
+  With output='classes' it is a classifier as `bert` is: a 'head' {'w', 'b'} on `features` f32[B, d], the last
+  hidden state of the last position of the mask, or the mean over it.
+
+  With output='tokens' it is a language model: inputs have a third leaf 'learn' bool[B, L], the positions whose
+  token is to be predicted from those before it; logits are f32[B, L, vocabulary], the ones at position i
+  predict token i, and are 0 where there is nothing to learn. The loss of a row is the mean over its
+  tokens to learn; labels are not read, except where 'learn' spells them (see `streams.corpora`).
+
+  Args:
+    config: the shape; `load` returns the one of a file.
+    classes: units of the output layer (of output='classes').
+    weights: the 'backbone' that `init` returns instead of drawing one.
+    output: 'classes' or 'tokens'.
+    measure: what evaluation reports for 'tokens': the mean log-'likelihood' of a token in nats, or whether
+      all tokens to learn of a row are 'exact'ly the most probable ones, which is what greedy decoding
+      would write.
+    pool: 'last' or 'mean', for 'classes'.
+    init: of all weights that are drawn, see `layers.weight`.
+    remat, unroll: see `transformer.stack`.
+    dtype: of the activations between the layers; norms, softmax, features and logits are f32.
+
+  Raises:
+    UserError: unknown options, or sequences longer than `config.positions`.
+
+  Deviation from the originals: no dropout.
+  """
+  for name, value, known in (
+    ('output', output, ('classes', 'tokens')),
+    ('measure', measure, tuple(language.MEASURES)),
+    ('pool', pool, ('last', 'mean')),
+    ('norm', config.norm, ('rms', 'layer')),
+  ):
+    if value not in known:
+      raise UserError(f'{name}={value!r} is not known: use {" or ".join(map(repr, known))}')
+  if config.heads % config.kv_heads:
+    raise UserError(f'{config.kv_heads} key heads do not divide {config.heads} query heads')
+  start = transformer.init_fn(
+    lambda key: causal.draw(key, config, init), weights, config.d, classes, init
+  )
+
+  def begin(key: Array, batch: Batch) -> tuple[Tree, Tree]:
+    params, stats = start(key, batch)
+    return {'backbone': params['backbone']} if output == 'tokens' else params, stats
+
+  def apply(variables: Tree, batch: Batch, tap=no_tap, train: bool = False) -> Out:
+    del train
+    p, x = variables['backbone'], batch.x
+    if output == 'tokens' and not (isinstance(x, dict) and 'learn' in x):
+      raise UserError(
+        "a language model (output='tokens') learns from text whose tokens to learn are marked: use a "
+        "dataset 'corpora:...' or config.data.template, or output='classes'"
+      )
+    h, mask = causal.encode(config, p, x, tap, remat, unroll, dtype)
+    if pool == 'mean' and output == 'classes':
+      f = jnp.einsum('bld,bl->bd', h, mask / jnp.maximum(mask.sum(-1, keepdims=True), 1))
+    else:
+      at = h.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+      f = jnp.take_along_axis(h, at[:, None, None], 1)[:, 0]
+    if output == 'classes':
+      return Out(layers.dense(variables['head'], f), f, {})
+    h = h[:, h.shape[1] - x['tokens'].shape[1] :]
+    return Out(language.shifted(causal.unembed(config, p, h), x['learn']), f, {})
+
+  if output == 'classes':
+    return Model(begin, apply, layers.softmax_cross_entropy, transformer.wires())
+  return Model(begin, apply, language.loss, transformer.wires(), language.MEASURES[measure])
+
+
+def load(path: str | Path) -> tuple[Config, Tree]:
+  """Reads a causal transformer: a GGUF file of the Llama family, or a Hugging Face directory of model_type
+  'llama', 'gpt2' or 'gptj' with model.safetensors, whole or in parts.
+
+  Returns:
+    Its shape, and the 'backbone' tree of f32 for `decoder(config, classes, weights=...)`.
+
+  Raises:
+    UserError: another architecture, or tensors that are missing, left over, damaged or of another shape.
+  """
+  path = Path(path)
+  if containers.is_gguf(path):
+    c, read = _from_gguf(path)
+  else:
+    c, read = _from_directory(path)
+  leaves: dict[str, Any] = {}
+  for ours in causal.shapes(c):
+    if ours.startswith('layers/'):
+      leaves[ours] = np.stack([read(ours, i) for i in range(c.depth)])
+    else:
+      leaves[ours] = read(ours, 0)
+  return c, jax.tree.map(jnp.asarray, nest(leaves))
+
+
+# Our path -> theirs, and how theirs is laid out: 'T' is [out, in]; 'q', 'k' and 'v' are thirds of a fused one.
+_NAMES: dict[str, dict[str, tuple[str, str]]] = {
+  'llama': {
+    'embed/tokens': ('model.embed_tokens.weight', ''),
+    **{f'layers/{n}/w': (f'model.layers.{{}}.self_attn.{n}_proj.weight', 'T') for n in 'qkvo'},
+    **{
+      f'layers/{n}/w': (f'model.layers.{{}}.mlp.{n}_proj.weight', 'T') for n in ('gate', 'up', 'down')
+    },
+    'layers/norm1/scale': ('model.layers.{}.input_layernorm.weight', ''),
+    'layers/norm2/scale': ('model.layers.{}.post_attention_layernorm.weight', ''),
+    'norm/scale': ('model.norm.weight', ''),
+    'unembed/w': ('lm_head.weight', 'T'),
+  },
+  'gpt2': {
+    'embed/tokens': ('wte.weight', ''),
+    'embed/positions': ('wpe.weight', ''),
+    **{
+      f'layers/{n}/{ours}': (f'h.{{}}.attn.c_attn.{theirs}', n)
+      for n in 'qkv'
+      for ours, theirs in (('w', 'weight'), ('b', 'bias'))
+    },
+    **{
+      f'layers/{n}/{ours}': (f'h.{{}}.{module}.{theirs}', '')
+      for n, module in (('o', 'attn.c_proj'), ('up', 'mlp.c_fc'), ('down', 'mlp.c_proj'))
+      for ours, theirs in (('w', 'weight'), ('b', 'bias'))
+    },
+    **{
+      f'{n}/{ours}': (f'{module}.{theirs}', '')
+      for n, module in (('layers/norm1', 'h.{}.ln_1'), ('layers/norm2', 'h.{}.ln_2'), ('norm', 'ln_f'))
+      for ours, theirs in (('scale', 'weight'), ('bias', 'bias'))
+    },
+  },
+  'gptj': {
+    'embed/tokens': ('transformer.wte.weight', ''),
+    **{f'layers/{n}/w': (f'transformer.h.{{}}.attn.{n}_proj.weight', 'T') for n in 'qkv'},
+    'layers/o/w': ('transformer.h.{}.attn.out_proj.weight', 'T'),
+    **{
+      f'layers/{n}/{ours}': (f'transformer.h.{{}}.mlp.{module}.{theirs}', kind)
+      for n, module in (('up', 'fc_in'), ('down', 'fc_out'))
+      for ours, theirs, kind in (('w', 'weight', 'T'), ('b', 'bias', ''))
+    },
+    **{
+      f'{n}/{ours}': (f'transformer.{module}.{theirs}', '')
+      for n, module in (('layers/norm1', 'h.{}.ln_1'), ('norm', 'ln_f'))
+      for ours, theirs in (('scale', 'weight'), ('bias', 'bias'))
+    },
+    'unembed/w': ('lm_head.weight', 'T'),
+    'unembed/b': ('lm_head.bias', ''),
+  },
+  'gguf': {
+    'embed/tokens': ('token_embd.weight', ''),
+    **{f'layers/{n}/w': (f'blk.{{}}.attn_{n}.weight', 'T') for n in 'qkv'},
+    'layers/o/w': ('blk.{}.attn_output.weight', 'T'),
+    **{f'layers/{n}/w': (f'blk.{{}}.ffn_{n}.weight', 'T') for n in ('gate', 'up', 'down')},
+    'layers/norm1/scale': ('blk.{}.attn_norm.weight', ''),
+    'layers/norm2/scale': ('blk.{}.ffn_norm.weight', ''),
+    'norm/scale': ('output_norm.weight', ''),
+    'unembed/w': ('output.weight', 'T'),
+  },
+}
+
+
+def _from_directory(path: Path) -> tuple[Config, Callable[[str, int], np.ndarray]]:
+  known = pretrained.config(path, {})
+  family = known.get('model_type')
+  if family not in ('llama', 'gpt2', 'gptj'):
+    raise UserError(
+      f"{path}/config.json: model_type is {family!r}; a decoder reads 'llama', 'gpt2' and 'gptj'"
+    )
+  c = _CONFIGS[family](path, known)
+  wanted = _wanted(_NAMES[family], c)
+  prefix = 'transformer.' if family == 'gpt2' else ''
+  ignored = ('lm_head.',) if c.tied else ()
+  ends = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+  t = pretrained.tensors(path, wanted, prefix, ignored, ends)
+  return c, _reader(_NAMES[family], c, t)
+
+
+def _from_gguf(file: Path) -> tuple[Config, Callable[[str, int], np.ndarray]]:
+  source = containers.gguf(file)
+  c = _gguf_config(file, source.fields)
+  names = _NAMES['gguf']
+  t = containers.exactly(source, _wanted(names, c), ignored=('rope_freqs.',))
+  for n, heads in (('q', c.heads), ('k', c.kv_heads)):
+    for i in range(c.depth):
+      name = names[f'layers/{n}/w'][0].format(i)
+      rows, columns = t[name].shape
+      # llama.cpp keeps the two halves that are rotated together as neighbours.
+      pairs = t[name].reshape(heads, rows // heads // 2, 2, columns)
+      t[name] = pairs.swapaxes(1, 2).reshape(rows, columns)
+  return c, _reader(names, c, t)
+
+
+def _wanted(names: dict[str, tuple[str, str]], c: Config) -> dict[str, tuple[int, ...]]:
+  wanted = {}
+  for ours, shape in causal.shapes(c).items():
+    name, kind = names[ours]
+    theirs = shape[::-1] if kind == 'T' else (*shape[:-1], 3 * shape[-1]) if kind else shape
+    for i in range(c.depth) if '{}' in name else (0,):
+      wanted[name.format(i)] = theirs
+  return wanted
+
+
+def _reader(
+  names: dict[str, tuple[str, str]], c: Config, t: dict[str, np.ndarray]
+) -> Callable[[str, int], np.ndarray]:
+  def read(ours: str, layer: int) -> np.ndarray:
+    name, kind = names[ours]
+    a = t[name.format(layer)]
+    if kind == 'T':
+      return a.T
+    return np.split(a, 3, -1)['qkv'.index(kind)] if kind else a
+
+  return read
+
+
+def _llama(path: Path, known: dict[str, Any]) -> Config:
+  for key, value in (('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False)):
+    if known.get(key, value) != value:
+      raise UserError(f'{path}/config.json: {key} is {known[key]!r}, only {value!r} is supported here')
+  count = lambda key: pretrained.count(path, known, key)  # noqa: E731
+  rope = known.get('rope_parameters') or known.get('rope_scaling') or {}
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  scaling = ()
+  if kind == 'llama3':
+    keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+    scaling = tuple(float(rope[k]) for k in keys)
+  elif kind != 'default':
+    raise UserError(
+      f"{path}/config.json: rope scaling {kind!r} is not supported here, 'default' and 'llama3' are"
+    )
+  heads = count('num_attention_heads')
+  return Config(
+    count('vocab_size'),
+    count('hidden_size'),
+    count('num_hidden_layers'),
+    heads,
+    count('num_key_value_heads') if known.get('num_key_value_heads') else heads,
+    count('intermediate_size'),
+    count('max_position_embeddings'),
+    known.get('head_dim') or 0,
+    eps=float(known.get('rms_norm_eps', 1e-6)),
+    theta=float(rope.get('rope_theta', known.get('rope_theta', 1e4))),
+    scaling=scaling,
+    tied=bool(known.get('tie_word_embeddings', False)),
+  )
+
+
+def _gpt2(path: Path, known: dict[str, Any]) -> Config:
+  pretrained.config(path, {'activation_function': 'gelu_new'})
+  count = lambda key: pretrained.count(path, known, key)  # noqa: E731
+  d, heads = count('n_embd'), count('n_head')
+  return Config(
+    count('vocab_size'),
+    d,
+    count('n_layer'),
+    heads,
+    heads,
+    known.get('n_inner') or 4 * d,
+    count('n_positions'),
+    norm='layer',
+    eps=float(known.get('layer_norm_epsilon', 1e-5)),
+    rope=False,
+    gated=False,
+  )
+
+
+def _gptj(path: Path, known: dict[str, Any]) -> Config:
+  return _gpt2(path, known)._replace(
+    rope=True,
+    theta=1e4,
+    rotary=pretrained.count(path, known, 'rotary_dim'),
+    interleaved=True,
+    parallel=True,
+    tied=False,
+  )
+
+
+_CONFIGS = {'llama': _llama, 'gpt2': _gpt2, 'gptj': _gptj}
+
+
+def _gguf_config(file: Path, fields: dict[str, Any]) -> Config:
+  if fields.get('general.architecture') != 'llama':
+    raise UserError(
+      f"{file}: the architecture is {fields.get('general.architecture')!r}, a decoder reads 'llama' from GGUF"
+    )
+
+  def value(key: str, default: Any = None) -> Any:
+    found = fields.get(f'llama.{key}', default)
+    if found is None:
+      raise UserError(f'{file}: llama.{key} is missing')
+    return found
+
+  if fields.get('llama.rope.scaling.type', 'none') != 'none':
+    raise UserError(f'{file}: rope scaling is not supported for GGUF files')
+  heads = int(value('attention.head_count'))
+  d = int(value('embedding_length'))
+  size = int(value('attention.key_length', d // heads))
+  return Config(
+    len(fields['tokenizer.ggml.tokens']),
+    d,
+    int(value('block_count')),
+    heads,
+    int(value('attention.head_count_kv', heads)),
+    int(value('feed_forward_length')),
+    int(value('context_length')),
+    0 if size == d // heads else size,
+    eps=float(value('attention.layer_norm_rms_epsilon')),
+    theta=float(value('rope.freq_base', 1e4)),
+    tied='output.weight' not in fields['tensors'],
+  )
