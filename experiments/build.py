@@ -22,6 +22,7 @@ from cl_jax.loop import check_needs
 from cl_jax.models import pretrained
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
+from cl_jax.models.quantised import quantise_tree
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
 from experiments import capacity, features, fields, optimizer
 from experiments.chain import chain_of
@@ -187,6 +188,8 @@ def split_weights(config, make, initial: Tree, first: Batch) -> tuple[dict[str, 
   except UserError as error:
     raise UserError(f'config.freeze: {error}') from error
   rest = {k: v for k, v in rest.items() if k in pretrained_tree}
+  if config['frozen_bits']:
+    frozen = quantise_tree(frozen, config['frozen_bits'])
   return {'frozen': frozen, 'initial': rest}, frozen
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import cl_jax
 from cl_jax import budget, checkpoint, durable, metrics
 from cl_jax.errors import UserError
+from cl_jax.report.tables import LIKELIHOOD
 from cl_jax.types import Batch, Tree
 from experiments.build import Setup, example, hyper
 from experiments.config import sha256
@@ -64,6 +65,7 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
         'tasks': stream.tasks,
         'R': table(R, stream.tasks),
         **{k: None if v is None else round(v, 7) for k, v in measures.items()},
+        **({'metric': LIKELIHOOD} if likelihood(config) else {}),
         **({'curve': nested(np.asarray(record.curve))} if record.curve.size else {}),
         **({'slots': job.setup.slots} if job.setup.slots else {}),
         'state_bytes': cost['state_bytes'],
@@ -78,6 +80,12 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
       }
     )
   return found
+
+
+def likelihood(config: Mapping[str, Any]) -> bool:
+  """Whether R holds log-likelihoods in nats a token, and not accuracies."""
+  model = config['model']
+  return model.get('output') == 'tokens' and model.get('measure') == 'likelihood'
 
 
 def method_name(config: Mapping[str, Any]) -> str:

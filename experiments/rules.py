@@ -91,6 +91,7 @@ RULES: dict[str, Rule] = {
     'must be ((pattern, factor), ...) with factors of at least 0',
   ),
   'freeze': (lambda v: all(isinstance(p, str) for p in v), 'must be patterns, as in (".*/w",)'),
+  'frozen_bits': (lambda v: v in (8, 4), 'must be 8, 4 or None'),
   'tuning.rates': (lambda v: v and _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.first_rates': (lambda v: _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.drop': fraction(),
@@ -195,6 +196,10 @@ def _together(c: Mapping[str, Any]) -> None:
   if c['cache_features'] and not c['freeze'] and c['model']['name'] != 'identity':
     raise UserError(
       'config.cache_features needs a network that is frozen below its head: set config.freeze'
+    )
+  if c['frozen_bits'] and not (c['freeze'] and c['model'].get('pretrained')):
+    raise UserError(
+      'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained and config.freeze'
     )
   if c['optimizer']['reset'] and c['told'] is not None and 'boundary' not in c['told']:
     raise UserError('config.optimizer.reset happens at boundaries, which config.told does not tell')

@@ -18,7 +18,7 @@ from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
 
 def decoder(
-  config: causal.Config,
+  config: Config,
   classes: int,
   weights: Tree = None,
   output: str = 'classes',

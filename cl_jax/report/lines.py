@@ -212,7 +212,8 @@ def sections(lines: Iterable[Line]) -> list[Section]:
   found: dict[str, list[Line]] = {}
   for line in lines:
     common = {k: line['config'].get(k) for k in PROTOCOL}
-    key = json.dumps([line['dataset'], base(line), line['tasks'], common], sort_keys=True)
+    own = [line['dataset'], base(line), line['tasks'], line.get('metric')]
+    key = json.dumps([*own, common], sort_keys=True)
     found.setdefault(key, []).append(line)
   out: list[Section] = []
   for members in found.values():

@@ -21,6 +21,7 @@ PERCENT = {  # heading: (field of results.jsonl, what it means)
   'average ACC': ('aaa', 'accuracy on the tasks seen so far, averaged over the stream'),
   'min-ACC': ('min_acc', 'lowest accuracy on a task after it was learnt'),
 }
+LIKELIHOOD = 'log_likelihood'  # the metric of language models, in the place of accuracy
 ROLES = ('frozen', 'trainable', 'statistics', 'optimiser')
 
 
@@ -51,10 +52,14 @@ def results(groups: Sequence[Group], who: str) -> Table:
   shown = [
     name for name, (key, _) in PERCENT.items() if key == 'acc' or any(g.values(key) for g in groups)
   ]
-  head = ('method', 'needs', 'seeds', *shown, 'state', 'time')
+  likelihood = groups[0].first.get('metric') == LIKELIHOOD
+  cell, names = (nats, ['nats a token', 'perplexity', *shown[1:]]) if likelihood else (percent, shown)
+  head = ('method', 'needs', 'seeds', *names, 'state', 'time')
   rows = []
   for g in groups:
-    cells = [percent(g.values(PERCENT[name][0])) for name in shown]
+    cells = [cell(g.values(PERCENT[name][0])) for name in shown]
+    if likelihood:
+      cells.insert(1, f'{np.exp(-np.mean(g.values("acc"))):.4g}')
     needs = ', '.join(g.first['needs']) or NONE
     rows.append((g.label, needs, str(len(g.lines)), *cells, total(g), seconds(mean(g, 'wall_s'))))
   return Table(f'Results, {who}', head, tuple(rows))
@@ -145,6 +150,14 @@ def percent(values: Sequence[float]) -> str:
     return NONE
   centre, half = metrics.interval([100 * v for v in values])
   return f'{centre:.1f}' if half is None else f'{centre:.1f} ± {half:.1f}'
+
+
+def nats(values: Sequence[float]) -> str:
+  """'-3.214 ± 0.010', the mean log-likelihood of a token and its 95 % interval."""
+  if not values:
+    return NONE
+  centre, half = metrics.interval(list(values))
+  return f'{centre:.3f}' if half is None else f'{centre:.3f} ± {half:.3f}'
 
 
 def size(n: float | None) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from cl_jax.models import bert, layers, vit
 from cl_jax.models.cnn import cnn
+from cl_jax.models.decoder import Config, decoder
 from cl_jax.models.mlp import mlp
 from cl_jax.models.resnet import resnet
 from cl_jax.types import Batch, no_tap, overlay
@@ -30,6 +31,13 @@ def sentences() -> Batch:
 CASES = {
   'mlp': (mlp((8, 7), CLASSES, mean=0.1, std=0.3), images(6, 6)),
   'bert': (bert.bert(bert.Config(30, 8, 2, 2, 12, 10, 2), CLASSES, init=0.5), sentences()),
+  'decoder': (decoder(Config(30, 8, 2, 2, 1, 12, 10), CLASSES, init=0.5), sentences()),
+  'gpt': (
+    decoder(
+      Config(30, 8, 2, 2, 2, 12, 10, norm='layer', rope=False, gated=False), CLASSES, init=0.5
+    ),
+    sentences(),
+  ),
   'cnn': (cnn((4, 3), (6,), CLASSES), images(9, 8, 3)),
   'resnet': (resnet(CLASSES, 3, (1, 1)), images(8, 8)),
   'vit': (vit.vit(vit.Config(8, 4, 3, 8, 2, 2, 12), CLASSES, init=0.5), images(8, 8, 3)),

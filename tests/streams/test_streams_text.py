@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cl_jax.errors import UserError
-from cl_jax.streams import Plan, cache, split, text
+from cl_jax.streams import Plan, cache, corpora, split, text
 from cl_jax.streams.check import check
 
 LINES = [
@@ -128,3 +128,44 @@ def test_unusable_files_are_named(tmp_path, tokenizer):
     with pytest.raises(UserError) as error:
       make()
     assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_labels_are_spelt_out_and_marked_to_be_learnt(tmp_path, tokenizer):
+  """The text gives way where it is too long; the template, the label and the end never do."""
+  lines = [{'text': 'turn on the light it', 'label': 'the_light'}, {'text': 'fly', 'label': 'fly'}]
+  path = write(tmp_path / 'a.jsonl', lines)
+  data = text.load(path, tokenizer, 8, template='it {text} off {label}', cache_dir=tmp_path)
+  tokens, mask, learn = (data.x[k].tolist() for k in ('tokens', 'mask', 'learn'))
+  assert tokens == [[8, 4, 5, 6, 9, 6, 7, 3], [8, 10, 9, 10, 3, 0, 0, 0]]
+  assert mask == [[True] * 8, [True] * 5 + [False] * 3]
+  assert learn == [[False] * 5 + [True] * 3, [False] * 3 + [True] * 2 + [False] * 3]
+  assert data.y.tolist() == [1, 0]
+  for template in ('{text}', '{label} {text}', '{text} {label}!', 'no fields'):
+    with pytest.raises(UserError, match='must have {text} in it and end with {label}'):
+      text.load(path, tokenizer, 8, template=template, cache_dir=tmp_path)
+  with pytest.raises(UserError, match='leaves no room for a text'):
+    text.load(path, tokenizer, 5, template='it {text} off {label}', cache_dir=tmp_path)
+
+
+def test_corpora_are_cut_into_blocks_a_domain_each(tmp_path, tokenizer):
+  for name, words in (('a', 'turn on the light\nturn it off\n'), ('b', 'fly on\n\n it on the light')):
+    (tmp_path / name).mkdir()
+    for split_name in corpora.SPLITS:
+      (tmp_path / name / f'{split_name}.txt').write_text(words)
+  train, test = corpora.load(tmp_path, ('b', 'a'), tokenizer, 3, tmp_path / 'cache')
+  assert train.x['tokens'].tolist() == [[10, 5, 8], [5, 6, 7], [4, 5, 6], [7, 4, 8]]
+  assert train.x['learn'].tolist() == [[False, True, True]] * 4 and train.x['mask'].all()
+  assert train.domain.tolist() == test.domain.tolist() == [0, 0, 1, 1]
+  assert train.domain_names == ('b', 'a') and not train.y.any()
+  stream = split(train, test, 'domain', by='domain', plan=Plan(batch=2))
+  check(stream)
+  assert stream.tasks == 2 and stream.classes == 1
+  with pytest.raises(UserError, match=r'no corpus at .*nowhere.*there are a, b, cache'):
+    corpora.load(tmp_path, ('nowhere',), tokenizer, 3)
+  with pytest.raises(UserError, match='has 7 tokens, not even one block of 9'):
+    corpora.load(tmp_path, ('a',), tokenizer, 9, tmp_path / 'cache')
+  with pytest.raises(UserError, match='length must be at least 2'):
+    corpora.load(tmp_path, ('a',), tokenizer, 1)
+  (tmp_path / 'a/train.txt').write_bytes(b'\xff\xfe')
+  with pytest.raises(UserError, match='cannot be read as UTF-8'):
+    corpora.load(tmp_path, ('a',), tokenizer, 3, tmp_path / 'cache')
