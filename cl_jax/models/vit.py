@@ -86,7 +86,7 @@ def vit(
     raise UserError(f'layer={layer} is not there: this ViT has the layers 1 to {config.depth}')
   c = config._replace(image=image or config.image, depth=layer or config.depth)
   weights = None if weights is None else fit(c, weights)
-  start = transformer.init_fn(lambda key: _draw(key, c, init), weights, c.d, classes, init)
+  start = transformer.init_fn(lambda key: draw(key, c, init), weights, c.d, classes, init)
 
   def apply(variables: Tree, batch: Batch, tap=no_tap, train: bool = False) -> Out:
     del train
@@ -214,7 +214,8 @@ def _patches(config: Config) -> int:
   return (config.image // config.patch) ** 2
 
 
-def _draw(key: Array, config: Config, init: str | float) -> Tree:
+def draw(key: Array, config: Config, init: str | float) -> Tree:
+  """A 'backbone' of random weights."""
   keys = jax.random.split(key, 4)
   d = config.d
   block = lambda k: transformer.block_init(k, d, config.ffn, init)  # noqa: E731
@@ -345,7 +346,7 @@ def _of_hub(path: Path, known: dict[str, Any], names: _Names) -> tuple[Config, _
     ffn, eps = sizes[3] * pretrained.count(path, {'mlp_ratio': 4} | known, 'mlp_ratio'), 1e-6
   else:
     ffn, eps = pretrained.count(path, known, 'intermediate_size'), 1e-12
-  return Config(*sizes, ffn, float(known.get('layer_norm_eps', eps))), names
+  return Config(*sizes, ffn=ffn, eps=float(known.get('layer_norm_eps', eps))), names
 
 
 def _of_timm(path: Path, known: dict[str, Any]) -> tuple[Config, _Names]:
