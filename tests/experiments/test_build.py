@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import pytest
 from cl_jax import checkpoint, methods
 from cl_jax.errors import UserError
 from cl_jax.masks import paths
-from cl_jax.models import pretrained
+from cl_jax.models import pretrained, vit
 from cl_jax.report.lines import flat
 from cl_jax.streams.take import take
+from cl_jax.types import overlay
 from experiments import build, config, optimizer
 from experiments.chain import known
 from experiments.streams import streams
@@ -438,3 +440,25 @@ def test_pretrained_weights_are_arguments_of_the_program(freeze):
   assert trained + frozen == count + 384 * 150 + 150
   got = jax.jit(lambda w: init(w).params.get('backbone', {}))(one.weights)
   assert checkpoint.digest(got) == checkpoint.digest(one.weights['initial'].get('backbone', {}))
+
+
+@pytest.mark.parametrize('freeze', [(), ('backbone/.*',), ('backbone/positions',)])
+def test_a_pretrained_vit_of_another_image_size_up_to_a_layer(tmp_path, freeze):
+  numpy_files = pytest.importorskip('safetensors.numpy', reason='needs safetensors')
+  shape = vit.Config(12, 4, 1, 8, 3, 2, 16, 1e-6)
+  rng = np.random.default_rng(0)
+  wanted = vit._shapes(shape, vit._DINOV2)
+  tensors = {name: rng.standard_normal(size).astype(np.float32) for name, size in wanted.items()}
+  numpy_files.save_file(tensors, tmp_path / 'model.safetensors')
+  known = {'model_type': 'dinov2', 'hidden_act': 'gelu', 'image_size': 12, 'patch_size': 4}
+  known |= {'num_channels': 1, 'hidden_size': 8, 'num_hidden_layers': 3, 'mlp_ratio': 2}
+  (tmp_path / 'config.json').write_text(json.dumps(known | {'num_attention_heads': 2}))
+  one = setup(
+    model={'name': 'vit', 'pretrained': str(tmp_path), 'image': 28, 'layer': 2}, freeze=freeze
+  )
+  hp, batch = build.hyper(one.config, one.streams[0]), build.example(one.streams[0])
+  params = one.build(hp, one.weights).init(jax.random.key(0), batch).params
+  got = overlay(one.frozen, params)['backbone']
+  want = vit.fit(shape._replace(image=28, depth=2), vit.load(tmp_path)[1])
+  assert got['positions'].shape == (50, 8)
+  assert checkpoint.digest(got) == checkpoint.digest(want)

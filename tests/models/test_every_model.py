@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax.models import bert, layers, vit
+from cl_jax.models import bert, clip, layers, vit
 from cl_jax.models.cnn import cnn
 from cl_jax.models.decoder import Config, decoder
 from cl_jax.models.mlp import mlp
@@ -28,7 +28,9 @@ def sentences() -> Batch:
   return images(1)._replace(x={'tokens': tokens, 'mask': mask})
 
 
+CLIP = clip.Config(8, 4, 3, 8, 2, 2, 12, projection=6)
 CASES = {
+  'clip': (clip.clip(CLIP, CLASSES, init=0.5), images(8, 8, 3)),
   'mlp': (mlp((8, 7), CLASSES, mean=0.1, std=0.3), images(6, 6)),
   'bert': (bert.bert(bert.Config(30, 8, 2, 2, 12, 10, 2), CLASSES, init=0.5), sentences()),
   'decoder': (decoder(Config(30, 8, 2, 2, 1, 12, 10), CLASSES, init=0.5), sentences()),
