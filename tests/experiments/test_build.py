@@ -161,7 +161,7 @@ ARGUMENTS = {
   'ncm': {'metric': 'euclidean', 'when': 'boundary'},
   'slda': {'when': 'boundary'},
   'fecam': {},
-  'slca': {},
+  'slca': {'chunks': 4},
   'first_session': {},
   'si': {'path': 'total'},
   'mas': {},

@@ -426,6 +426,17 @@ def test_slca_aligns_the_head_alone(toy_stream):
     assert np.abs(np.cov(drawn[c].T) - m.scatter[c] / (m.count[c] - 1)).max() < 0.03 * scale
 
 
+def test_what_closed_forms_and_alignment_cannot_be():
+  for make in (ncm, slda, ranpac):
+    with pytest.raises(UserError, match="when='end': choose step or boundary"):
+      make(4, when='end')
+  with pytest.raises(UserError, match='samples=10 is not a multiple of chunks=4'):
+    slca(samples=10, chunks=4)
+  learn = learner(identity(4), optax.sgd(0.1), slca())
+  with pytest.raises(UserError, match='slca needs a trained output layer'):
+    learn.init(jax.random.key(0), Batch(*(jnp.ones((3, 2)), *jnp.zeros((3, 3), jnp.int32))))
+
+
 def test_lora_starts_as_the_model_and_merges_exactly(toy_stream):
   model = mlp((16, 12), 6)
   batch = take(toy_stream, toy_stream.index[0, 0], 0)

@@ -19,6 +19,7 @@ def slca(
   momentum: float = 0.9,
   logit_norm: float = 0.1,
   jitter: float = 1e-4,
+  chunks: int | None = None,
 ) -> Method:
   """Trains the head, at a boundary, on features drawn from a Gaussian per class seen so far.
 
@@ -40,9 +41,15 @@ def slca(
     lr, momentum: of the alignment.
     logit_norm: temperature of the normalised logits.
     jitter: added to the covariance's diagonal before features are drawn.
+    chunks: steps an epoch, each on `samples` / `chunks` features of every class seen; None: as said above.
 
   Needs the boundary. State: 4 C (D^2 + D + 1) bytes.
   """
+
+  if chunks is not None and (chunks < 1 or samples % chunks):
+    raise UserError(
+      f'slca samples={samples} is not a multiple of chunks={chunks}: change one of them'
+    )
 
   def init(key, params, batch, fwd):
     if set(params.get('head', {})) != {'w', 'b'}:
@@ -57,19 +64,23 @@ def slca(
 
   def align(head, m, key):
     seen, rows = m.count > 0, jnp.repeat(jnp.arange(m.count.size), samples)
-    steps = seen.sum()
+    steps = seen.sum() if chunks is None else chunks
+    size = samples if chunks is None else len(rows) // chunks
     root = roots(m, jitter)
 
     def epoch(carry, inputs):
       i, key = inputs
       k_draw, k_order = jax.random.split(key)
       f = sample(k_draw, m.mean, root, samples).reshape(-1, m.mean.shape[-1])
-      # A random order of the rows of classes seen; the others come last, and no step reaches them.
-      order = jnp.argsort(jax.random.uniform(k_order, rows.shape) + ~seen[rows])
+      if chunks is None:
+        # A random order of the rows of classes seen; the others come last, and no step reaches them.
+        order = jnp.argsort(jax.random.uniform(k_order, rows.shape) + ~seen[rows])
+      else:
+        order = jnp.arange(len(rows)).reshape(-1, chunks, samples // chunks).swapaxes(0, 1).ravel()
 
       def step(j, carry):
         head, speed = carry
-        own = jax.lax.dynamic_slice_in_dim(order, j * samples, samples)
+        own = jax.lax.dynamic_slice_in_dim(order, j * size, size)
         g = jax.grad(loss)(head, f[own], rows[own], seen[rows[own]].astype(f.dtype), seen)
         speed = jax.tree.map(lambda v, g: momentum * v + g, speed, g)
         rate = lr * 0.5 * (1 + jnp.cos(jnp.pi * (i * steps + j) / (epochs * steps)))
