@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -62,3 +64,47 @@ def nonnegative_quadratic(P: Array, q: Array, lower: Array | float, on: Array) -
 
   start = (jnp.where(on, lower, 0).astype(q.dtype), jnp.array(jnp.inf, q.dtype), 0)
   return jax.lax.while_loop(more, sweep, start)[0]
+
+
+class Moments(NamedTuple):
+  """Counts, means and scatter of the features of each class; see `gather`."""
+
+  count: Array  # f32[C]
+  mean: Array  # f32[C, D]
+  scatter: Array  # f32[C, D, D] or f32[1, D, D] of all classes: sum of (f - mean_y) (f - mean_y)^T
+
+
+def no_moments(classes: int, width: int, per_class: bool = True) -> Moments:
+  """Of no examples."""
+  scatter = jnp.zeros((classes if per_class else 1, width, width))
+  return Moments(jnp.zeros(classes), jnp.zeros((classes, width)), scatter)
+
+
+def gather(m: Moments, f: Array, y: Array, w: Array) -> Moments:
+  """The moments with more examples, f[N, D] of labels y i32[N]; rows with w = 0 may hold anything.
+
+  Exact for a class that had examples before (Chan, Golub & LeVeque 1983, eq. 2.1).
+  """
+  on = w > 0
+  f = jnp.where(on[:, None], f, 0)
+  hot = on[:, None] * jax.nn.one_hot(y, m.count.size, dtype=f.dtype)
+  n, count = hot.sum(0), m.count + hot.sum(0)
+  own = hot.T @ f / jnp.maximum(n, 1)[:, None]
+  shift = own - m.mean
+  centred = jnp.where(on[:, None], f - own[y], 0)
+  between = m.count * n / jnp.maximum(count, 1)
+
+  def one(args):
+    scatter, rows, n, shift, between = args
+
+    def more():
+      within = (centred * rows[:, None]).T @ centred
+      return scatter + within + between * jnp.outer(shift, shift)
+
+    return jax.lax.cond(n > 0, more, lambda: scatter)  # most classes are not of the task
+
+  if m.scatter.shape[0] == m.count.size:
+    scatter = jax.lax.map(one, (m.scatter, hot.T, n, shift, between))
+  else:
+    scatter = m.scatter + centred.T @ centred + (between[:, None] * shift).T @ shift
+  return Moments(count, m.mean + shift * (n / jnp.maximum(count, 1))[:, None], scatter)

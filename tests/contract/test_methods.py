@@ -41,6 +41,7 @@ SMALL = {
   'codebooks': 2,
   'codes': 4,
   'code': 5,
+  'samples': 16,
 }
 HEADED = ('hat', 'packnet', 'pnn')  # every task has outputs of its own
 ADDED = {'hat', 'lora', 'pnn', 'decoder'}  # parameters that methods bring along
@@ -290,7 +291,7 @@ def test_gated_off_is_absent(case, naive):
   near(logits, builder(Method())(HP, None).predict(naive, batch), 2e-3)
   if case.name not in HEADED:  # those runs have a head besides
     near(on.params, case.state.params, 2e-4)
-    alike = ('er', 'imm', 'ncm', 'slda', 'ranpac', 'task_head')  # in their parameters
+    alike = ('er', 'fecam', 'imm', 'ncm', 'slda', 'ranpac', 'task_head')  # in their parameters
     assert case.name in alike or differs(on, off)
 
 

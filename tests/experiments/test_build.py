@@ -159,9 +159,12 @@ ARGUMENTS = {
   'er': {'writer': 'class_balanced', 'tasks': 2, 'classes': 11},
   'agem': {'tasks': 2, 'classes': 11},
   'packnet': {'weights': '.*', 'head': 'head/w'},
-  'ranpac': {'lam': 1.0},
-  'ncm': {'metric': 'euclidean'},
-  'slda': {},
+  'ranpac': {'lam': 1.0, 'when': 'boundary'},
+  'ncm': {'metric': 'euclidean', 'when': 'boundary'},
+  'slda': {'when': 'boundary'},
+  'fecam': {},
+  'slca': {'chunks': 4},
+  'first_session': {},
   'si': {'path': 'total'},
   'mas': {},
   'l2': {},
@@ -227,7 +230,7 @@ def test_every_argument_of_a_method_changes_what_is_run(method, effects):
   if method in REQUIRED:
     base |= {method: REQUIRED[method], 'model': {'name': 'mlp', 'sizes': (8, 8)}}
   for name, old in config.resolve(base)[method].items():
-    if name == 'classes' and method in ('ncm', 'slda', 'ranpac', 'icarl'):
+    if name == 'classes' and method in ('ncm', 'slda', 'ranpac', 'fecam', 'icarl'):
       continue  # they must be the stream's
     if name == 'gate' and method in UNGATED:
       continue

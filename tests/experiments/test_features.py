@@ -77,6 +77,14 @@ def test_without_a_closed_form_method_a_linear_head_learns():
   assert state.method['er'].rows.x.shape == (21, 12)
 
 
+def test_a_method_that_trains_a_head_gets_one():
+  one, _ = setup(methods=('slca',), slca={'samples': 8})
+  learner = one.build(build.hyper(one.config, one.streams[0]), one.weights)
+  state = jax.eval_shape(learner.init, jax.random.key(0), build.example(one.streams[0]))
+  assert jax.tree.map(lambda a: a.shape, state.params) == {'head': {'w': (12, 10), 'b': (10,)}}
+  assert state.method['slca'].scatter.shape == (10, 12, 12)
+
+
 @pytest.mark.parametrize(
   ('raw', 'message'),
   [

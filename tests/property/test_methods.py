@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,13 @@ from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import run
 from cl_jax.masks import paths
+from cl_jax.methods.closed_form.fecam import fecam
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
 from cl_jax.methods.closed_form.slda import slda
+from cl_jax.methods.heads.slca import roots, sample, slca
 from cl_jax.methods.heads.task_head import task_head
+from cl_jax.methods.isolation.first_session import first_session
 from cl_jax.methods.isolation.hat import hat
 from cl_jax.methods.isolation.packnet import packnet
 from cl_jax.methods.isolation.pnn import pnn
@@ -266,13 +271,19 @@ def test_gdumb_predicts_with_norm_statistics_of_its_own_training():
 
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10_000))
-@pytest.mark.parametrize('name', ['ncm', 'ranpac', 'slda'])
-def test_closed_forms_do_not_depend_on_the_order(name, seed):
+@pytest.mark.parametrize('when', ['step', 'boundary'])
+@pytest.mark.parametrize('name', ['ncm', 'ranpac', 'slda', 'fecam'])
+def test_closed_forms_do_not_depend_on_the_order(name, when, seed):
   """The same head from the same examples in any order and any cut into batches (SLDA: its means)."""
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(60, 5)).astype(np.float32)
   y = rng.integers(0, 4, 60).astype(np.int32)
-  method = {'ncm': ncm(4), 'slda': slda(4), 'ranpac': ranpac(4, 16, 1.0)}[name]
+  method = {
+    'ncm': ncm(4, when=when),
+    'slda': slda(4, when=when),
+    'ranpac': ranpac(4, 16, 1.0, when),
+    'fecam': fecam(4, per_class=when == 'step'),  # it has the boundary only
+  }[name]
   learn = learner(identity(4), optax.sgd(0.0), method)
   step, end = jax.jit(learn.step), jax.jit(learn.boundary)
 
@@ -289,6 +300,141 @@ def test_closed_forms_do_not_depend_on_the_order(name, seed):
     a, b = (a.mean, a.count, a.seen), (b.mean, b.count, b.seen)
   for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(u, v, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('name', ['ncm', 'ranpac', 'slda', 'fecam'])
+def test_at_the_boundary_epochs_do_not_count(name, toy_stream):
+  """Learnt at the boundary from features that stand still, two epochs give bitwise what one gives."""
+  factory = {
+    'ncm': lambda: ncm(6, when='boundary'),
+    'slda': lambda: slda(6, when='boundary'),
+    'ranpac': lambda: ranpac(6, 16, when='boundary'),
+    'fecam': lambda: fecam(6),
+  }[name]
+  results = []
+  for epochs in (1, 2):
+    index = jnp.tile(toy_stream.index, (1, epochs, 1))
+    stream = dataclasses.replace(toy_stream, index=index)
+    build = lambda hp, w: learner(identity(6), optax.sgd(0.0), factory())  # noqa: E731
+    state, record = jax.jit(lambda k, s, b=build: run(b, None, k, s))(jax.random.key(0), stream)
+    results.append((state.method, record.R))
+    assert record.R[-1].mean() > 0.8
+  jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_first_session_adaptation_learns_with_the_adapted_network(toy_stream):
+  """RanPAC's first phase: adapters move in the first task only, statistics are of the adapted network."""
+  model, tx = mlp((16, 12), 6), optax.adamw(0.01, weight_decay=0.1)
+  first = take(toy_stream, toy_stream.index[0, 0], 0)
+  params, _ = model.init(jax.random.key(5), first)
+  frozen = {k: params[k] for k in ('l0', 'l1')}
+  method = chain(
+    lora=lora(2, 4.0, 'l./w'), only=first_session(), ranpac=ranpac(6, 24, when='boundary')
+  )
+  learn = learner(model, tx, method, frozen)
+  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  state = learn.init(jax.random.key(0), first)
+  start, settled = state.params, None
+  ends = [jax.vmap(lambda r, t=t: take(toy_stream, r, t))(toy_stream.ends[t]) for t in range(3)]
+  for t in range(3):
+    for i in range(8):
+      state, _ = step(state, take(toy_stream, toy_stream.index[t, i], t))
+    state = end(state, ends[t])
+    settled = state.params if t == 0 else settled
+    jax.tree.map(np.testing.assert_array_equal, state.params, settled)
+  apart = lambda a, b: not np.array_equal(a, b)  # noqa: E731
+  assert jax.tree.all(jax.tree.map(apart, start, settled))
+
+  def gram(params):
+    merged = merge({**frozen, **params}, 4.0)
+    whole = jax.tree.map(
+      lambda *a: jnp.concatenate([b.reshape(-1, *b.shape[2:]) for b in a]), *ends
+    )
+    f = model.apply(merged, whole, no_tap, False).features
+    h = jax.nn.relu(f @ state.method['ranpac'].projection)
+    return h.T @ h
+
+  np.testing.assert_allclose(state.method['ranpac'].gram, gram(settled), rtol=1e-3, atol=1e-2)
+  assert not np.allclose(state.method['ranpac'].gram, gram(start), rtol=1e-1)
+  test = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), toy_stream.test)
+  assert (learn.predict(state, test).argmax(-1) == test.y).mean() > 0.8
+
+
+def test_the_first_session_ends_for_norm_statistics_too():
+  model = resnet(4, width=2, blocks=(1,))
+  x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
+  batch = Batch(x, np.arange(6) % 4, np.ones(6, np.float32), np.zeros(6, np.int32))
+  learn = learner(model, optax.sgd(0.1, momentum=0.9), first_session())
+  step = jax.jit(learn.step)
+  state = learn.init(jax.random.key(0), batch)
+  before = state.stats
+  state, _ = step(state, batch)
+  apart = lambda a, b: not np.array_equal(a, b)  # noqa: E731
+  assert jax.tree.all(jax.tree.map(apart, before, state.stats))
+  settled = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
+  state = step(settled, batch)[0]
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
+  same((state.params, state.stats), (settled.params, settled.stats))
+
+
+def test_fecam_adds_to_the_moments_of_a_class_that_comes_back():
+  """Mean and unbiased covariance are those of all its examples together; NaN in padding is nothing."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(50, 5)).astype(np.float32) ** 2
+  y = rng.integers(0, 3, 50).astype(np.int32)
+  w = np.ones(50, np.float32)
+  x[47:], w[47:] = np.nan, 0
+  learn = learner(identity(4), optax.sgd(0.0), fecam(4))
+  parts = [Batch(x[i], y[i], w[i], 0 * y[i]) for i in (np.arange(20), np.arange(20, 50))]
+  state = learn.init(jax.random.key(0), parts[0])
+  for part in parts:
+    state = learn.boundary(state, jax.tree.map(lambda a: jnp.asarray(a)[None], part))
+  m = state.method.moments
+  for c in range(3):
+    own = np.sqrt(x[:47][y[:47] == c])
+    np.testing.assert_allclose(m.mean[c], own.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(m.scatter[c] / (m.count[c] - 1), np.cov(own.T), rtol=1e-4, atol=1e-5)
+  assert m.count[3] == 0
+  scores = learn.predict(state, parts[0])
+  assert np.isfinite(scores).all() and (scores[:, 3] < scores[:, :3].min()).all()
+
+
+def test_slca_aligns_the_head_alone(toy_stream):
+  """It mends what fine-tuning did to the output layer, with draws of the classes' own moments."""
+  model = mlp((16, 12), 6)
+  slow = optax.multi_transform(
+    {'head': optax.sgd(0.05), 'rest': optax.sgd(0.0005)},
+    lambda p: {k: 'head' if k == 'head' else 'rest' for k in p},
+  )
+  build = lambda m: lambda hp, w: learner(model, slow, m)  # noqa: E731
+  key = jax.random.key(0)
+  (aligned, a), (_, b) = (
+    jax.jit(lambda k, m=m: run(build(m), None, k, toy_stream))(key)
+    for m in (slca(samples=64), Method())
+  )
+  assert a.R[-1].mean() > b.R[-1].mean() + 0.2
+  ends = jax.vmap(lambda r: take(toy_stream, r, 2))(toy_stream.ends[2])
+  after = jax.jit(build(slca(samples=64))(None, None).boundary)(aligned, ends).params
+  for layer in ('l0', 'l1'):
+    jax.tree.map(np.testing.assert_array_equal, after[layer], aligned.params[layer])
+  assert not np.array_equal(after['head']['w'], aligned.params['head']['w'])
+  m = aligned.method
+  drawn = sample(key, m.mean, roots(m, 1e-6), 20_000)
+  for c in range(6):
+    np.testing.assert_allclose(drawn[c].mean(0), m.mean[c], atol=0.1)
+    scale = float(jnp.trace(m.scatter[c] / (m.count[c] - 1)))
+    assert np.abs(np.cov(drawn[c].T) - m.scatter[c] / (m.count[c] - 1)).max() < 0.03 * scale
+
+
+def test_what_closed_forms_and_alignment_cannot_be():
+  for make in (ncm, slda, ranpac):
+    with pytest.raises(UserError, match="when='end': choose step or boundary"):
+      make(4, when='end')
+  with pytest.raises(UserError, match='samples=10 is not a multiple of chunks=4'):
+    slca(samples=10, chunks=4)
+  learn = learner(identity(4), optax.sgd(0.1), slca())
+  with pytest.raises(UserError, match='slca needs a trained output layer'):
+    learn.init(jax.random.key(0), Batch(*(jnp.ones((3, 2)), *jnp.zeros((3, 3), jnp.int32))))
 
 
 def test_lora_starts_as_the_model_and_merges_exactly(toy_stream):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Method
 
@@ -16,7 +17,7 @@ class NCMState(NamedTuple):
   count: Array  # f32[C]
 
 
-def ncm(classes: int, metric: str = 'cosine') -> Method:
+def ncm(classes: int, metric: str = 'cosine', when: str = 'step') -> Method:
   """Classifies by the nearest mean of the frozen features of each class.
 
   Mensink et al., TPAMI 2013; as the head of a pretrained model SimpleCIL (Zhou et al., IJCV 2024, eq. 4-5),
@@ -25,11 +26,18 @@ def ncm(classes: int, metric: str = 'cosine') -> Method:
   Args:
     classes: size of the output layer.
     metric: 'cosine' or 'euclidean' (logits are minus half the squared distance).
+    when: 'step' learns from every batch. 'boundary' learns from the examples of the finished task, each
+      once whatever the number of epochs, with the features of the network as it is then; in training the
+      model's own logits stay, so that its head learns. With adaptation in the first session only, APER
+      (same paper, section 4.2): `chain(lora=..., first_session=..., ncm=ncm(classes, when='boundary'))`.
 
-  State: 4 C (D + 1) bytes. Freeze the model: a moving backbone would leave the means behind.
+  Needs the boundary where `when` says so. State: 4 C (D + 1) bytes. Freeze the model: a moving backbone
+  would leave the means behind.
   """
   if metric not in ('cosine', 'euclidean'):
     raise ValueError(f'ncm metric {metric!r}: cosine or euclidean')
+  if when not in ('step', 'boundary'):
+    raise UserError(f'ncm when={when!r}: choose step or boundary')
 
   def init(key, params, batch, fwd):
     width = jax.eval_shape(fwd, params, batch).features.shape[-1]
@@ -38,6 +46,8 @@ def ncm(classes: int, metric: str = 'cosine') -> Method:
   def wrap(s, apply):
     def nearest(variables, batch, tap, train):
       out = apply(variables, batch, tap, train)
+      if train and when == 'boundary':
+        return out
       f, mean = out.features, s.total / jnp.maximum(s.count, 1)[:, None]
       if metric == 'cosine':
         unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=-1, keepdims=True), 1e-12)  # noqa: E731
@@ -48,9 +58,17 @@ def ncm(classes: int, metric: str = 'cosine') -> Method:
 
     return nearest
 
-  def after(s, params, step, key):
-    b = step.batch
+  def count(s, f, b):
     hot = b.w[:, None] * jax.nn.one_hot(b.y, classes)
-    return params, NCMState(s.total + hot.T @ step.out.features, s.count + hot.sum(0))
+    return NCMState(s.total + hot.T @ f, s.count + hot.sum(0))
 
-  return Method(init=init, wrap=wrap, after=after)
+  def after(s, params, step, key):
+    return params, count(s, step.out.features, step.batch)
+
+  def boundary(s, params, batches, fwd, key):
+    one = lambda s, b: (count(s, fwd(params, b).features, b), None)  # noqa: E731
+    return params, jax.lax.scan(one, s, batches)[0]
+
+  if when == 'step':
+    return Method(init=init, wrap=wrap, after=after)
+  return Method(init=init, wrap=wrap, boundary=boundary, needs=('boundary',))

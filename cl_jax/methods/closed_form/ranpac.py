@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.linalg import ridge
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Method
@@ -22,21 +23,26 @@ class RanPACState(NamedTuple):
   lam: Array  # f32[]
 
 
-def ranpac(classes: int, width: int = 2000, lam: float | None = None) -> Method:
+def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str = 'step') -> Method:
   """Ridge regression onto one-hot labels in a random nonlinear feature space.
 
   McDonnell et al., NeurIPS 2023, eq. 4-6; official code RanPAC/RanPAC. h = relu(f W) with W ~ N(0, 1) fixed,
   G += h^T h, C += h^T y, and at a boundary head = (G + lam I)^-1 C. Any order of the examples gives the same
-  result. Deviation: no first-session adaptation of the backbone.
+  result. First-session adaptation of the backbone is a chain:
+  `chain(lora=..., first_session=first_session(), ranpac=ranpac(classes, when='boundary'))`.
 
   Args:
     classes: size of the output layer.
     width: M; the paper has 10,000.
     lam: ridge parameter; None chooses it at each boundary from 10^-8 ... 10^8 by the squared error on
       20 % of the finished task's examples after fitting the other 80 % (as the official code).
+    when: 'step' learns from every batch. 'boundary' learns from the examples of the finished task, each
+      once whatever the number of epochs, with the features of the network as it is then.
 
   Needs the boundary. State: 4 (D M + M^2 + 2 M C + 1) bytes. Freeze the model.
   """
+  if when not in ('step', 'boundary'):
+    raise UserError(f'ranpac when={when!r}: choose step or boundary')
 
   def features(s, f):
     return jax.nn.relu(f @ s.projection)
@@ -63,13 +69,15 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None) -> Method:
     h = features(s, f) * (w > 0)[:, None]
     return h.T @ h, h.T @ jax.nn.one_hot(y, classes)
 
-  def after(s, params, step, key):
-    gram, moment = moments(s, step.out.features, step.batch.y, step.batch.w)
-    return params, s._replace(gram=s.gram + gram, moment=s.moment + moment)
+  def add(s, f, y, w):
+    gram, moment = moments(s, f, y, w)
+    return s._replace(gram=s.gram + gram, moment=s.moment + moment)
 
-  def choose(s, params, batches, fwd):
+  def after(s, params, step, key):
+    return params, add(s, step.out.features, step.batch.y, step.batch.w)
+
+  def choose(s, f, batches):
     """The lambda with the least validation error within the finished task."""
-    f = jax.lax.map(lambda b: fwd(params, b).features, batches)
     f, y, w = f.reshape(-1, f.shape[-1]), batches.y.reshape(-1), batches.w.reshape(-1)
     rank = jnp.cumsum(w > 0) - 1
     fit = (w > 0) & (rank < jnp.floor(0.8 * (w > 0).sum()))
@@ -85,8 +93,17 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None) -> Method:
     lams = jnp.array(LAMBDAS)
     return lams[jnp.argmin(jax.lax.map(error, lams))]
 
-  def boundary(s, params, batches, fwd, key):
-    best = s.lam if lam is not None else choose(s, params, batches, fwd)
-    return params, s._replace(head=ridge(s.gram, s.moment, best), lam=best)
+  def solve(s, best):
+    return s._replace(head=ridge(s.gram, s.moment, best), lam=best)
 
-  return Method(init=init, wrap=wrap, after=after, boundary=boundary, needs=('boundary',))
+  def boundary(s, params, batches, fwd, key):
+    if when == 'step' and lam is not None:
+      return params, solve(s, s.lam)
+    f = jax.lax.map(lambda b: fwd(params, b).features, batches)
+    if when == 'boundary':
+      s = jax.lax.scan(lambda s, b: (add(s, *b), None), s, (f, batches.y, batches.w))[0]
+    return params, solve(s, s.lam if lam is not None else choose(s, f, batches))
+
+  if when == 'step':
+    return Method(init=init, wrap=wrap, after=after, boundary=boundary, needs=('boundary',))
+  return Method(init=init, wrap=wrap, boundary=boundary, needs=('boundary',))

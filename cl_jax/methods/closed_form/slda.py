@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Method
 
@@ -18,7 +19,9 @@ class SLDAState(NamedTuple):
   seen: Array  # f32[], examples
 
 
-def slda(classes: int, shrinkage: float = 1e-4, centre_first: bool = True) -> Method:
+def slda(
+  classes: int, shrinkage: float = 1e-4, centre_first: bool = True, when: str = 'step'
+) -> Method:
   """A Gaussian per class with one covariance for all, updated example by example.
 
   Hayes & Kanan, CVPR Workshops 2020, "Lifelong machine learning with deep streaming linear
@@ -33,13 +36,17 @@ def slda(classes: int, shrinkage: float = 1e-4, centre_first: bool = True) -> Me
     shrinkage: e.
     centre_first: leave out the first example of a class, for which d = x is not centred. The official code
       adds its outer product; False does the same.
+    when: 'step' learns from every batch. 'boundary' learns from the examples of the finished task, each
+      once whatever the number of epochs, with the features of the network as it is then (see `ncm`).
 
-  State: 4 (C D + D^2 + C + 1) bytes. Freeze the model.
+  Needs the boundary where `when` says so. State: 4 (C D + D^2 + C + 1) bytes. Freeze the model.
   """
+  if when not in ('step', 'boundary'):
+    raise UserError(f'slda when={when!r}: choose step or boundary')
 
   def init(key, params, batch, fwd):
     d = jax.eval_shape(fwd, params, batch).features.shape[-1]
-    zero = jnp.float32(0)
+    zero = jnp.zeros(())
     return {}, SLDAState(jnp.zeros((classes, d)), jnp.zeros(classes), jnp.zeros((d, d)), zero)
 
   def wrap(s, apply):
@@ -54,8 +61,7 @@ def slda(classes: int, shrinkage: float = 1e-4, centre_first: bool = True) -> Me
 
     return discriminant
 
-  def after(s, params, step, key):
-    x, b = step.out.features, step.batch
+  def absorb(s, x, b):
     valid = (b.w > 0).astype(x.dtype)
     hot = valid[:, None] * jax.nn.one_hot(b.y, classes)
     earlier = jnp.tril(hot @ hot.T, k=-1)  # [i, j] = 1: j came before i and has its class
@@ -70,6 +76,15 @@ def slda(classes: int, shrinkage: float = 1e-4, centre_first: bool = True) -> Me
     cov = (s.seen * s.cov + scatter) / jnp.maximum(total, 1)
     count = s.count + hot.sum(0)
     sums = s.count[:, None] * s.mean + hot.T @ x
-    return params, SLDAState(sums / jnp.maximum(count, 1)[:, None], count, cov, total)
+    return SLDAState(sums / jnp.maximum(count, 1)[:, None], count, cov, total)
 
-  return Method(init=init, wrap=wrap, after=after)
+  def after(s, params, step, key):
+    return params, absorb(s, step.out.features, step.batch)
+
+  def boundary(s, params, batches, fwd, key):
+    one = lambda s, b: (absorb(s, fwd(params, b).features, b), None)  # noqa: E731
+    return params, jax.lax.scan(one, s, batches)[0]
+
+  if when == 'step':
+    return Method(init=init, wrap=wrap, after=after)
+  return Method(init=init, wrap=wrap, boundary=boundary, needs=('boundary',))

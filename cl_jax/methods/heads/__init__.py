@@ -1,1 +1,1 @@
-"""Which outputs compete: those of the task, those seen so far, or all (the default)."""
+"""The output layer: which outputs compete (those of the task, those seen so far, or all), and its upkeep."""
