@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from cl_jax.errors import UserError
 
+LOG = logging.getLogger(__name__)  # at DEBUG: which tensors of a file were left out
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
@@ -88,6 +90,11 @@ def _one(file: Path) -> tuple[dict, dict, Callable[[str], np.ndarray]]:
   return shapes, kinds, read
 
 
+def opened(path: str | Path) -> Source:
+  """The tensors of what `pretrained.find` found: a directory of safetensors or a GGUF file."""
+  return gguf(path) if is_gguf(Path(path)) else safetensors(path)
+
+
 def is_gguf(path: Path) -> bool:
   return path.suffix == '.gguf'
 
@@ -154,13 +161,14 @@ def exactly(
   """
   missing, unused, names = difference(source, wanted, prefix, ignored, ends)
   if missing:
-    raise UserError(f'{source.file}: tensor {missing[0]} is missing')
+    raise UserError(f'{source.file}: tensor {missing[0]} is missing{_more(missing)}')
   for name, shape in wanted.items():
     there = source.shapes[names[name]]
     if there != shape:
       raise UserError(f'{source.file}: tensor {name} has the shape {there}, the config says {shape}')
   if unused:
-    raise UserError(f'{source.file}: tensor {unused[0]} has no place in this model')
+    raise UserError(f'{source.file}: tensor {unused[0]} has no place in this model{_more(unused)}')
+  LOG.debug('left out of %s: %s', source.file, sorted(names.keys() - wanted.keys()))
   found = {}
   for name in wanted:
     found[name] = source.read(names[name])
@@ -182,6 +190,10 @@ def difference(
   left = sorted(names.keys() - wanted.keys())
   unused = [n for n in left if not n.startswith(ignored) and not n.endswith(ends)]
   return missing, unused, names
+
+
+def _more(names: list[str]) -> str:
+  return f', and {len(names) - 1} more: {", ".join(names[1:6])}' if names[1:] else ''
 
 
 def _modern(name: str) -> str:
