@@ -49,6 +49,8 @@ WRITERS = {'ring': 'er', 'reservoir': 'er', 'mof': 'er', 'kmeans': 'er'}
 # Where the defaults do not fit that network: arguments by method.
 ARGUMENTS = {
   'lora': {'targets': 'l0/w'},
+  'olora': {'targets': 'l0/w'},
+  'sdlora': {'targets': 'l0/w'},
   'latent': {'tap': 'l0'},
   'remind': {'tap': 'l0', 'codebooks': 25},
 }

@@ -43,7 +43,7 @@ SMALL = {
   'code': 5,
 }
 HEADED = ('hat', 'packnet', 'pnn')  # every task has outputs of its own
-ADDED = {'hat', 'lora', 'pnn', 'decoder'}  # parameters that methods bring along
+ADDED = {'hat', 'lora', 'olora', 'sdlora', 'pnn', 'decoder'}  # parameters that methods bring along
 OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
 

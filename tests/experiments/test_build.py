@@ -196,6 +196,8 @@ ARGUMENTS = {
   'gem': {'tasks': 2, 'capacity': 400},
   'gdumb': {'classes': 11},
   'icarl': {},
+  'olora': {'tasks': 6, 'targets': 'l0/w'},
+  'sdlora': {'tasks': 6, 'targets': 'l0/w'},
 }
 WITH = {
   ('imm', 'labels'): {'imm.mode': 'mode'},
@@ -213,6 +215,8 @@ WITH = {
 REQUIRED = {
   'latent': {'tap': 'l0'},
   'remind': {'tap': 'l0', 'codebooks': 4, 'codes': 8},
+  'olora': {'targets': 'l./w'},
+  'sdlora': {'targets': 'l./w'},
 }
 UNGATED = ('latent', 'remind', 'pnn')  # see `compose.gated`
 TASKS = ('packnet', 'hat', 'pnn', 'lwf', 'dgr', 'ebll', 'dreamnet')
