@@ -51,6 +51,7 @@ ARGUMENTS = {
   'lora': {'targets': 'l0/w'},
   'olora': {'targets': 'l0/w'},
   'sdlora': {'targets': 'l0/w'},
+  'inflora': {'targets': 'l0/w'},
   'latent': {'tap': 'l0'},
   'remind': {'tap': 'l0', 'codebooks': 25},
 }
