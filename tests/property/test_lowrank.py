@@ -126,7 +126,7 @@ def test_inflora_reads_no_direction_of_earlier_tasks(toy_stream):
       batch = toy_stream.x[toy_stream.index[t, : i + 1]].reshape(-1, 8)
       if i < 2:  # the first layer reads the inputs themselves
         np.testing.assert_allclose(state.method.moment['l0/w'], batch.T @ batch, rtol=1e-5)
-        assert not state.params['inflora']['l0']['w']['b'].any()
+        assert not state.params['inflora']['l0']['w']['b'][t].any()
     for layer in ('l0', 'l1'):
       own = state.params['inflora'][layer]['w']
       assert own['b'][t].any() and not own['a'][t + 1].any()
