@@ -38,7 +38,8 @@ def ease(
   task's classes are those of its examples so far, the batch at hand included. Where a class comes up again,
   its means go on over all examples. Until the first boundary the head predicts, and after it classes without
   a prototype are ruled out. Deviations: all slots are allocated from the start; the head of the training is
-  linear, not a scaled cosine.
+  linear, not a scaled cosine; `reweigh` is not divided by the number of finished tasks, as it is in the
+  official code.
 
   Args:
     classes: size of the output layer.

@@ -46,7 +46,8 @@ def inflora(
 
   Deviations: hooks see no data before a task, so its first `warm` steps only gather H (the head and all else
   that is not frozen train meanwhile), then A_t is set; P itself is stored in place of a basis of it or of its
-  complement; A is not divided by sqrt(3). A step that gathers takes one more forward and backward pass.
+  complement; A is not divided by sqrt(3); the first task's directions reach e_0 (the official code takes one
+  fewer). A step that gathers takes one more forward and backward pass.
   Positions of a sequence count as rows, those of padding tokens too.
 
   Freeze the rest by `learner(frozen=...)`. A task of no more than `warm` steps gets no update; after more

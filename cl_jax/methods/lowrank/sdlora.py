@@ -24,8 +24,9 @@ def sdlora(
   Earlier pairs, later pairs and later magnitudes are restored after the update, so they keep their exact bits
   under any optimiser. A ~ U(+-1/sqrt(d_in)) and B ~ N(0, 1e-3^2): zero would have no direction. A new pair
   therefore changes every weight at the start of its task, by Frobenius norm `magnitude` at most.
-  Deviations: the current pair is normalised too; all slots are allocated from the start; neither the rank
-  reduction (SD-LoRA-RR) nor the merging of directions (SD-LoRA-KD).
+  Deviations: the current pair is normalised too; every matrix has magnitudes of its own; all slots
+  are allocated from the start; neither the rank reduction (SD-LoRA-RR) nor the merging of directions
+  (SD-LoRA-KD).
 
   Freeze the rest by `learner(frozen=...)`. After more than `tasks` boundaries only magnitudes are trained.
 
