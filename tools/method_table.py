@@ -24,6 +24,7 @@ from cl_jax import methods
 from cl_jax.budget import passes, state_bytes
 from cl_jax.learner import learner
 from cl_jax.models.mlp import mlp
+from cl_jax.models.vit import Config, vit
 from cl_jax.types import Batch, Method, Model
 from tools.pages import fill, update
 
@@ -35,7 +36,7 @@ COLUMNS = (
   'reproduced',
 )  # fmt: skip
 
-# What the measured learner is: an MLP 784-100-10 on 5 tasks in batches of 10.
+# What the measured learner is: an MLP 784-100-10 on 5 tasks in batches of 10 (see also `TRANSFORMER`).
 CLASSES, TASKS, BATCH = 10, 5, 10
 TASK_CLASSES = tuple((2 * t, 2 * t + 1) for t in range(TASKS))
 REQUIRED = {
@@ -49,12 +50,21 @@ WRITERS = {'ring': 'er', 'reservoir': 'er', 'mof': 'er', 'kmeans': 'er'}
 # Where the defaults do not fit that network: arguments by method.
 ARGUMENTS = {
   'lora': {'targets': 'l0/w'},
+  'olora': {'targets': 'l0/w'},
+  'sdlora': {'targets': 'l0/w'},
+  'inflora': {'targets': 'l0/w'},
   'latent': {'tap': 'l0'},
   'remind': {'tap': 'l0', 'codebooks': 25},
 }
 
 
-def network() -> Model:
+# They need a transformer: theirs has 16 patches of 7 x 7 pixels, 2 layers, width 32.
+TRANSFORMER = ('adapter', 'ease')
+
+
+def network(name: str = '') -> Model:
+  if name in TRANSFORMER:
+    return vit(Config(28, 7, 1, d=32, depth=2, heads=2, ffn=64), CLASSES)
   return mlp((100,), CLASSES)
 
 
@@ -91,7 +101,7 @@ def state_sentence(name: str) -> str:
 
 def measure(name: str) -> tuple[int, dict[str, float]]:
   """(bytes that the method adds to the naive learner's state, passes per step)."""
-  model, method = network(), make(name)
+  model, method = network(name), make(name)
   batch = Batch(
     jnp.zeros((BATCH, 28, 28, 1), jnp.uint8),
     jnp.arange(BATCH, dtype=jnp.int32) % CLASSES,

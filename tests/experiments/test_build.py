@@ -201,6 +201,11 @@ ARGUMENTS = {
   'gem': {'tasks': 2, 'capacity': 400},
   'gdumb': {'classes': 11},
   'icarl': {},
+  'olora': {'tasks': 6, 'targets': 'l0/w'},
+  'sdlora': {'tasks': 6, 'targets': 'l0/w'},
+  'inflora': {'tasks': 6, 'targets': 'l0/w', 'warm': 3, 'steps_per_epoch': 7},
+  'adapter': {'where': ('feedforward',)},
+  'ease': {'tasks': 6},
 }
 WITH = {
   ('imm', 'labels'): {'imm.mode': 'mode'},
@@ -213,13 +218,18 @@ WITH = {
   ('dgr', 'task_classes'): {'dgr.outputs': 'heads'},
   ('ebll', 'task_classes'): {'ebll.outputs': 'heads'},
   ('dreamnet', 'task_classes'): {'dreamnet.outputs': 'heads'},
+  ('adapter', 'scale'): {'adapter.parallel': True},
   ('rehearsal', 'tasks'): {'rehearsal.share': 'partial'},
 }
 REQUIRED = {
   'latent': {'tap': 'l0'},
   'remind': {'tap': 'l0', 'codebooks': 4, 'codes': 8},
+  'olora': {'targets': 'l./w'},
+  'sdlora': {'targets': 'l./w'},
+  'inflora': {'targets': 'l./w', 'rank': 2},
 }
 UNGATED = ('latent', 'remind', 'pnn')  # see `compose.gated`
+TRANSFORMER = ('adapter', 'ease')  # they need one
 TASKS = ('packnet', 'hat', 'pnn', 'lwf', 'dgr', 'ebll', 'dreamnet')
 
 
@@ -229,8 +239,11 @@ def test_every_argument_of_a_method_changes_what_is_run(method, effects):
   base |= {'head': 'task'} if method in TASKS else {}
   if method in REQUIRED:
     base |= {method: REQUIRED[method], 'model': {'name': 'mlp', 'sizes': (8, 8)}}
+  if method in TRANSFORMER:
+    shape = {'image': 28, 'patch': 14, 'channels': 1, 'd': 8, 'depth': 2, 'heads': 2, 'ffn': 12}
+    base |= {'model': {'name': 'vit', 'config': shape}}
   for name, old in config.resolve(base)[method].items():
-    if name == 'classes' and method in ('ncm', 'slda', 'ranpac', 'fecam', 'icarl'):
+    if name == 'classes' and method in ('ncm', 'slda', 'ranpac', 'fecam', 'icarl', 'ease'):
       continue  # they must be the stream's
     if name == 'gate' and method in UNGATED:
       continue

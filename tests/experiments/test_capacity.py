@@ -28,7 +28,7 @@ def added(methods, **fields):
 
 
 def test_growth_is_what_a_learner_for_so_many_tasks_would_keep():
-  """Columns of PNN, gates of HAT, encoders of EBLL come with their tasks; ER's memory was there before."""
+  """Columns of PNN, gates of HAT, encoders of EBLL, low-rank factors come with tasks; not ER's memory."""
   units, image = 8, 784
 
   def grown(method, **more):
@@ -47,6 +47,12 @@ def test_growth_is_what_a_learner_for_so_many_tasks_would_keep():
   assert steps == [4 * (column + k * lateral) for k in (1, 2, 3, 4)]
   steps = [b - a for a, b in itertools.pairwise(grown('ebll', ebll={'code': 3}))]
   assert steps == [0] + [4 * 3 * (units + 1)] * 3  # one from the start; the last task needs none
+  for method in ('olora', 'sdlora', 'inflora'):
+    steps = [
+      b - a
+      for a, b in itertools.pairwise(grown(method, **{method: {'targets': 'l0/w', 'rank': 2}}))
+    ]
+    assert steps == [4 * (2 * (image + units) + (method == 'sdlora'))] * 4, method
 
 
 @pytest.mark.parametrize(

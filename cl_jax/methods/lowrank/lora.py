@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 
-from cl_jax.errors import UserError
-from cl_jax.masks import nest, paths
+from cl_jax.lowrank import bounds, drawn, put, select
 from cl_jax.models.layers import LowRank
-from cl_jax.types import Method, Tree, overlay
+from cl_jax.types import Method, Tree
 
 
 def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*(query|value)/w') -> Method:
@@ -30,20 +27,10 @@ def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*(query|value)/w')
   """
 
   def init(key, params, batch, fwd):
-    weights = {
-      p: a
-      for p, a in paths(overlay(fwd.frozen, params)).items()
-      if re.fullmatch(targets, p) and a.ndim >= 2
-    }
-    if not weights:
-      raise UserError(f'lora targets {targets!r} match no weight matrix of the model')
-    leaves = {}
-    for (path, w), k in zip(weights.items(), jax.random.split(key, len(weights)), strict=True):
-      *stack, d_in, d_out = w.shape
-      bound = d_in**-0.5
-      a = jax.random.uniform(k, (*stack, d_in, rank), jnp.float32, -bound, bound)
-      leaves[f'{path}/a'], leaves[f'{path}/b'] = a, jnp.zeros((*stack, rank, d_out))
-    return {'lora': nest(leaves)}, ()
+    def factors(key, stack, d_in, d_out):
+      return {'a': bounds(key, (*stack, d_in, rank)), 'b': jnp.zeros((*stack, rank, d_out))}
+
+    return {'lora': drawn(key, select('lora', targets, params, fwd), factors)}, ()
 
   def wrap(s, apply):
     def adapted(variables, batch, tap, train):
@@ -56,13 +43,14 @@ def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*(query|value)/w')
 
 def adapt(variables: Tree, alpha: float) -> Tree:
   """The model's variables with every adapted weight as a `LowRank` operator, without the 'lora' branch."""
-  adapters = paths(variables['lora'])
-  leaves = paths({k: v for k, v in variables.items() if k != 'lora'})
-  for path in {p.rsplit('/', 1)[0] for p in adapters}:
-    a, b = adapters[f'{path}/a'], adapters[f'{path}/b']
-    scale = jnp.full(a.shape[:-2], alpha / a.shape[-1])  # an axis per stacked layer, for the scan
-    leaves[path] = LowRank(leaves[path], a, b, scale)
-  return nest(leaves)
+
+  def adapted(w, own):
+    a, b = own['a'], own['b']
+    return LowRank(
+      w, a, b, jnp.full(a.shape[:-2], alpha / a.shape[-1])
+    )  # one per layer, for the scan
+
+  return put(variables, 'lora', adapted)
 
 
 def merge(variables: Tree, alpha: float) -> Tree:
