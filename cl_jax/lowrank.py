@@ -15,17 +15,23 @@ import jax.numpy as jnp
 from cl_jax.errors import UserError
 from cl_jax.masks import nest, path_name, paths
 from cl_jax.models.layers import LowRank
+from cl_jax.models.quantised import is_stored, matrix
 from cl_jax.types import Array, Forward, Tree, overlay
 
 
-def select(name: str, targets: str, params: Tree, fwd: Forward) -> dict[str, Array]:
+def select(
+  name: str, targets: str, params: Tree, fwd: Forward
+) -> dict[str, jax.ShapeDtypeStruct]:
   """The weight matrices whose whole path matches `targets`, trained or frozen, [..., d_in, d_out] by path.
+
+  Weights in few bits count as the matrices that they stand for.
 
   Raises:
     UserError: there is none; `name` says whose argument it was.
   """
-  known = paths(overlay(fwd.frozen, params))
-  found = {p: a for p, a in known.items() if re.fullmatch(targets, p) and a.ndim >= 2}
+  known = paths(overlay(fwd.frozen, params), is_stored)
+  shapes = {p: matrix(a) for p, a in known.items() if re.fullmatch(targets, p)}
+  found = {p: a for p, a in shapes.items() if a.ndim >= 2}
   if not found:
     raise UserError(f'{name} targets {targets!r} match no weight matrix of the model')
   return found
@@ -43,8 +49,7 @@ def put(
     place, _, name = path.rpartition('/')
     own.setdefault(place, {})[name] = leaf
   rest = {k: v for k, v in variables.items() if k != branch}
-  flat, _ = jax.tree_util.tree_flatten_with_path(rest, is_leaf=lambda a: hasattr(a, '__rmatmul__'))
-  leaves = {path_name(path): leaf for path, leaf in flat}
+  leaves = paths(rest, lambda a: is_stored(a) or hasattr(a, '__rmatmul__'))
   return nest(leaves | {place: make(leaves[place], of) for place, of in own.items()})
 
 
@@ -83,7 +88,7 @@ def keep(old: Tree, new: Tree, free: Callable[[str, Array], Array]) -> Tree:
 
 def drawn(
   key: Array,
-  weights: Mapping[str, Array],
+  weights: Mapping[str, jax.ShapeDtypeStruct],
   make: Callable[[Array, tuple[int, ...], int, int], dict[str, Array]],
 ) -> Tree:
   """The branch of parameters with the leaves make(key, stack, d_in, d_out) at every weight."""

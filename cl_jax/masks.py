@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from cl_jax.errors import UserError
 from cl_jax.types import Tree
 
 
-def paths(tree: Tree) -> dict[str, Any]:
+def paths(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
   """The leaves of nested dicts by path, as in 'backbone/layers/query/w', in sorted order."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return {path_name(path): leaf for path, leaf in flat}
 
 

@@ -33,6 +33,11 @@ def is_stored(w: Any) -> bool:
   return isinstance(w, dict) and ('int8' in w or 'int4' in w)
 
 
+def matrix(w: Any) -> jax.ShapeDtypeStruct:
+  """The shape and dtype of a weight, of the matrix that it stands for where it is stored in few bits."""
+  return jax.eval_shape(dequantise, w) if is_stored(w) else jax.ShapeDtypeStruct(w.shape, w.dtype)
+
+
 def operator(w: Any) -> Any:
   """`w`, or what multiplies like the weight that it stores."""
   return Quantised(w) if is_stored(w) else w

@@ -197,7 +197,7 @@ def test_frozen_weights_in_few_bits():
   w = model.init(jax.random.key(1), b)[0]['backbone']
   plain = model.apply({'backbone': w}, b).logits
   size = lambda tree: sum(a.nbytes for a in jax.tree.leaves(tree))  # noqa: E731
-  for bits, error, share in ((8, 0.02, 0.27), (4, 0.2, 0.19)):
+  for bits, error, share in ((8, 0.02, 0.27), (4, 0.4, 0.19)):
     few = quantised.quantise_tree({'backbone': w}, bits)
     stored = few['backbone']['layers']['q']['w']
     assert size(stored) < share * w['layers']['q']['w'].nbytes

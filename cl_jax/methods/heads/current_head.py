@@ -19,8 +19,8 @@ def current_head(classes: int) -> Method:
   """Masks the logits of earlier and later classes in training, those of unseen classes at test.
 
   What the methods with prompts and adapters train with ("local cross-entropy"): old outputs are not pushed
-  down by new examples. Wang et al., L2P, CVPR 2022, section 4.1 ("masked softmax"); Smith et al., CODA-Prompt,
-  CVPR 2023, section 4.3. A task's classes are those of its examples so far, the batch at hand included.
+  down by new examples. Wang et al., L2P, CVPR 2022, section 4.1; Smith et al., CODA-Prompt, CVPR 2023,
+  section 4.3. A task's classes are those of its examples so far, the batch at hand included.
 
   Args:
     classes: size of the output layer.
