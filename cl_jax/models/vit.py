@@ -46,9 +46,9 @@ def vit(
   Parameters: 'backbone' {'patch': {'w': f32[patch * patch * channels, d], 'b'}, 'cls': f32[d],
   'positions': f32[1 + patches, d], 'layers': every leaf stacked [depth, ...], 'norm'} and 'head'
   {'w', 'b'}. `features` f32[B, d] are the class token's after the last norm. Taps: 'embed', then
-  per layer 'k', 'v', 'attention' (its output), 'middle' (the residual stream that the MLP reads), 'mlp' (its
-  hidden units), 'feedforward' (its output) and 'block', all [B, L, .]. What 'embed' puts before the class
-  token is attended to.
+  per layer 'k', 'v', 'scores' (see `transformer.attention`), 'attention' (its output), 'middle' (the
+  residual stream that the MLP reads), 'mlp' (its hidden units), 'feedforward' (its output) and 'block', all
+  but 'scores' [B, L, .]. What 'embed' puts before the class token is attended to.
 
   Where `init` is traced, let `weights` be an argument of the program, as `cl_jax.loop.run` does:
   closed over, they would be copied into it as constants.

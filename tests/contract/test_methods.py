@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,8 @@ from cl_jax.learner import learner
 from cl_jax.loop import check_needs, host_feed, programs, run, run_chunks
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.models.mlp import mlp
+from cl_jax.models.vit import Config as vit_config
+from cl_jax.models.vit import vit
 from cl_jax.streams import schedules
 from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
@@ -41,9 +43,20 @@ SMALL = {
   'codebooks': 2,
   'codes': 4,
   'code': 5,
+  'length': 2,
+  'pool': 6,
+  'top': 2,
+  'general': 2,
+  'expert': 3,
+  'general_layers': (0,),
+  'expert_layers': (1,),
+  'layers': (1,),
+  'centroids': 2,
+  'iterations': 5,
 }
 HEADED = ('hat', 'packnet', 'pnn')  # every task has outputs of its own
-ADDED = {'hat', 'lora', 'pnn', 'decoder'}  # parameters that methods bring along
+PROMPTS = {n for n, module in methods.names().items() if '.prompts.' in module}
+ADDED = {'hat', 'lora', 'pnn', 'decoder', *PROMPTS}  # parameters that methods bring along
 OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
 
@@ -76,9 +89,16 @@ def make(name, stream) -> Method:
   return factory(**{k: known[k] for k in inspect.signature(factory).parameters if k in known})
 
 
-def builder(method, frozen=None):
+def network(name=''):
+  """An MLP; a transformer for the methods that need one."""
+  if name in PROMPTS:
+    return vit(vit_config(4, 2, 1, 8, 2, 2, 12), 6, init=0.3)
+  return mlp((16, 12), 6)
+
+
+def builder(method, frozen=None, name=''):
   def build(hp, weights):
-    return learner(mlp((16, 12), 6), optax.sgd(hp['lr'], momentum=0.9), method, frozen)
+    return learner(network(name), optax.sgd(hp['lr'], momentum=0.9), method, frozen)
 
   return build
 
@@ -89,25 +109,37 @@ KEY = 7
 
 @pytest.fixture(scope='module', params=NAMES)
 def case(request, toy_stream) -> Case:
-  stream = short(toy_stream)
   name = request.param
+  stream = short(toy_stream, name)
   method = chain(**{name: make(name, stream)})
   if name in HEADED:
     method = chain(**{name: make(name, stream), 'head': task_head(stream.task_classes, 6)})
-  build = builder(method)
+  build = builder(method, name=name)
   state, record = jax.jit(partial(run, build))(HP, jax.random.key(KEY), stream)
   return Case(name, method, build, stream, state, record, programs(build, 7))
 
 
 @pytest.fixture(scope='module')
 def naive(toy_stream):
-  """The final state of plain fine-tuning."""
-  return jax.jit(partial(run, builder(Method())))(HP, jax.random.key(KEY), short(toy_stream))[0]
+  """(name) -> the final state of plain fine-tuning of the network of that method."""
+
+  @lru_cache
+  def plain(transformer):
+    name = min(PROMPTS) if transformer else ''
+    build, stream = builder(Method(), name=name), short(toy_stream, name)
+    return jax.jit(partial(run, build))(HP, jax.random.key(KEY), stream)[0]
+
+  return lambda name: plain(name in PROMPTS)
 
 
-def short(stream):
-  """Enough steps to pass every phase: 24 a task."""
-  return dataclasses.replace(stream, index=stream.index[:, :24])
+def short(stream, name=''):
+  """Enough steps to pass every phase: 24 a task. A transformer gets the 8 numbers twice, as 4 x 4 pixels."""
+  stream = dataclasses.replace(stream, index=stream.index[:, :24])
+  if name not in PROMPTS:
+    return stream
+  image = lambda x: jnp.tile(x, 2).reshape(*x.shape[:-1], 4, 4, 1)  # noqa: E731
+  test = stream.test._replace(x=image(stream.test.x))
+  return dataclasses.replace(stream, x=image(stream.x), test=test)
 
 
 def data(tree):
@@ -275,7 +307,7 @@ def test_gated_off_is_absent(case, naive):
 
   def switched(hp, weights):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
-    return learner(mlp((16, 12), 6), optax.sgd(hp['lr'], momentum=0.9), method)
+    return learner(network(case.name), optax.sgd(hp['lr'], momentum=0.9), method)
 
   program = jax.jit(partial(run, switched))
   if case.name in OTHER:
@@ -284,10 +316,11 @@ def test_gated_off_is_absent(case, naive):
     return
   off, _ = program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
   on, _ = program({**HP, 'on': jnp.float32(1)}, jax.random.key(KEY), case.stream)
-  near(compare(off.params), naive.params, 2e-4)
+  plain = naive(case.name)
+  near(compare(off.params), plain.params, 2e-4)
   batch = jax.tree.map(lambda a: a[0, 0], case.stream.test)
   logits = switched({**HP, 'on': jnp.float32(0)}, None).predict(off, batch)
-  near(logits, builder(Method())(HP, None).predict(naive, batch), 2e-3)
+  near(logits, builder(Method(), name=case.name)(HP, None).predict(plain, batch), 2e-3)
   if case.name not in HEADED:  # those runs have a head besides
     near(on.params, case.state.params, 2e-4)
     alike = ('er', 'imm', 'ncm', 'slda', 'ranpac', 'task_head')  # in their parameters
