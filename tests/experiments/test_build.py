@@ -199,7 +199,7 @@ ARGUMENTS = {
   'prompt_tuning': {},
   'prefix_tuning': {},
   'l2p': {},
-  'dualprompt': {'tasks': 6, 'general_layers': (1,), 'expert_layers': (0,)},
+  'dualprompt': {'tasks': 6, 'general_layers': (0, 1), 'expert_layers': (0, 1)},
   'coda': {'tasks': 3, 'length': 6, 'layers': (0,)},
   'sprompts': {'tasks': 6},
 }
