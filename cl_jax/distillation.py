@@ -85,7 +85,9 @@ def distiller(
     p = jax.nn.softmax(target / temperature)
     logp = jax.nn.log_softmax(logits / temperature)
     ce = -(temperature**2) * jnp.sum(p * jnp.maximum(logp, MINUS_INF), axis=-1)
-    if ce.ndim > 1:  # a language model: the mean over the tokens to learn, the others have logits of 0
+    if (
+      ce.ndim > 1
+    ):  # a language model: the mean over the tokens to learn, the others have logits of 0
       learnt = (logits != 0).any(-1)
       ce = jnp.where(learnt, ce, 0).sum(-1) / jnp.maximum(learnt.sum(-1), 1)
       return ce / logits.shape[-1] if mean else ce

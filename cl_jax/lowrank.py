@@ -19,9 +19,7 @@ from cl_jax.models.quantised import is_stored, matrix
 from cl_jax.types import Array, Forward, Tree, overlay
 
 
-def select(
-  name: str, targets: str, params: Tree, fwd: Forward
-) -> dict[str, jax.ShapeDtypeStruct]:
+def select(name: str, targets: str, params: Tree, fwd: Forward) -> dict[str, jax.ShapeDtypeStruct]:
   """The weight matrices whose whole path matches `targets`, trained or frozen, [..., d_in, d_out] by path.
 
   Weights in few bits count as the matrices that they stand for.

@@ -147,7 +147,9 @@ class Method(NamedTuple):
       `step` is the `Transition`. Masks, memory writes, statistics.
     boundary: (s, params, batches, fwd, key) -> (params, s). A task ended; `batches` holds its
       training examples once, stacked: every leaf is [S, B, ...].
-    needs: what the scenario must tell: any of 'task_train', 'task_test', 'boundary'.
+    needs: what the scenario must tell: any of 'task_train', 'task_test', 'boundary'. And 'batch_test', of a
+      method that looks across the rows of a test batch: no scenario tells it and none refuses it, but results
+      say so, since a batch of one task gives the task away.
   """
 
   init: Callable = lambda key, params, batch, fwd: ({}, ())
@@ -178,7 +180,8 @@ class Learner(NamedTuple):
     init: (key, batch) -> State.
     step: (state, batch) -> (state, loss f32[]).
     boundary: (state, batches) -> state.
-    predict: (state, batch) -> logits f32[B, C]; reads `batch.x` and `batch.task` only, row by row.
+    predict: (state, batch) -> logits f32[B, C]; reads `batch.x` and `batch.task` only, row by row (unless
+      `needs` has 'batch_test').
     needs: see `Method.needs`; checked against the stream before the first step.
     measure: (state, batch) -> f32[B, 2]; see `Model.measure`.
   """

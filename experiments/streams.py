@@ -77,7 +77,9 @@ def tokenizer(config: Mapping[str, Any]) -> str:
     )
   found = pretrained.find(source).tokenizer
   if found is None:
-    raise UserError(f'{source} has no tokenizer.json, which text needs: set config.data.tokenizer to one')
+    raise UserError(
+      f'{source} has no tokenizer.json, which text needs: set config.data.tokenizer to one'
+    )
   return str(found)
 
 

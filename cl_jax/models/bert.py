@@ -41,9 +41,9 @@ def bert(
 
   Parameters: 'backbone' {'embed': {'tokens', 'positions', 'types', 'norm'}, 'layers': every leaf
   stacked [depth, ...]} and 'head' {'w', 'b'}. `features` f32[B, d] are the pooled hidden states.
-  Taps: 'embed', then per layer 'k', 'v', 'attention' (its output), 'middle' (what the MLP reads), 'mlp' (its
-  hidden units), 'feedforward' (its output) and 'block', all [B, L, .]. What 'embed' puts before the first
-  position is attended to and left out of pooling.
+  Taps: 'embed', then per layer 'k', 'v', 'scores' (see `transformer.attention`), 'attention' (its output),
+  'middle' (what the MLP reads), 'mlp' (its hidden units), 'feedforward' (its output) and 'block', all but
+  'scores' [B, L, .]. What 'embed' puts before the first position is attended to and left out of pooling.
 
   Where `init` is traced, let `weights` be an argument of the program, as `cl_jax.loop.run` does:
   closed over, they would be copied into it as constants.

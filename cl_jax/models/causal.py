@@ -79,7 +79,7 @@ def encode(
     def attend(q, k, v):
       k, v = tap('k', k, i), tap('v', v, i)
       before = jnp.ones((*causal.shape[:2], k.shape[1] - h.shape[1]), bool)
-      return attention(config, q, k, v, jnp.concatenate([before, causal], 2))
+      return attention(config, q, k, v, jnp.concatenate([before, causal], 2), tap, i)
 
     return _block(config, transformer.cast(p, dtype), h, i, places, attend, tap)
 
@@ -96,7 +96,13 @@ def unembed(config: Config, p: Tree, h: Array) -> Array:
 
 
 def generate(
-  config: Config, p: Tree, tokens: Array, mask: Array, steps: int, key=None, temperature: float = 1.0
+  config: Config,
+  p: Tree,
+  tokens: Array,
+  mask: Array,
+  steps: int,
+  key=None,
+  temperature: float = 1.0,
 ) -> Array:
   """Continues each row by `steps` tokens, one at a time with the keys and values of the others kept.
 
@@ -158,18 +164,23 @@ def generate(
   return out.T
 
 
-def attention(config: Config, q: Array, k: Array, v: Array, seen: Array) -> Array:
+def attention(
+  config: Config, q: Array, k: Array, v: Array, seen: Array, tap=no_tap, layer: Array | int = 0
+) -> Array:
   """Grouped-query attention (Ainslie et al. 2023), scores and softmax in f32.
 
   Args:
     q: [B, L, heads * size]. k, v: [B, M, kv_heads * size]; each of their heads serves heads / kv_heads.
     seen: bool[B, L, M].
+    tap, layer: for the tap 'scores' [B, heads, L, M].
   """
   b, n, m, size = q.shape[0], q.shape[1], k.shape[1], config.size
   q = q.reshape(b, n, config.kv_heads, -1, size)
   k, v = (a.reshape(b, m, config.kv_heads, size) for a in (k, v))
   scores = jnp.einsum('bqkgd,bmkd->bkgqm', q, k).astype(jnp.float32) / math.sqrt(size)
   scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  flat = scores.reshape(b, config.heads, n, m)
+  scores = tap('scores', flat, layer).reshape(scores.shape)
   share = jax.nn.softmax(scores, -1).astype(v.dtype)
   return jnp.einsum('bkgqm,bmkd->bqkgd', share, v).reshape(b, n, -1)
 
@@ -187,7 +198,9 @@ def rotate(config: Config, x: Array, places: Array) -> Array:
   else:
     one, two = jnp.split(turned, 2, -1)
   pair = (one * cos - two * sin, two * cos + one * sin)
-  turned = jnp.stack(pair, -1).reshape(turned.shape) if config.interleaved else jnp.concatenate(pair, -1)
+  turned = (
+    jnp.stack(pair, -1).reshape(turned.shape) if config.interleaved else jnp.concatenate(pair, -1)
+  )
   return jnp.concatenate([turned, rest], -1).reshape(x.shape).astype(x.dtype)
 
 

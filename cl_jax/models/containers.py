@@ -130,7 +130,9 @@ def gguf(file: str | Path) -> Source:
     try:
       return np.asarray(dequantize(t.data, t.tensor_type), np.float32)
     except (NotImplementedError, KeyError, ValueError) as e:
-      raise UserError(f'{file}: tensor {name} is {t.tensor_type.name}, which cannot be read: {e}') from e
+      raise UserError(
+        f'{file}: tensor {name} is {t.tensor_type.name}, which cannot be read: {e}'
+      ) from e
 
   shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
   kinds = {name: t.tensor_type.name for name, t in tensors.items()}
@@ -165,7 +167,9 @@ def exactly(
   for name, shape in wanted.items():
     there = source.shapes[names[name]]
     if there != shape:
-      raise UserError(f'{source.file}: tensor {name} has the shape {there}, the config says {shape}')
+      raise UserError(
+        f'{source.file}: tensor {name} has the shape {there}, the config says {shape}'
+      )
   if unused:
     raise UserError(f'{source.file}: tensor {unused[0]} has no place in this model{_more(unused)}')
   LOG.debug('left out of %s: %s', source.file, sorted(names.keys() - wanted.keys()))

@@ -33,7 +33,7 @@ def decoder(
 
   Parameters: 'backbone' {'embed': {'tokens'[, 'positions']}, 'layers': 'q', 'k', 'v', 'o', 'norm1', 'up',
   'down'[, 'gate', 'norm2'], every leaf stacked [depth, ...], 'norm'[, 'unembed']}. Taps: 'embed', then per
-  layer 'k' (after the rotation), 'v', 'attention', 'middle', 'mlp' (the hidden units), 'feedforward' and
+  layer 'k' (after the rotation), 'v', 'scores', 'attention', 'middle', 'mlp' (the hidden units), 'feedforward' and
   'block', all [B, L, .]. What 'embed' puts before the first position is attended to and takes positions.
 
   With output='classes' it is a classifier as `bert` is: a 'head' {'w', 'b'} on `features` f32[B, d], the last
@@ -134,7 +134,8 @@ _NAMES: dict[str, dict[str, tuple[str, str]]] = {
     'embed/tokens': ('model.embed_tokens.weight', ''),
     **{f'layers/{n}/w': (f'model.layers.{{}}.self_attn.{n}_proj.weight', 'T') for n in 'qkvo'},
     **{
-      f'layers/{n}/w': (f'model.layers.{{}}.mlp.{n}_proj.weight', 'T') for n in ('gate', 'up', 'down')
+      f'layers/{n}/w': (f'model.layers.{{}}.mlp.{n}_proj.weight', 'T')
+      for n in ('gate', 'up', 'down')
     },
     'layers/norm1/scale': ('model.layers.{}.input_layernorm.weight', ''),
     'layers/norm2/scale': ('model.layers.{}.post_attention_layernorm.weight', ''),
@@ -156,7 +157,11 @@ _NAMES: dict[str, dict[str, tuple[str, str]]] = {
     },
     **{
       f'{n}/{ours}': (f'{module}.{theirs}', '')
-      for n, module in (('layers/norm1', 'h.{}.ln_1'), ('layers/norm2', 'h.{}.ln_2'), ('norm', 'ln_f'))
+      for n, module in (
+        ('layers/norm1', 'h.{}.ln_1'),
+        ('layers/norm2', 'h.{}.ln_2'),
+        ('norm', 'ln_f'),
+      )
       for ours, theirs in (('scale', 'weight'), ('bias', 'bias'))
     },
   },
@@ -247,7 +252,9 @@ def _reader(
 def _llama(path: Path, known: dict[str, Any]) -> Config:
   for key, value in (('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False)):
     if known.get(key, value) != value:
-      raise UserError(f'{path}/config.json: {key} is {known[key]!r}, only {value!r} is supported here')
+      raise UserError(
+        f'{path}/config.json: {key} is {known[key]!r}, only {value!r} is supported here'
+      )
   count = lambda key: pretrained.count(path, known, key)  # noqa: E731
   rope = known.get('rope_parameters') or known.get('rope_scaling') or {}
   kind = rope.get('rope_type', rope.get('type', 'default'))

@@ -192,4 +192,3 @@ def stack(t: dict[str, np.ndarray], start: str, names: dict[str, str], depth: in
     norm = ours.startswith('norm')
     tree[ours] = {'scale': w, 'bias': b} if norm else {'w': w.swapaxes(1, 2), 'b': b}
   return tree
-

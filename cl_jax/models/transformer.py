@@ -47,7 +47,8 @@ def init_fn(
 def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Array) -> Array:
   """Multi-head self-attention (Vaswani et al. 2017, eq. 1) with scores and softmax in f32.
 
-  The taps 'k' and 'v' may put a prefix before the keys and values, which every query then sees.
+  The taps 'k' and 'v' may put a prefix before the keys and values, which every query then sees, as far as the
+  tap 'scores' [B, heads, queries, keys] lets it.
 
   Args:
     p: 'q', 'k', 'v', 'o'.
@@ -66,6 +67,7 @@ def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Arr
   if mask is not None:
     seen = mask[:, None] if mask.ndim == 3 else extend(mask, k.shape[1])[:, None, None, :]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+  scores = tap('scores', scores, layer)
   share = jax.nn.softmax(scores, -1).astype(h.dtype)
   return dense(p['o'], jnp.einsum('bhqk,bkhd->bqhd', share, v).reshape(b, length, d))
 

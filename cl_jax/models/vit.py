@@ -55,9 +55,9 @@ def vit(
   Parameters: 'backbone' {'patch': {'w': f32[patch * patch * channels, d], 'b'}, 'cls': f32[d],
   'positions': f32[1 + patches, d], 'layers': every leaf stacked [depth, ...], 'norm'} and 'head'
   {'w', 'b'}. `features` f32[B, d] are the class token's after the last norm. Taps: 'embed', then
-  per layer 'k', 'v', 'attention' (its output), 'middle' (the residual stream that the MLP reads), 'mlp' (its
-  hidden units), 'feedforward' (its output) and 'block', all [B, L, .]. What 'embed' puts before the class
-  token is attended to.
+  per layer 'k', 'v', 'scores' (see `transformer.attention`), 'attention' (its output), 'middle' (the
+  residual stream that the MLP reads), 'mlp' (its hidden units), 'feedforward' (its output) and 'block', all
+  but 'scores' [B, L, .]. What 'embed' puts before the class token is attended to.
 
   Pretrained weights may have LayerScale (Touvron et al. 2021, eq. 4): 'scale1' and 'scale2' [depth, d] in
   'layers', factors of what attention and MLP add, applied before the taps of these. A drawn model has none.

@@ -53,7 +53,9 @@ def results(groups: Sequence[Group], who: str) -> Table:
     name for name, (key, _) in PERCENT.items() if key == 'acc' or any(g.values(key) for g in groups)
   ]
   likelihood = groups[0].first.get('metric') == LIKELIHOOD
-  cell, names = (nats, ['nats a token', 'perplexity', *shown[1:]]) if likelihood else (percent, shown)
+  cell, names = (
+    (nats, ['nats a token', 'perplexity', *shown[1:]]) if likelihood else (percent, shown)
+  )
   head = ('method', 'needs', 'seeds', *names, 'state', 'time')
   rows = []
   for g in groups:

@@ -36,7 +36,9 @@ def load(
     UserError: an absent or empty file, one that is not UTF-8, or too short for a single block.
   """
   if length < 2:
-    raise UserError(f'length must be at least 2 tokens, one to predict the other from; got {length}')
+    raise UserError(
+      f'length must be at least 2 tokens, one to predict the other from; got {length}'
+    )
   parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
   for name in names:
     for split in SPLITS:
@@ -51,7 +53,8 @@ def blocks(file: Path, tokenizer: Path, length: int, cache_dir: Path | None = No
   if not file.is_file():
     near = ', '.join(sorted(p.name for p in file.parent.parent.glob('*') if p.is_dir()))
     raise UserError(
-      f'there is no corpus at {file}; it must be UTF-8 text' + (f' (there are {near})' if near else '')
+      f'there is no corpus at {file}; it must be UTF-8 text'
+      + (f' (there are {near})' if near else '')
     )
   if not tokenizer.is_file():
     raise UserError(f'there is no tokenizer at {tokenizer}; pass the path of a tokenizer.json')

@@ -140,10 +140,12 @@ def answered(
   text_at, label_at = template.find('{text}'), template.find('{label}')
   if text_at < 0 or label_at < text_at or not template.endswith('{label}'):
     raise UserError(
-      f"config.data.template must have {{text}} in it and end with {{label}}; got {template!r}"
+      f'config.data.template must have {{text}} in it and end with {{label}}; got {template!r}'
     )
   before, between = template[:text_at], template[text_at + 6 : label_at]
-  gap = between[len(between.rstrip(' ')) :]  # belongs to the label: byte-level BPE joins it to the word
+  gap = between[
+    len(between.rstrip(' ')) :
+  ]  # belongs to the label: byte-level BPE joins it to the word
   model = tokenizers.load(tokenizer)
   model.no_padding()
   model.no_truncation()
@@ -155,11 +157,15 @@ def answered(
   )}  # fmt: skip
   room = length - len(start) - len(middle) - max(map(len, spelt.values()))
   if room < 1:
-    raise UserError(f'config.data.length={length} leaves no room for a text beside template and label')
+    raise UserError(
+      f'config.data.length={length} leaves no room for a text beside template and label'
+    )
   rows = [
     ([*start, *body[:room], *middle], spelt[y]) for body, y in zip(ids(texts), labels, strict=True)
   ]
-  found = filled([question + answer for question, answer in rows], length, tokenizers.padding(model))
+  found = filled(
+    [question + answer for question, answer in rows], length, tokenizers.padding(model)
+  )
   learn = np.zeros_like(found['mask'])
   for i, (question, answer) in enumerate(rows):
     learn[i, len(question) : len(question) + len(answer)] = True

@@ -206,6 +206,12 @@ ARGUMENTS = {
   'inflora': {'tasks': 6, 'targets': 'l0/w', 'warm': 3, 'steps_per_epoch': 7},
   'adapter': {'where': ('feedforward',)},
   'ease': {'tasks': 6},
+  'prompt_tuning': {},
+  'prefix_tuning': {},
+  'l2p': {},
+  'dualprompt': {'tasks': 6, 'general_layers': (0, 1), 'expert_layers': (0, 1)},
+  'coda': {'tasks': 3, 'length': 6, 'layers': (0,)},
+  'sprompts': {'tasks': 6},
 }
 WITH = {
   ('imm', 'labels'): {'imm.mode': 'mode'},
@@ -227,9 +233,18 @@ REQUIRED = {
   'olora': {'targets': 'l./w'},
   'sdlora': {'targets': 'l./w'},
   'inflora': {'targets': 'l./w', 'rank': 2},
+  'dualprompt': {'general_layers': (0,), 'expert_layers': (1,)},
+  'coda': {'pool': 6, 'length': 4, 'layers': (0, 1)},
 }
 UNGATED = ('latent', 'remind', 'pnn')  # see `compose.gated`
-TRANSFORMER = ('adapter', 'ease')  # they need one
+# They need one.
+TRANSFORMER = (
+  'prompt_tuning', 'prefix_tuning', 'l2p', 'dualprompt', 'coda', 'sprompts', 'adapter', 'ease',
+)  # fmt: skip
+VIT = {
+  'name': 'vit',
+  'config': {'image': 28, 'patch': 14, 'channels': 1, 'd': 8, 'depth': 2, 'heads': 2, 'ffn': 12},
+}
 TASKS = ('packnet', 'hat', 'pnn', 'lwf', 'dgr', 'ebll', 'dreamnet')
 
 
@@ -239,14 +254,14 @@ def test_every_argument_of_a_method_changes_what_is_run(method, effects):
   base |= {'head': 'task'} if method in TASKS else {}
   if method in REQUIRED:
     base |= {method: REQUIRED[method], 'model': {'name': 'mlp', 'sizes': (8, 8)}}
-  if method in TRANSFORMER:
-    shape = {'image': 28, 'patch': 14, 'channels': 1, 'd': 8, 'depth': 2, 'heads': 2, 'ffn': 12}
-    base |= {'model': {'name': 'vit', 'config': shape}}
+  base |= {'model': VIT} if method in TRANSFORMER else {}
   for name, old in config.resolve(base)[method].items():
     if name == 'classes' and method in ('ncm', 'slda', 'ranpac', 'fecam', 'icarl', 'ease'):
       continue  # they must be the stream's
     if name == 'gate' and method in UNGATED:
       continue
+    if method == 'prompt_tuning' and name in ('start', 'tokens'):
+      continue  # of a network with a vocabulary: tests/test_prompts.py
     raw = base
     for dotted, value in WITH.get((method, name), {}).items():
       raw = config.override(raw, dotted, value)

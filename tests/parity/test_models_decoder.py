@@ -82,7 +82,9 @@ def test_logits_and_gradients_equal_transformers(tmp_path, family):
   theirs.save_pretrained(tmp_path, max_shard_size='20kB' if family == 'llama3' else '5GB')
   assert (tmp_path / containers.INDEX).exists() == (family == 'llama3')
   c, weights = decoder.load(tmp_path)
-  assert {p: a.shape[p.startswith('layers/') :] for p, a in paths(weights).items()} == causal.shapes(c)
+  assert {
+    p: a.shape[p.startswith('layers/') :] for p, a in paths(weights).items()
+  } == causal.shapes(c)
   x = sentences()
   model = decoder.decoder(c, 3, weights, output='tokens')
 
@@ -144,7 +146,9 @@ def test_gguf_files_are_read(tmp_path, kind):
   x = sentences()
   h, _ = causal.encode(c, weights, x)
   logits = causal.unembed(c, weights, h)
-  want = theirs(torch.tensor(x['tokens']).long(), attention_mask=torch.tensor(x['mask']).long()).logits
+  want = theirs(
+    torch.tensor(x['tokens']).long(), attention_mask=torch.tensor(x['mask']).long()
+  ).logits
   if kind == 'F32':
     np.testing.assert_allclose(
       np.asarray(logits)[x['mask']], want.detach().numpy()[x['mask']], atol=1e-4
@@ -256,7 +260,9 @@ def smol():
 def test_smollm2_writes_sense(smol):
   files, c, weights = smol
   model = tokenizer.load(files.tokenizer)
-  ids = [model.encode(s).ids for s in ('The capital of France is', 'Water freezes at a temperature of')]
+  ids = [
+    model.encode(s).ids for s in ('The capital of France is', 'Water freezes at a temperature of')
+  ]
   longest = max(map(len, ids))
   tokens = np.array([[0] * (longest - len(i)) + i for i in ids], np.int32)
   mask = np.array([[False] * (longest - len(i)) + [True] * len(i) for i in ids])

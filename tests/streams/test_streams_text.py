@@ -148,7 +148,10 @@ def test_labels_are_spelt_out_and_marked_to_be_learnt(tmp_path, tokenizer):
 
 
 def test_corpora_are_cut_into_blocks_a_domain_each(tmp_path, tokenizer):
-  for name, words in (('a', 'turn on the light\nturn it off\n'), ('b', 'fly on\n\n it on the light')):
+  for name, words in (
+    ('a', 'turn on the light\nturn it off\n'),
+    ('b', 'fly on\n\n it on the light'),
+  ):
     (tmp_path / name).mkdir()
     for split_name in corpora.SPLITS:
       (tmp_path / name / f'{split_name}.txt').write_text(words)
