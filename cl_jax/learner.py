@@ -80,8 +80,11 @@ def learner(
   def predict(state: State, batch: Batch) -> jax.Array:
     return forward(state.method, state.stats)(state.params, batch).logits
 
-  def measure(state: State, batch: Batch) -> jax.Array:
-    return model.measure(forward(state.method, state.stats)(state.params, batch), batch)
+  found = model.measure
+  if found is None:
+    return Learner(init, step, boundary, predict, method.needs)
 
-  own = measure if model.measure else None
-  return Learner(init, step, boundary, predict, method.needs, own)
+  def measure(state: State, batch: Batch) -> jax.Array:
+    return found(forward(state.method, state.stats)(state.params, batch), batch)
+
+  return Learner(init, step, boundary, predict, method.needs, measure)

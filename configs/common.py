@@ -31,7 +31,8 @@ def defaults() -> dict[str, Any]:
     'seeds': (0,),
     # --- data ---------------------------------------------------------------------------------------
     # See cl_jax.streams.load.dataset: 'fashion_mnist_small' and 'clinc150' ship with the package; a TFDS
-    # name ('mnist', 'tfds:cifar10'), 'text:NAME', 'corpora:NAME+NAME', 'jsonl:DIR' and 'npz:PATH' are looked up.
+    # name ('mnist', 'tfds:cifar10'), 'text:NAME', 'corpora:NAME+NAME', 'jsonl:DIR' and 'npz:PATH' are
+    # looked up.
     'dataset': 'fashion_mnist_small',
     'data': {
       # At most so many training examples of each class in a task, and of each task; None = all.
@@ -44,8 +45,8 @@ def defaults() -> dict[str, Any]:
       # Of the choices above and of what is held out: the same examples for every run, or, as None, other
       # ones for every run's seed, so that intervals hold the luck of the draw as well.
       'seed': Maybe(int, 0),
-      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json ('' = the pretrained
-      # model's). For language models, sentences with their label spelt out after them, as in
+      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json ('' = the
+      # pretrained model's). For language models, sentences with their label spelt out after them, as in
       # '{text}\\nIntent: {label}'; '' = the label is a number.
       'length': 32,
       'tokenizer': '',
@@ -140,8 +141,8 @@ def defaults() -> dict[str, Any]:
     },
     # Patterns of parameter paths that are not trained and are shared by all runs.
     'freeze': (),
-    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 8 or 4 to round them;
-    # what is added above them (lora) stays in full precision.
+    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 8 or 4 to round
+    # them; what is added above them (lora) stays in full precision.
     'frozen_bits': Maybe(int),
     # Compute the features of a network that is frozen below its head once, and learn from these.
     'cache_features': False,

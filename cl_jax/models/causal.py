@@ -133,12 +133,12 @@ def generate(
 
     def layer(h, inputs):
       weights, i, kept = inputs
-      new = []
+      new: list[Array] = []
 
       def attend(q, k, v):
         write = lambda old, a: jax.lax.dynamic_update_slice(old, a, (0, at, 0))  # noqa: E731
         new.extend([write(kept[0], k), write(kept[1], v)])
-        return attention(config, q, *new, visible)
+        return attention(config, q, new[0], new[1], visible)
 
       h = _block(config, weights, h, i, places, attend, no_tap)
       return h, tuple(new)

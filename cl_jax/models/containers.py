@@ -188,7 +188,7 @@ def difference(
   ignored: tuple[str, ...] = (),
   ends: tuple[str, ...] = (),
 ) -> tuple[list[str], list[str], dict[str, str]]:
-  """(what is wanted and not there, what is there and has no use, {our name for it: the file's}); see `exactly`."""
+  """(names that are not there, names that have no use, {our name: the file's}); see `exactly`."""
   names = {_modern(name.removeprefix(prefix)): name for name in source.shapes}
   missing = [name for name in wanted if name not in names]
   left = sorted(names.keys() - wanted.keys())

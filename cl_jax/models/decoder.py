@@ -33,14 +33,15 @@ def decoder(
 
   Parameters: 'backbone' {'embed': {'tokens'[, 'positions']}, 'layers': 'q', 'k', 'v', 'o', 'norm1', 'up',
   'down'[, 'gate', 'norm2'], every leaf stacked [depth, ...], 'norm'[, 'unembed']}. Taps: 'embed', then per
-  layer 'k' (after the rotation), 'v', 'scores', 'attention', 'middle', 'mlp' (the hidden units), 'feedforward' and
-  'block', all [B, L, .]. What 'embed' puts before the first position is attended to and takes positions.
+  layer 'k' (after the rotation), 'v', 'scores', 'attention', 'middle', 'mlp' (the hidden units),
+  'feedforward' and 'block', all [B, L, .]. What 'embed' puts before the first position is attended to and
+  takes positions.
 
   With output='classes' it is a classifier as `bert` is: a 'head' {'w', 'b'} on `features` f32[B, d], the last
   hidden state of the last position of the mask, or the mean over it.
 
-  With output='tokens' it is a language model: inputs have a third leaf 'learn' bool[B, L], the positions whose
-  token is to be predicted from those before it; logits are f32[B, L, vocabulary], the ones at position i
+  With output='tokens' it is a language model: inputs have a third leaf 'learn' bool[B, L], the positions
+  whose token is to be predicted from those before it; logits are f32[B, L, vocabulary], the ones at position i
   predict token i, and are 0 where there is nothing to learn. The loss of a row is the mean over its
   tokens to learn; labels are not read, except where 'learn' spells them (see `streams.corpora`).
 
@@ -128,7 +129,7 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   return c, jax.tree.map(jnp.asarray, nest(leaves))
 
 
-# Our path -> theirs, and how theirs is laid out: 'T' is [out, in]; 'q', 'k' and 'v' are thirds of a fused one.
+# Our path -> theirs, and how that is laid out: 'T' is [out, in]; 'q', 'k' and 'v' are thirds of a fused one.
 _NAMES: dict[str, dict[str, tuple[str, str]]] = {
   'llama': {
     'embed/tokens': ('model.embed_tokens.weight', ''),

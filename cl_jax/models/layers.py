@@ -42,7 +42,7 @@ class LowRank(NamedTuple):
 
   def merge(self) -> Array:
     """The plain weight [..., d_in, d_out] that computes the same."""
-    below = self.w.merge() if isinstance(self.w, LowRank) else self.w
+    below: Any = self.w.merge() if isinstance(self.w, LowRank) else self.w
     below = dequantise(below) if is_stored(below) else below
     return below + jnp.expand_dims(jnp.asarray(self.scale), (-2, -1)) * (self.a @ self.b)
 

@@ -77,7 +77,7 @@ def find(name: str | Path) -> Files:
 
   Args:
     name: a name of `PACKAGES`, whose files must have the digests known here, a directory with config.json,
-      model.safetensors (or its parts and their index) and, for text, tokenizer.json, or a file .gguf or .onnx.
+      model.safetensors (or its parts with their index) and, for text, tokenizer.json, or a .gguf or .onnx file.
 
   Raises:
     UserError: neither is there (with the command that installs it), or a file is not what it was.
@@ -89,7 +89,8 @@ def find(name: str | Path) -> Files:
       return Files(path, path if containers.is_gguf(path) else None)
     if not path.is_dir():
       raise UserError(
-        f"no pretrained model '{name}': give a directory, a .gguf or .onnx file, or one of {', '.join(PACKAGES)}"
+        f"no pretrained model '{name}': give a directory, a .gguf or .onnx file, or one of "
+        f'{", ".join(PACKAGES)}'
       )
     weights = containers.WHOLE if not (path / containers.INDEX).is_file() else containers.INDEX
     _all_there(path, ('config.json', weights))

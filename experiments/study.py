@@ -1,0 +1,305 @@
+"""Do foundation models forget, and what helps? `python -m experiments.study --config=configs/study_NAME.py`.
+
+A study is a configuration file with a list of cells, each an adaptation and a method (full,er), that are run
+one by one or side by side, every cell and seed a process of its own in DIR/CELL-SEED. It resumes when repeated.
+Beside the results of every run it measures how far the network has moved (linear CKA of the features before
+and after, Kornblith et al. 2019) and, for language models, the likelihood of text that is never learnt from.
+DIR gets results.jsonl of all cells, drift.jsonl and table.md; --plan says what each cell would need, and runs
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_jax import checkpoint, durable
+from cl_jax.errors import UserError
+from cl_jax.report import lines as report_lines
+from cl_jax.report.tables import markdown, tables, text
+from cl_jax.streams import corpora
+from cl_jax.types import Batch, Tree
+from experiments import build, cli, config, features, results, run, show, streams, workdir
+from experiments.chain import chain_of
+from experiments.job import blank, spread
+from experiments.options import Options, parse
+from experiments.pool import Work, default_workers, processes
+
+PROGRAM = 'experiments.study'
+DRIFT = 'drift.json'
+ROWS = 256  # examples that drift is measured on
+SAVE_EVERY = 600.0  # seconds; a checkpoint of a language model is a gigabyte
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  argv = sys.argv[1:] if argv is None else list(argv)
+  if argv[:1] == ['--run']:  # one of the processes
+    return cli.guarded(run.PROGRAM, one, argv[1:])
+  parser = argparse.ArgumentParser(
+    prog=f'python -m {PROGRAM}',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add('--config', required=True, metavar='FILE[:WORDS]', help='configs/study_{vit,lm,encoder}.py')
+  add('--workdir', metavar='DIR', type=Path, help='runs/ and the name of the configuration')
+  add('--data_dir', metavar='DIR', help='parent of text/ and tfds/; default: CL_JAX_DATA')
+  add('--only', default='*', metavar='PATTERN', help="cells by name, as in 'lora,*'")
+  add('--seeds', type=int, default=1, help='each with an order of the tasks of its own (1)')
+  add('--workers', type=int, help='processes at a time (one a core; one with an accelerator)')
+  add('--plan', action='store_true', help='only print what each cell needs: bytes, FLOPs, steps')
+  add('--table', action='store_true', help='only draw the tables again')
+  return cli.guarded(PROGRAM, lambda words: command(parser.parse_args(words)), argv)
+
+
+def command(options: argparse.Namespace) -> int:
+  study, path, words = found(options.config)
+  if options.seeds < 1 or (options.workers is not None and options.workers < 1):
+    raise UserError('--seeds and --workers must be at least 1')
+  cells = fnmatch.filter(study.CELLS, options.only)
+  if not cells:
+    raise UserError(f'--only={options.only} matches no cell; there are {"  ".join(study.CELLS)}')
+  folder = options.workdir or Path('runs') / Path(path).stem
+  work = [
+    planned(path, words, cell, seed, folder, options.data_dir)
+    for seed in range(options.seeds)
+    for cell in cells
+  ]
+  if options.plan:
+    return plan(work)
+  folder.mkdir(parents=True, exist_ok=True)
+  failed = {} if options.table else ran(work, options.workers or default_workers(), folder)
+  finish(folder)
+  return max(failed.values(), default=0)
+
+
+def found(source: str) -> tuple[ModuleType, str, tuple[str, ...]]:
+  """The module of a study, its path and the words after it, which every cell gets."""
+  path, _, words = source.partition(':')
+  config.load(source)  # an absent or broken file is refused in the way of all commands
+  spec = importlib.util.spec_from_file_location('study', path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'CELLS'):
+    raise UserError(f'--config: {path} has no CELLS and is no study; use experiments.run for it')
+  return module, os.path.relpath(path), tuple(w for w in words.split(',') if w)
+
+
+def planned(
+  path: str, words: tuple[str, ...], cell: str, seed: int, folder: Path, data_dir: str | None
+) -> Work:
+  name = f'{cell.replace(",", "-")}-{seed}'
+  argv = (
+    f'--config={path}:{",".join((*words, cell))}',
+    f'--config.seeds={seed}',
+    f'--save_every={SAVE_EVERY:.0f}',
+    f'--workdir={folder / name}',
+    *((f'--data_dir={data_dir}',) if data_dir else ()),
+  )
+  return Work(name, (seed,), folder / name, argv)
+
+
+def ran(work: list[Work], workers: int, folder: Path) -> dict[str, int]:
+  """Runs what is not finished: {name: exit code} of what failed."""
+  begin = time.monotonic()
+
+  def say(line: str) -> None:
+    print(f'{show.clock(time.monotonic() - begin):>7}  {line}', flush=True)
+
+  todo = [w for w in work if not (w.finished() and (w.folder / DRIFT).exists())]
+  print(f'{len(todo)} of {len(work)} runs to do, into {folder}', flush=True)
+  failed = {}
+  with processes(todo, (sys.executable, '-m', PROGRAM, '--run'), workers, say) as ended:
+    for w, code in ended:
+      failed |= {w.name: code} if code else {}
+      say(f'{w.name}: {f"failed, {w.last_words()}" if code else outcome(w)}')
+      finish(folder, quiet=True)
+  return failed
+
+
+def outcome(w: Work) -> str:
+  line = results.read(w.folder)[-1]
+  fell = line['forgetting']
+  return f'{line["acc"]:.3f}, forgetting {"-" if fell is None else f"{fell:.3f}"}, {line["wall_s"]:.0f} s'
+
+
+# --- one run ----------------------------------------------------------------------------------------
+
+
+def one(argv: list[str]) -> int:
+  """experiments.run without its report, then what moved; the checkpoints, which are large, go at the end."""
+  options = parse(argv, run.PROGRAM, run.ABOUT)
+  shown = show.make()
+  with workdir.claimed(options.workdir) as place:
+    workdir.remember(place, options.config)
+    run.run(options, place, shown)
+    if not (place / DRIFT).exists():
+      measure(options, place, shown.say)
+  return 0
+
+
+def measure(options: Options, place: Path, tell: Callable[[str], None]) -> None:
+  """Writes {'cka': ..., 'held_out': {name: [before, after]}} of a run with one seed to drift.json."""
+  resolved = options.config
+  setup = build.prepare(resolved, options.data_dir, tell)[0]
+  job = run.job(setup, place, config.sha256(resolved))
+  restored = checkpoint.restore(job.folder, blank(job, spread(job), 0), job.sha256, tell)
+  if restored is None:
+    tell(f'{place} has no checkpoint any more: what moved is not measured')
+    return
+  state, stream = restored.tree.state, setup.streams[0]
+  hp = build.hyper(resolved, stream)
+  model = setup.model(setup.weights)
+  method = chain_of(resolved, stream, hp, model.wires)
+  flat = jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[3:]), stream.test.x)
+  real = np.flatnonzero(np.asarray(stream.test.w).reshape(-1) > 0)
+  rows = real[np.linspace(0, len(real) - 1, min(ROWS, len(real))).astype(int)]
+  x = jax.tree.map(lambda a: a[rows], flat)
+  learner = setup.build(hp, setup.weights)
+  first = features.batch_of(jax.tree.map(lambda a: a[:1], x))
+  start = learner.init(jax.random.key(resolved['seeds'][0]), first)
+  said: dict[str, Any] = {
+    'cka': round(cka(*(seen(model, method, setup, s, x) for s in (start, state))), 6)
+  }
+  held_out = getattr(sys.modules.get('configs.study_lm'), 'HELD_OUT', ())
+  if results.likelihood(resolved):
+    held_out = held_out or ('wiki', 'math')
+    said['held_out'] = unseen(options, learner, (start, state), held_out)
+  durable.write(place / DRIFT, json.dumps(said) + '\n')
+  shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def seen(model, method, setup, state, x: Tree) -> np.ndarray:
+  """The features f64[N, D] of inputs."""
+  from cl_jax.types import Forward
+
+  def compute(state, frozen, x):
+    fwd = Forward(method.wrap(state.method, model.apply), frozen, state.stats)
+    return fwd(state.params, features.batch_of(x)).features
+
+  apply, out = jax.jit(compute), []
+  for lo in range(0, len(jax.tree.leaves(x)[0]), 32):
+    part = jax.tree.map(lambda a, lo=lo: a[lo : lo + 32], x)
+    out.append(np.asarray(apply(state, setup.weights['frozen'], part), np.float64))
+  return np.concatenate(out)
+
+
+def cka(one: np.ndarray, two: np.ndarray) -> float:
+  """Linear centred kernel alignment of features [N, D] and [N, E], in [0, 1]: 1 where they agree up to a rotation.
+
+  Kornblith et al., ICML 2019, eq. 4 with linear kernels.
+  """
+  one, two = (a - a.mean(0) for a in (one, two))
+  norm = np.linalg.norm
+  return float(norm(one.T @ two) ** 2 / max(norm(one.T @ one) * norm(two.T @ two), 1e-30))
+
+
+def unseen(options: Options, learner, states, names: Sequence[str]) -> dict[str, list[float]]:
+  """{corpus: log-likelihood of a token before and after}, in nats, on text that no task has."""
+  data = options.config['data']
+  root = Path(options.data_dir or os.environ['CL_JAX_DATA']) / 'text/corpora'
+  tokenizer = Path(streams.tokenizer(options.config))
+  found = {}
+  total = jax.jit(lambda s, b: learner.measure(s, b).sum(0))
+  for name in names:
+    rows = corpora.blocks(root / name / 'test.txt', tokenizer, data['length'])
+    rows = rows[: data['test_per_task'] or len(rows)]
+    sums = np.zeros((2, 2))
+    for lo in range(0, len(rows), data['test_batch']):
+      part = rows[lo : lo + data['test_batch']]
+      keep = np.arange(data['test_batch']) < len(part)
+      part = np.resize(part, (data['test_batch'], part.shape[1]))
+      learn = np.ones(part.shape, bool)
+      x = {'tokens': part, 'mask': learn, 'learn': learn}
+      zeros = jnp.zeros(len(part), jnp.int32)
+      batch = Batch(x, zeros, jnp.asarray(keep, jnp.float32), zeros - 1)
+      sums += [np.asarray(total(s, batch)) for s in states]
+    found[name] = [round(float(v / n), 6) for v, n in sums]
+  return found
+
+
+# --- tables and plans -------------------------------------------------------------------------------
+
+
+def finish(folder: Path, quiet: bool = False) -> None:
+  """results.jsonl and drift.jsonl of all runs, and table.md."""
+  lines, drift = [], []
+  for place in sorted(p for p in folder.iterdir() if p.is_dir()):
+    lines += results.read(place)
+    if (place / DRIFT).exists():
+      cell, _, seed = place.name.rpartition('-')
+      about = json.loads((place / DRIFT).read_text())
+      drift.append({'cell': cell.replace('-', ','), 'seed': int(seed), **about})
+  if not lines:
+    return
+  dump = lambda rows: ''.join(json.dumps(row) + '\n' for row in rows)  # noqa: E731
+  durable.write(folder / results.FILE, dump(lines))
+  durable.write(folder / 'drift.jsonl', dump(drift))
+  parts = [t for s in report_lines.sections(map(report_lines.check, lines)) for t, _ in tables(s)]
+  durable.write(folder / 'table.md', '\n\n'.join(map(markdown, parts)) + '\n')
+  if not quiet:
+    print('\n' + '\n\n'.join(map(text, parts)))
+
+
+def plan(work: Sequence[Work]) -> int:
+  """Prints what each run would hold and compute; nothing is trained."""
+  head = f'{"cell":28} {"weights":>10} {"state":>10} {"a step":>10} {"together":>10} {"FLOPs/step":>11} steps'
+  print(head)
+  for w in work:
+    options = parse([*w.argv], run.PROGRAM, run.ABOUT)
+    setup = build.prepare(options.config, options.data_dir)[0]
+    cost = needed(setup)
+    print(
+      f'{w.name:28} {cost["weights"] / 1e6:8.0f} MB {cost["state"] / 1e6:8.0f} MB '
+      f'{cost["temporary"] / 1e6:8.0f} MB {sum(v for k, v in cost.items() if k in MEMORY) / 1e9:7.2f} GB '
+      f'{cost["flops"]:11.3g} {cost["steps"]:5.0f}',
+      flush=True,
+    )
+  return 0
+
+
+MEMORY = ('weights', 'state', 'temporary')
+
+
+def needed(setup: build.Setup) -> dict[str, float]:
+  """Bytes of the frozen weights, of the state and of what a compiled step needs besides; FLOPs, steps."""
+  stream = setup.streams[0]
+  hp, batch = build.hyper(setup.config, stream), results.abstract(build.example(stream))
+  weights = results.abstract(setup.weights)
+  made = lambda w: setup.build(hp, w)  # noqa: E731
+  state = jax.eval_shape(lambda w: made(w).init(jax.random.key(0), build.example(stream)), weights)
+  step = jax.jit(lambda w, s, b: made(w).step(s, b), donate_argnums=1)
+  memory = step.lower(weights, state, batch).compile().memory_analysis()
+  size = lambda tree: float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)))  # noqa: E731
+  plain = [a for a in jax.tree.leaves(state) if not checkpoint.is_key(a)]
+  return {
+    'weights': size(weights['frozen']),
+    'state': size(plain),
+    'temporary': float(memory.temp_size_in_bytes if memory else np.nan),
+    'flops': float(results.costs(setup)['flops_per_step'] or np.nan),
+    'steps': float(len(stream.index) * stream.index.shape[1]),
+  }
+
+
+def cell_of(line: Mapping[str, Any]) -> str:
+  """The words of the configuration that a line's command names."""
+  return line['command'].split('--config=')[1].split()[0].split(':')[-1].strip("'")
+
+
+if __name__ == '__main__':
+  sys.exit(main())
