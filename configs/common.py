@@ -45,8 +45,8 @@ def defaults() -> dict[str, Any]:
       # Of the choices above and of what is held out: the same examples for every run, or, as None, other
       # ones for every run's seed, so that intervals hold the luck of the draw as well.
       'seed': Maybe(int, 0),
-      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json ('' = the
-      # pretrained model's). For language models, sentences with their label spelt out after them, as in
+      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json or
+      # the name of a pretrained model that has one ('' = the pretrained model's own). For language models, sentences with their label spelt out after them, as in
       # '{text}\\nIntent: {label}'; '' = the label is a number.
       'length': 32,
       'tokenizer': '',

@@ -75,7 +75,12 @@ def get_config(arg: str = 'lora,naive') -> dict:
     'name': 'study_lm',
     'seeds': (0,),
     'dataset': 'corpora:' + '+'.join(DOMAINS),
-    'data': {'length': length, 'test_per_task': 256 if large else 24, 'test_batch': 8},
+    'data': {
+      'length': length,
+      'test_per_task': 256 if large else 24,
+      'test_batch': 8,
+      **({'tokenizer': MODEL} if adapt == 'random' else {}),
+    },
     'by': 'domain',
     'tasks': None,
     'order': 'seed',

@@ -67,9 +67,10 @@ def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arra
 
 
 def tokenizer(config: Mapping[str, Any]) -> str:
-  if config['data']['tokenizer']:
-    return config['data']['tokenizer']
-  source = config['model'].get('pretrained')
+  given = config['data']['tokenizer']
+  if given and given not in pretrained.PACKAGES:
+    return given
+  source = given or config['model'].get('pretrained')
   if not source:
     raise UserError(
       f'config.dataset={config["dataset"]!r} is text: set config.data.tokenizer to a tokenizer.json, '

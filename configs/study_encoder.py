@@ -1,0 +1,151 @@
+"""Does a sentence encoder forget, and what helps at which budget? MiniLM learns intents task by task.
+
+  python -m experiments.study --config=configs/study_encoder.py:clinc150 --workdir=runs/clinc150 --seeds=3
+  python -m experiments.study --config=configs/study_encoder.py:banking77 --workdir=runs/banking77 --seeds=3
+  python -m experiments.run --config=configs/study_encoder.py:clinc150,lora,er --workdir=runs/lora_er
+
+CLINC150: 10 domains of 15 intents, banking77: 11 groups of 7, class-incremental, 20 sentences an intent; the order
+of the tasks (and the groups of banking77) is the seed's. all-MiniLM-L6-v2, mean of the last hidden states, a
+linear layer that starts from zero.
+
+The first word says what is adapted:
+
+  closed   nothing: closed forms on the frozen features, one pass
+  head     the linear layer alone, on the frozen features
+  full     the network but its token embeddings; half: its upper three layers; bitfit: biases alone
+  lora     low-rank updates of queries and values; adapter: bottlenecks after both blocks
+  prompt   20 vectors before the sentence; prefix: 10 keys and values a layer
+  peft     what the method itself adds: l2p, dualprompt, coda, sprompts, olora, sdlora, inflora, ease
+  first    LoRA in the first task only, then a closed form (APER, RanPAC with first-session adaptation)
+  slow     full with a slow network and an aligned head (SLCA)
+  random   full, from random weights: the control
+
+then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over the task's own classes)
+and, for another rate, a number. Recipe: two passes of batches of 30, Adam, cosine to 0 within a task.
+"""
+
+from configs import common
+
+MODEL = 'all-MiniLM-L6-v2'
+FROZEN = ('closed', 'head', 'lora', 'adapter', 'prompt', 'prefix', 'peft', 'first')
+# In the order in which they are started.
+CELLS = (
+  'closed,ncm', 'closed,slda', 'closed,fecam', 'closed,ranpac',
+  'head,naive', 'head,local', 'head,er', 'head,ewc', 'head,lwf', 'head,derpp', 'head,joint',
+  'lora,naive', 'lora,local', 'lora,er', 'lora,lwf', 'lora,ewc', 'lora,derpp', 'lora,agem', 'lora,joint',
+  'peft,l2p', 'peft,dualprompt', 'peft,coda', 'peft,sprompts', 'peft,olora', 'peft,sdlora', 'peft,inflora',
+  'peft,ease', 'first,ncm', 'first,ranpac', 'slow,slca', 'adapter,local', 'adapter,er', 'prompt,local',
+  'prefix,local', 'bitfit,local', 'half,local', 'full,naive', 'full,local', 'full,er', 'full,lwf', 'full,ewc',
+  'full,derpp', 'full,joint', 'full,naive,5e-05', 'full,naive,2e-05', 'full,er,2e-05', 'random,naive',
+  'random,er', 'random,joint',
+)  # fmt: skip
+NAMES = {
+  'closed': 'closed form',
+  'head': 'linear head',
+  'full': 'full fine-tuning',
+  'half': 'upper half',
+  'bitfit': 'biases (BitFit)',
+  'lora': 'LoRA',
+  'adapter': 'adapters',
+  'prompt': 'prompt tuning',
+  'prefix': 'prefix tuning',
+  'peft': 'prompts, adapters per task',
+  'first': 'first session, closed form',
+  'slow': 'slow network, aligned head',
+  'random': 'full, random weights',
+}
+RATES = {
+  'closed': 1e-3, 'head': 5e-3, 'full': 1e-4, 'half': 1e-4, 'bitfit': 1e-3, 'lora': 5e-4, 'adapter': 1e-3,
+  'prompt': 1e-2, 'prefix': 1e-2, 'peft': 1e-2, 'first': 5e-4, 'slow': 2e-5, 'random': 5e-4,
+}  # fmt: skip
+# Of methods that bring their own parameters.
+OWN_RATES = {'olora': 5e-4, 'sdlora': 5e-4, 'inflora': 5e-4, 'ease': 1e-3}
+HEAD_RATE = 5e-3
+
+
+def get_config(arg: str = 'clinc150,lora,naive') -> dict:
+  words = [w for w in arg.split(',') if w]
+  data = next((w for w in words if w in ('clinc150', 'banking77')), 'clinc150')
+  words = [w for w in words if w not in ('clinc150', 'banking77')]
+  adapt, words = (words[0], words[1:]) if words and words[0] in NAMES else ('lora', words)
+  given = next((float(w) for w in words if w[0].isdigit()), None)
+  local = 'local' in words
+  words = [w for w in words if not w[0].isdigit() and w != 'local']
+  fields, methods = common.words(','.join(words), 'class')
+  tasks = 10 if data == 'clinc150' else 11
+  own = {
+    'lora': ('lora',),
+    'adapter': ('adapter',),
+    'prompt': ('prompt_tuning',),
+    'prefix': ('prefix_tuning',),
+    'half': ('partial',),
+    'first': ('lora', 'first_session'),
+  }.get(adapt, ())
+  rate = given or OWN_RATES.get(methods[0] if methods else '', RATES[adapt])
+  memory = {'capacity': 750, 'draw': 15}
+  closed = adapt == 'closed'
+  arguments = {
+    'er': memory,
+    'derpp': {**memory, 'alpha': 0.5, 'beta': 0.5},
+    'agem': {'capacity': 750, 'draw': 30},
+    'ewc': {'coef': 1e5, 'labels': 'empirical'},
+    'lwf': {'outputs': 'seen', 'coef': 0.5},
+    'lora': {'rank': 8, 'alpha': 16.0, 'targets': 'backbone/layers/(q|v)/w'},
+    'adapter': {'rank': 32},
+    'partial': {'lowest': 3},
+    'prompt_tuning': {'length': 20, 'start': 'vocabulary'},
+    'l2p': {'pool': tasks, 'top': 4, 'length': 5},
+    'dualprompt': {'expert': 10},
+    'coda': {'pool': 10 * tasks, 'layers': (0, 1, 2, 3, 4)},
+    'ranpac': {'width': 2000},
+    **({'ncm': {'when': 'boundary'}, 'ranpac': {'when': 'boundary', 'width': 2000}} if adapt == 'first' else {}),
+  }
+  freeze = {
+    'bitfit': ('backbone/embed/.*', 'backbone/layers/.*/(w|scale)'),
+    **dict.fromkeys(FROZEN, ('backbone/.*',)),
+  }.get(adapt, ('backbone/embed/.*',))
+  if adapt == 'random':
+    freeze = ()
+  scenes = {
+    'clinc150': {'dataset': 'clinc150', 'by': 'domain', 'tasks': None},
+    'banking77': {'dataset': 'text:banking77', 'by': 'label', 'tasks': 11},
+  }
+  # DER++ matches the logits of classes to come; closed forms, EASE and S-Prompts rule out classes by themselves.
+  matching, ruled = 'derpp' in methods, {'ease', 'sprompts'} & {*methods}
+  apart = local or adapt in ('peft', 'slow')
+  head = 'all' if closed or matching or ruled else 'current' if apart else 'seen'
+  methods = (*own, *methods)
+  return {
+    **fields,
+    **scenes[data],
+    'name': f'study_{data}',
+    'seeds': (0,),
+    'data': {
+      'length': 16 if data == 'clinc150' else 24,
+      'examples_per_class': 20,
+      'test_per_task': 75 if data == 'clinc150' else 70,
+      'test_batch': 75 if data == 'clinc150' else 70,
+      'seed': None,
+      **({'tokenizer': MODEL} if adapt == 'random' else {}),
+    },
+    'order': 'seed',
+    'epochs': 1 if closed else 2,
+    'batch': 30,
+    'ends_batch': 30,
+    'model': {
+      'name': 'bert',
+      **({'init': 'zeros', 'pretrained': MODEL} if adapt != 'random' else {'init': 0.02}),
+    },
+    'freeze': freeze,
+    'cache_features': adapt in ('closed', 'head'),
+    'optimizer': {
+      'name': 'adam',
+      'lr': rate,
+      'schedule': 'cosine',
+      'groups': () if adapt in ('closed', 'head') else (('head/.*', HEAD_RATE / rate), ('.*', 1.0)),
+    },
+    'head': head,
+    'methods': methods,
+    **{m: arguments[m] for m in methods if m in arguments},
+  }
+
