@@ -4,7 +4,7 @@
   python -m experiments.study --config=configs/study_encoder.py:banking77 --workdir=runs/banking77 --seeds=3
   python -m experiments.run --config=configs/study_encoder.py:clinc150,lora,er --workdir=runs/lora_er
 
-CLINC150: 10 domains of 15 intents, banking77: 11 groups of 7, class-incremental, 20 sentences an intent; the order
+CLINC150: 10 domains of 15 intents, banking77: 11 groups of 7, class-incremental, 10 sentences an intent; the order
 of the tasks (and the groups of banking77) is the seed's. all-MiniLM-L6-v2, mean of the last hidden states, a
 linear layer that starts from zero.
 
@@ -21,7 +21,7 @@ The first word says what is adapted:
   random   full, from random weights: the control
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over the task's own classes)
-and, for another rate, a number. Recipe: two passes of batches of 30, Adam, cosine to 0 within a task.
+and, for another rate, a number. Recipe: three passes in batches of 30, Adam, cosine to 0 within a task.
 """
 
 from configs import common
@@ -122,14 +122,14 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'seeds': (0,),
     'data': {
       'length': 16 if data == 'clinc150' else 24,
-      'examples_per_class': 20,
-      'test_per_task': 75 if data == 'clinc150' else 70,
-      'test_batch': 75 if data == 'clinc150' else 70,
+      'examples_per_class': 10,
+      'test_per_task': 45 if data == 'clinc150' else 70,
+      'test_batch': 45 if data == 'clinc150' else 70,
       'seed': None,
       **({'tokenizer': MODEL} if adapt == 'random' else {}),
     },
     'order': 'seed',
-    'epochs': 1 if closed else 2,
+    'epochs': 1 if closed else 3,
     'batch': 30,
     'ends_batch': 30,
     'model': {
