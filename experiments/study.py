@@ -144,16 +144,20 @@ def outcome(w: Work) -> str:
 def one(argv: list[str]) -> int:
   """experiments.run without its report, then what moved; the checkpoints, which are large, go at the end."""
   options = parse(argv, run.PROGRAM, run.ABOUT)
+  source = next(w for w in argv if w.startswith('--config=')).removeprefix('--config=')
+  held_out = getattr(found(source)[0], 'HELD_OUT', ())
   shown = show.make()
   with workdir.claimed(options.workdir) as place:
     workdir.remember(place, options.config)
     run.run(options, place, shown)
     if not (place / DRIFT).exists():
-      measure(options, place, shown.say)
+      measure(options, place, held_out, shown.say)
   return 0
 
 
-def measure(options: Options, place: Path, tell: Callable[[str], None]) -> None:
+def measure(
+  options: Options, place: Path, held_out: Sequence[str], tell: Callable[[str], None]
+) -> None:
   """Writes {'cka': ..., 'held_out': {name: [before, after]}} of a run with one seed to drift.json."""
   resolved = options.config
   setup = build.prepare(resolved, options.data_dir, tell)[0]
@@ -176,9 +180,7 @@ def measure(options: Options, place: Path, tell: Callable[[str], None]) -> None:
   said: dict[str, Any] = {
     'cka': round(cka(*(seen(model, method, setup, s, x) for s in (start, state))), 6)
   }
-  held_out = getattr(sys.modules.get('configs.study_lm'), 'HELD_OUT', ())
-  if results.likelihood(resolved):
-    held_out = held_out or ('wiki', 'math')
+  if held_out:
     said['held_out'] = unseen(options, learner, (start, state), held_out)
   durable.write(place / DRIFT, json.dumps(said) + '\n')
   shutil.rmtree(job.folder, ignore_errors=True)
@@ -240,11 +242,11 @@ def finish(folder: Path, quiet: bool = False) -> None:
   """results.jsonl and drift.jsonl of all runs, and table.md."""
   lines, drift = [], []
   for place in sorted(p for p in folder.iterdir() if p.is_dir()):
-    lines += results.read(place)
-    if (place / DRIFT).exists():
-      cell, _, seed = place.name.rpartition('-')
+    own = results.read(place)
+    lines += own
+    if own and (place / DRIFT).exists():
       about = json.loads((place / DRIFT).read_text())
-      drift.append({'cell': cell.replace('-', ','), 'seed': int(seed), **about})
+      drift.append({'cell': cell_of(own[-1]), 'seed': own[-1]['seed'], **about})
   if not lines:
     return
   dump = lambda rows: ''.join(json.dumps(row) + '\n' for row in rows)  # noqa: E731

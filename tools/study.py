@@ -1,0 +1,228 @@
+"""Tables and figures of docs/study.md from results/study/ alone: `python -m tools.study [--write]`.
+
+results/study/NAME/{results,drift}.jsonl are what `experiments.study` left. Without --write the command only
+says whether the page is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cl_jax import metrics
+from cl_jax.report.tables import size
+from experiments.study import cell_of
+from tools.figures import FAINT, FIGURES, OURS, RESULTS, ROOT, THEIRS, canvas, markdown
+from tools.pages import fill, update
+
+MAKER = 'tools/study.py'
+PAGE = ROOT / 'docs/study.md'
+STUDIES = {  # folder: module of its configuration
+  'clinc150': 'study_encoder',
+  'banking77': 'study_encoder',
+  'vit_cifar10': 'study_vit',
+  'vit_omniglot': 'study_vit',
+  'lm': 'study_lm',
+}
+NONE = '–'
+
+
+class Cell(NamedTuple):
+  """The runs of one cell of a study, a line each, and what was measured after each."""
+
+  words: str
+  lines: list[dict[str, Any]]
+  drift: list[dict[str, Any]]
+
+  def values(self, key: str) -> list[float]:
+    return [line[key] for line in self.lines if line[key] is not None]
+
+  @property
+  def beside(self) -> int:
+    """Bytes kept between steps beside the frozen network: what learning costs."""
+    known = self.lines[0]['state_bytes']
+    return known['total'] - known['frozen']
+
+
+def read(folder: Path) -> list[Cell]:
+  """The cells in the order of the configuration."""
+  if not (folder / 'results.jsonl').exists():
+    return []
+  rows = lambda name: [json.loads(r) for r in (folder / name).read_text().splitlines() if r]  # noqa: E731
+  names = importlib.import_module(f'configs.{STUDIES[folder.name]}').CELLS
+  found: dict[str, Cell] = {name: Cell(name, [], []) for name in names}
+  for line in rows('results.jsonl'):
+    found[plain(cell_of(line))].lines.append(line)
+  for row in rows('drift.jsonl'):
+    found[plain(row['cell'])].drift.append(row)
+  return [c for c in found.values() if c.lines]
+
+
+def plain(words: str) -> str:
+  """The words of a cell without those that name the data."""
+  return ','.join(w for w in words.split(',') if w not in (*STUDIES, 'cifar10', 'omniglot'))
+
+
+def shown(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
+  if not values:
+    return NONE
+  centre, half = metrics.interval([scale * v for v in values])
+  return f'{centre:.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
+
+
+def table(cells: Sequence[Cell], names: dict[str, str]) -> str:
+  """A row a cell, the best first within the kinds that are told as much."""
+  head = (
+    'adapted', 'method', 'needs', 'ACC %', 'forgetting %', 'when new %', 'CKA', 'beside the frozen network',
+    'passes', 'FLOPs / step', 'time, s', 'orders',
+  )  # fmt: skip
+  rows = []
+  for c in sorted(cells, key=lambda c: -float(np.mean(c.values('acc')))):
+    adapted, _, method = c.words.partition(',')
+    first = c.lines[0]
+    passes = first['passes']
+    moved = [row['cka'] for row in c.drift]
+    rows.append((
+      names[adapted], method, ', '.join(first['needs']) or NONE, shown(c.values('acc')),
+      shown(c.values('forgetting')), shown(c.values('learning_acc')),
+      f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside),
+      ' / '.join(f'{passes[k]:.3g}' for k in ('train_forward', 'train_backward', 'predict_forward')),
+      f'{first["flops_per_step"]:.2g}' if first['flops_per_step'] else NONE,
+      f'{np.mean(c.values("wall_s")):.0f}', str(len(c.lines)),
+    ))  # fmt: skip
+  return markdown(head, rows)
+
+
+def language(cells: Sequence[Cell], names: dict[str, str]) -> str:
+  """Perplexities after the last stage, and what became of text that nothing was learnt from."""
+  held = sorted({name for c in cells for row in c.drift for name in row.get('held_out', {})})
+  head = (
+    'adapted', 'method', 'nats a token', 'perplexity', 'forgetting, nats', 'when new, nats',
+    *(f'{name}: before, after' for name in held), 'CKA', 'beside the frozen network', 'time, s', 'runs',
+  )  # fmt: skip
+  rows = []
+  for c in sorted(cells, key=lambda c: -float(np.mean(c.values('acc')))):
+    adapted, _, method = c.words.partition(',')
+    pairs = {
+      n: np.exp(-np.mean([row['held_out'][n] for row in c.drift if n in row.get('held_out', {})], 0))
+      for n in held
+    }
+    moved = [row['cka'] for row in c.drift]
+    rows.append((
+      names[adapted], method, shown(c.values('acc'), 1, 3), f'{np.exp(-np.mean(c.values("acc"))):.1f}',
+      shown(c.values('forgetting'), 1, 3), shown(c.values('learning_acc'), 1, 3),
+      *(f'{pairs[n][0]:.1f}, {pairs[n][1]:.1f}' if np.ndim(pairs[n]) else NONE for n in held),
+      f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside), f'{np.mean(c.values("wall_s")):.0f}',
+      str(len(c.lines)),
+    ))  # fmt: skip
+  return markdown(head, rows)
+
+
+def is_language(cells: Sequence[Cell]) -> bool:
+  return cells[0].lines[0].get('metric') == 'log_likelihood'
+
+
+def draw(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
+  """Accuracy at the end beside accuracy when new, a line a cell: the distance is what was lost."""
+  if is_language(cells):
+    scale, label = 1.0, 'log-likelihood of a token, nats'
+  else:
+    scale, label = 100.0, 'accuracy, %'
+  ordered = sorted(cells, key=lambda c: -float(np.mean(c.values('acc'))))
+  text = []
+  with canvas(len(ordered), path) as axis:
+    for y, c in enumerate(ordered):
+      adapted, _, method = c.words.partition(',')
+      text.append(f'{names[adapted]}: {method}')
+      new, half_new = metrics.interval([scale * v for v in c.values('learning_acc')] or [np.nan])
+      end, half = metrics.interval([scale * v for v in c.values('acc')])
+      axis.plot([new, end], [y, y], color=FAINT, zorder=0)
+      for value, error, colour, marker, name in (
+        (new, half_new, THEIRS, 's', 'each task when it was new'),
+        (end, half, OURS, 'o', 'all tasks at the end, 95 % interval over orders'),
+      ):
+        axis.errorbar(
+          [value], [y], xerr=None if error is None else [error], fmt=marker, color=colour,
+          mfc='none' if marker == 's' else colour, label=name if y == 0 else None,
+        )  # fmt: skip
+    axis.set(yticks=range(len(text)), yticklabels=text, xlabel=label)
+
+
+def draw_budget(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
+  """Accuracy against the bytes beside the frozen network; the front is what nothing beats at its size."""
+  import matplotlib
+
+  matplotlib.use('agg')
+  import matplotlib.pyplot as plt
+
+  scale = 1.0 if is_language(cells) else 100.0
+  known = [c for c in cells if 'joint' not in c.words and not c.words.startswith('random')]
+  points = [(c.beside, scale * float(np.mean(c.values('acc'))), c) for c in known]
+  figure, axis = plt.subplots(figsize=(9, 5), layout='constrained')
+  colours = dict(zip(names, plt.get_cmap('tab20').colors, strict=False))  # type: ignore[attr-defined]
+  best, front = -np.inf, []
+  for x, y, c in sorted(points, key=lambda p: (p[0], -p[1])):
+    if y > best:
+      best = y
+      front.append((x, y, c))
+  for kind, name in names.items():
+    own = [(x, y) for x, y, c in points if c.words.split(',')[0] == kind]
+    if own:
+      axis.scatter(*zip(*own, strict=True), s=28, color=colours[kind], label=name)
+  axis.step([f[0] for f in front], [f[1] for f in front], where='post', color=FAINT, zorder=0)
+  for x, y, c in front:
+    axis.annotate(c.words, (x, y), (4, 5), textcoords='offset points', fontsize=8)
+  axis.set_xscale('log')
+  what = 'log-likelihood, nats' if scale == 1.0 else 'accuracy over all tasks at the end, %'
+  axis.set(xlabel='bytes kept beside the frozen network', ylabel=what)
+  axis.grid(color=FAINT, linewidth=0.5)
+  figure.legend(loc='outside right upper', frameon=False, fontsize=8)
+  figure.savefig(path, dpi=110, metadata={'Software': None})
+  plt.close(figure)
+  print(f'{path.name} drawn')
+
+
+def part(folder: str) -> str:
+  cells = read(RESULTS / 'study' / folder)
+  if not cells:
+    return f'Not run yet: results/study/{folder} is not there.'
+  names = importlib.import_module(f'configs.{STUDIES[folder]}').NAMES
+  made = language(cells, names) if is_language(cells) else table(cells, names)
+  first = cells[0].lines[0]
+  where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
+  pictures = (
+    f'![accuracy when new and at the end](figures/study_{folder}.png)\n\n'
+    f'![accuracy against bytes](figures/study_{folder}_bytes.png)'
+  )
+  return '\n\n'.join((made, f'On {where}.', pictures))
+
+
+def page() -> str:
+  text = PAGE.read_text()
+  for folder in STUDIES:
+    text = fill(text, f'{MAKER} {folder}', part(folder))
+  return text
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--write', action='store_true', help='write them instead of comparing')
+  write = parser.parse_args().write
+  for folder, module in STUDIES.items() if write else ():
+    cells = read(RESULTS / 'study' / folder)
+    if cells:
+      names = importlib.import_module(f'configs.{module}').NAMES
+      draw(cells, names, FIGURES / f'study_{folder}.png')
+      draw_budget(cells, names, FIGURES / f'study_{folder}_bytes.png')
+  return update({PAGE: page()}, write, 'figures')
+
+
+if __name__ == '__main__':
+  sys.exit(main())
