@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,10 +30,11 @@ import numpy as np
 
 from cl_jax import checkpoint, durable
 from cl_jax.errors import UserError
+from cl_jax.loop import evaluate
 from cl_jax.report import lines as report_lines
 from cl_jax.report.tables import markdown, tables, text
 from cl_jax.streams import corpora
-from cl_jax.types import Batch, Tree
+from cl_jax.types import Batch, Forward, Tree
 from experiments import build, cli, config, features, results, run, show, streams, workdir
 from experiments.chain import chain_of
 from experiments.job import blank, spread
@@ -158,7 +160,11 @@ def one(argv: list[str]) -> int:
 def measure(
   options: Options, place: Path, held_out: Sequence[str], tell: Callable[[str], None]
 ) -> None:
-  """Writes {'cka': ..., 'held_out': {name: [before, after]}} of a run with one seed to drift.json."""
+  """Writes what moved in a run with one seed to drift.json.
+
+  {'before': [accuracy (or log-likelihood) on each task before the first step], 'cka': of the features before
+  and after, 'held_out': {corpus: [before, after]}}.
+  """
   resolved = options.config
   setup = build.prepare(resolved, options.data_dir, tell)[0]
   job = run.job(setup, place, config.sha256(resolved))
@@ -174,22 +180,26 @@ def measure(
   real = np.flatnonzero(np.asarray(stream.test.w).reshape(-1) > 0)
   rows = real[np.linspace(0, len(real) - 1, min(ROWS, len(real))).astype(int)]
   x = jax.tree.map(lambda a: a[rows], flat)
-  learner = setup.build(hp, setup.weights)
   first = features.batch_of(jax.tree.map(lambda a: a[:1], x))
-  start = learner.init(jax.random.key(resolved['seeds'][0]), first)
+  key = jax.random.key(resolved['seeds'][0])
+  # Weights are arguments of what is compiled: closed over, they would be constants in it.
+  made = lambda weights: setup.build(hp, weights)  # noqa: E731
+  start = jax.jit(lambda w: made(w).init(key, first))(setup.weights)
+  before = jax.jit(lambda w, s, test: evaluate(made(w), s, test))(setup.weights, start, stream.test)
   said: dict[str, Any] = {
-    'cka': round(cka(*(seen(model, method, setup, s, x) for s in (start, state))), 6)
+    'before': [round(float(a), 6) for a in before],
+    'cka': round(cka(*(seen(model, method, setup, s, x) for s in (start, state))), 6),
   }
   if held_out:
-    said['held_out'] = unseen(options, learner, (start, state), held_out)
+    total = jax.jit(lambda w, s, b: made(w).measure(s, b).sum(0))
+    measured = partial(total, setup.weights)
+    said['held_out'] = unseen(options, measured, (start, state), held_out)
   durable.write(place / DRIFT, json.dumps(said) + '\n')
   shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def seen(model, method, setup, state, x: Tree) -> np.ndarray:
   """The features f64[N, D] of inputs."""
-  from cl_jax.types import Forward
-
   def compute(state, frozen, x):
     fwd = Forward(method.wrap(state.method, model.apply), frozen, state.stats)
     return fwd(state.params, features.batch_of(x)).features
@@ -211,13 +221,17 @@ def cka(one: np.ndarray, two: np.ndarray) -> float:
   return float(norm(one.T @ two) ** 2 / max(norm(one.T @ one) * norm(two.T @ two), 1e-30))
 
 
-def unseen(options: Options, learner, states, names: Sequence[str]) -> dict[str, list[float]]:
-  """{corpus: log-likelihood of a token before and after}, in nats, on text that no task has."""
+def unseen(
+  options: Options, measured: Callable, states, names: Sequence[str]
+) -> dict[str, list[float]]:
+  """{corpus: log-likelihood of a token before and after}, in nats, on text that no task has.
+
+  `measured(state, batch)` gives f32[2], the sum and the number of tokens.
+  """
   data = options.config['data']
   root = Path(options.data_dir or os.environ['CL_JAX_DATA']) / 'text/corpora'
   tokenizer = Path(streams.tokenizer(options.config))
   found = {}
-  total = jax.jit(lambda s, b: learner.measure(s, b).sum(0))
   for name in names:
     rows = corpora.blocks(root / name / 'test.txt', tokenizer, data['length'])
     rows = rows[: data['test_per_task'] or len(rows)]
@@ -230,7 +244,7 @@ def unseen(options: Options, learner, states, names: Sequence[str]) -> dict[str,
       x = {'tokens': part, 'mask': learn, 'learn': learn}
       zeros = jnp.zeros(len(part), jnp.int32)
       batch = Batch(x, zeros, jnp.asarray(keep, jnp.float32), zeros - 1)
-      sums += [np.asarray(total(s, batch)) for s in states]
+      sums += [np.asarray(measured(s, batch)) for s in states]
     found[name] = [round(float(v / n), 6) for v, n in sums]
   return found
 
