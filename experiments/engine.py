@@ -16,6 +16,7 @@ from cl_jax import checkpoint, durable
 from cl_jax.errors import Fault
 from cl_jax.loop import Progress, Record, run_chunks
 from cl_jax.types import State, Stream
+from experiments.build import likelihood
 from experiments.job import Job, all_finite, blank, forget, host, leg_steps, spread
 from experiments.watch import Clock, Interrupted
 
@@ -196,6 +197,7 @@ def describe(p: Progress, job: Job, ended: bool) -> dict[str, Any]:
   if ended:
     rows = p.record.R.reshape(-1, *p.record.R.shape[-2:])[:runs, p.leg - 1]
     about['accuracy'] = rows.mean(axis=0).tolist()
+    about['measure'] = 'nats' if likelihood(job.setup.config) else 'accuracy'
   if p.done:
     at = min(p.done, p.record.loss.shape[-1]) - 1
     loss = p.record.loss.reshape(-1, *p.record.loss.shape[-2:])[:runs, p.leg, at]

@@ -21,7 +21,7 @@ from cl_jax import budget, checkpoint, durable, metrics
 from cl_jax.errors import UserError
 from cl_jax.report.tables import LIKELIHOOD
 from cl_jax.types import Batch, Tree
-from experiments.build import Setup, example, hyper
+from experiments.build import Setup, example, hyper, likelihood
 from experiments.config import sha256
 from experiments.engine import Outcome
 from experiments.job import Job, leg_steps
@@ -80,12 +80,6 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
       }
     )
   return found
-
-
-def likelihood(config: Mapping[str, Any]) -> bool:
-  """Whether R holds log-likelihoods in nats a token, and not accuracies."""
-  model = config['model']
-  return model.get('output') == 'tokens' and model.get('measure') == 'likelihood'
 
 
 def method_name(config: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def summary(about: Mapping[str, Any]) -> str:
   if 'accuracy' in about:
     row = about['accuracy']
     shown = ' '.join(f'{a:.3f}' for a in row[:12]) + (' ...' if len(row) > 12 else '')
-    return f'leg {about["leg"]}/{about["legs"]} done  accuracy {shown}'
+    return f'leg {about["leg"]}/{about["legs"]} done  {about.get("measure", "accuracy")} {shown}'
   loss = f'  loss {about["loss"]:.4f}' if 'loss' in about else ''
   return f'leg {min(about["leg"] + 1, about["legs"])}/{about["legs"]}  step {about["done"]}{loss}'
 

@@ -1,7 +1,7 @@
 """Do foundation models forget, and what helps? `python -m experiments.study --config=configs/study_NAME.py`.
 
-A study is a configuration file with a list of cells, each an adaptation and a method (full,er), that are run
-one by one or side by side, every cell and seed a process of its own in DIR/CELL-SEED. It resumes when repeated.
+A study is a configuration file with a list of cells, each an adaptation and a method (full,er). Every cell and
+seed is a process of its own in DIR/CELL-SEED, as many at a time as there are cores. It resumes when repeated.
 Beside the results of every run it measures how far the network has moved (linear CKA of the features before
 and after, Kornblith et al. 2019) and, for language models, the likelihood of text that is never learnt from.
 DIR gets results.jsonl of all cells, drift.jsonl and table.md; --plan says what each cell would need, and runs
@@ -200,6 +200,7 @@ def measure(
 
 def seen(model, method, setup, state, x: Tree) -> np.ndarray:
   """The features f64[N, D] of inputs."""
+
   def compute(state, frozen, x):
     fwd = Forward(method.wrap(state.method, model.apply), frozen, state.stats)
     return fwd(state.params, features.batch_of(x)).features
@@ -212,7 +213,7 @@ def seen(model, method, setup, state, x: Tree) -> np.ndarray:
 
 
 def cka(one: np.ndarray, two: np.ndarray) -> float:
-  """Linear centred kernel alignment of features [N, D] and [N, E], in [0, 1]: 1 where they agree up to a rotation.
+  """Linear centred kernel alignment of features [N, D] and [N, E], in [0, 1]: 1 up to rotation and scale.
 
   Kornblith et al., ICML 2019, eq. 4 with linear kernels.
   """

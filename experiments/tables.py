@@ -7,6 +7,7 @@ from typing import Any
 
 from cl_jax import metrics
 from cl_jax.report.lines import flat
+from cl_jax.report.tables import LIKELIHOOD, nats
 
 HEAD = ('method', 'scenario', 'dataset')
 FIGURES = ('seeds', 'acc %', 'forgetting %', 'state kB', 's / run')
@@ -32,8 +33,7 @@ def table(lines: Sequence[Mapping[str, Any]], fields: Iterable[str] = ()) -> str
         *(str(first[name]) for name in HEAD),
         *(str(values.get(name, '-')) for name in fields),
         str(len(group)),
-        percent([line['acc'] for line in group]),
-        percent([line['forgetting'] for line in group]),
+        *(shown([line[key] for line in group], first) for key in ('acc', 'forgetting')),
         f'{first["state_bytes"]["total"] / 1000:.0f}',
         f'{sum(line["wall_s"] for line in group) / len(group):.1f}',
       )
@@ -44,10 +44,15 @@ def table(lines: Sequence[Mapping[str, Any]], fields: Iterable[str] = ()) -> str
   )
 
 
-def percent(values: Sequence[float | None]) -> str:
-  """'63.2 ± 1.4' of values between 0 and 1; '-' where there are none."""
+def shown(values: Sequence[float | None], line: Mapping[str, Any]) -> str:
+  """Percent, or nats where the line's R holds log-likelihoods; '-' where there is nothing."""
   known = [v for v in values if v is not None]
   if not known:
     return '-'
+  return f'{nats(known)} nats' if line.get('metric') == LIKELIHOOD else percent(known)
+
+
+def percent(known: Sequence[float]) -> str:
+  """'63.2 ± 1.4' of values between 0 and 1."""
   mean, half = metrics.interval([100 * v for v in known])
   return f'{mean:.1f}' if half is None else f'{mean:.1f} ± {half:.1f}'

@@ -111,7 +111,9 @@ def language(cells: Sequence[Cell], names: dict[str, str]) -> str:
   for c in sorted(cells, key=lambda c: -float(np.mean(c.values('acc')))):
     adapted, _, method = c.words.partition(',')
     pairs = {
-      n: np.exp(-np.mean([row['held_out'][n] for row in c.drift if n in row.get('held_out', {})], 0))
+      n: np.exp(
+        -np.mean([row['held_out'][n] for row in c.drift if n in row.get('held_out', {})], 0)
+      )
       for n in held
     }
     moved = [row['cka'] for row in c.drift]

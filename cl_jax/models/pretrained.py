@@ -77,7 +77,7 @@ def find(name: str | Path) -> Files:
 
   Args:
     name: a name of `PACKAGES`, whose files must have the digests known here, a directory with config.json,
-      model.safetensors (or its parts with their index) and, for text, tokenizer.json, or a .gguf or .onnx file.
+      model.safetensors (or its parts and index) and, for text, tokenizer.json, or a .gguf or .onnx file.
 
   Raises:
     UserError: neither is there (with the command that installs it), or a file is not what it was.

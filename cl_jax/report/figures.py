@@ -18,7 +18,7 @@ from cl_jax import metrics
 from cl_jax.errors import UserError
 from cl_jax.report import place
 from cl_jax.report.lines import Group, Section, curves, matrix
-from cl_jax.report.tables import scaled
+from cl_jax.report.tables import LIKELIHOOD, scaled
 
 MOST = 12  # methods in one figure; more cannot be told apart
 MARKERS = 'osv^'  # one for every turn through the colours
@@ -69,7 +69,9 @@ def figures(section: Section) -> Iterator[Figure]:
   rest = f' The first {MOST} methods of the table; {left} are left out.' if left else ''
   ends = ', '.join(f'{g.label} {np.mean(g.values("acc")):.0%}' for g in groups)
   stepwise = [g for g in groups if len(g.R()) > 1 and np.isfinite(g.R()[0]).any()]
-  if stepwise:
+  # Nats have no place on axes of per cent; the table has them.
+  likelihood = groups[0].first.get('metric') == LIKELIHOOD
+  if stepwise and not likelihood:
     yield Figure(
       'accuracy',
       'Accuracy on the tasks seen so far, after each task (mean over seeds; bands are 95 % '
@@ -85,7 +87,7 @@ def figures(section: Section) -> Iterator[Figure]:
       lambda theme: heat_maps(stepwise, theme),
     )
   sized = [g for g in groups if g.first['state_bytes'].get('total')]
-  if sized:
+  if sized and not likelihood:
     yield Figure(
       'bytes',
       'Final accuracy against every byte that is kept between steps: weights, optimiser, memory and '
@@ -103,7 +105,7 @@ def figures(section: Section) -> Iterator[Figure]:
       lambda theme: over_tasks(sized, theme),
     )
   inside = [g for g in groups if curves(g.first) is not None]
-  if inside:
+  if inside and not likelihood:
     yield Figure(
       'stability',
       'Accuracy on the earlier tasks inside the tasks that follow (first seed): a drop right after a '

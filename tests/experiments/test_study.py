@@ -1,4 +1,4 @@
-"""Studies: cells as processes that resume, what moved, tables; and that every cell of those that ship is valid."""
+"""Studies: cells as processes that resume, what moved, tables; every cell of those that ship is valid."""
 
 from __future__ import annotations
 
@@ -45,10 +45,14 @@ def test_every_cell_of_the_studies_that_ship_is_valid(module, data):
     assert adapted in module.NAMES and adapted in module.RATES
     for word in data:
       resolved = config.resolve(module.get_config(f'{word},{cell}'))
-      own = [w for w in method.split(',') if w not in ('naive', 'local', 'joint') and not w[0].isdigit()]
+      own = [
+        w for w in method.split(',') if w not in ('naive', 'local', 'joint') and not w[0].isdigit()
+      ]
       assert set(own) <= set(resolved['methods'])
       assert (resolved['scenario'] == 'joint') == ('joint' in cell)
-  assert len({json.dumps(module.get_config(c), default=str) for c in module.CELLS}) == len(module.CELLS)
+  assert len({json.dumps(module.get_config(c), default=str) for c in module.CELLS}) == len(
+    module.CELLS
+  )
 
 
 def test_cka_is_one_up_to_rotation_and_scale_and_falls_with_noise():
