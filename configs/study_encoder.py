@@ -15,13 +15,13 @@ The first word says what is adapted:
   full     the network but its token embeddings; half: its upper three layers; bitfit: biases alone
   lora     low-rank updates of queries and values; adapter: bottlenecks after both blocks
   prompt   20 vectors before the sentence; prefix: 10 keys and values a layer
-  peft     what the method itself adds: l2p, dualprompt, coda, sprompts, olora, sdlora, inflora, ease
+  peft     what the method adds itself: l2p, dualprompt, coda, sprompts, olora, sdlora, inflora, ease
   first    LoRA in the first task only, then a closed form (APER, RanPAC with first-session adaptation)
   slow     full with a slow network and an aligned head (SLCA)
   random   full, from random weights: the control
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over the task's own
-classes) and, for another rate, a number. Recipe: three passes in batches of 30, Adam, cosine to 0 within a task.
+then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over a task's own
 """
 
 from configs import common

@@ -42,8 +42,8 @@ def decoder(
 
   With output='tokens' it is a language model: inputs have a third leaf 'learn' bool[B, L], the positions
   whose token is to be predicted from those before it; logits are f32[B, L, vocabulary], the ones at
-  position i predict token i, and are 0 where there is nothing to learn. The loss of a row is the mean over its
-  tokens to learn. Labels are not read; text may spell them (see `streams.text.answered`).
+  position i predict token i, and are 0 where there is nothing to learn. The loss of a row is the mean over
+  its tokens to learn. Labels are not read; text may spell them (see `streams.text.answered`).
 
   Args:
     config: the shape; `load` returns the one of a file.
