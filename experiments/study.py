@@ -1,7 +1,8 @@
 """Do foundation models forget, and what helps? `python -m experiments.study --config=configs/study_NAME.py`.
 
 A study is a configuration file with a list of cells, each an adaptation and a method (full,er). Every cell
-and seed is a process of its own in DIR/CELL-SEED, as many at a time as there are cores. It resumes when repeated.
+and seed is a process of its own in DIR/CELL-SEED, as many at a time as there are cores. It resumes when
+repeated.
 Beside the results of every run it measures how far the network has moved (linear CKA of the features before
 and after, Kornblith et al. 2019) and, for language models, the likelihood of text that is never learnt from.
 DIR gets results.jsonl of all cells, drift.jsonl and table.md; --plan says what each cell would need, and runs
