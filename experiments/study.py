@@ -192,8 +192,13 @@ def measure(
     'cka': round(cka(*(seen(model, method, setup, s, x) for s in (start, state))), 6),
   }
   if held_out:
-    total = jax.jit(lambda w, s, b: made(w).measure(s, b).sum(0))
-    measured = partial(total, setup.weights)
+
+    def total(weights, state, batch):
+      found = made(weights).measure
+      assert found is not None, 'only language models have text that they were not told to learn'
+      return found(state, batch).sum(0)
+
+    measured = partial(jax.jit(total), setup.weights)
     said['held_out'] = unseen(options, measured, (start, state), held_out)
   durable.write(place / DRIFT, json.dumps(said) + '\n')
   shutil.rmtree(job.folder, ignore_errors=True)
