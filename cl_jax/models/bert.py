@@ -177,9 +177,10 @@ def load(path: str | Path) -> tuple[Config, Tree]:
         'type_vocab_size',
       )
     ),
-    eps=float(known.get('layer_norm_eps', 1e-12)),
+    eps=pretrained.number(path, known, 'layer_norm_eps', 1e-12),
   )
   d = c.d
+  pretrained.divided(path, d, c.heads)
   tables = {  # ours -> theirs, rows
     'tokens': ('embeddings.word_embeddings.weight', c.vocabulary),
     'positions': ('embeddings.position_embeddings.weight', c.positions),

@@ -283,8 +283,8 @@ def _norms(t: dict, norms: dict[str, str]) -> Tree:
 
 def _config(path: str | Path) -> Config:
   known = pretrained.config(path, {'model_type': 'clip'})
-  image = _VISION_CONFIG | (known.get('vision_config') or {})
-  text = _TEXT_CONFIG | (known.get('text_config') or {})
+  image = _VISION_CONFIG | pretrained.section(path, known, 'vision_config')
+  text = _TEXT_CONFIG | pretrained.section(path, known, 'text_config')
   for part in (image, text):
     if part['hidden_act'] not in ('gelu', 'quick_gelu'):
       raise UserError(
@@ -295,10 +295,13 @@ def _config(path: str | Path) -> Config:
   sizes: dict[str, Any] = {'projection': pretrained.count(path, known, 'projection_dim')}
   for part, start, names in ((image, '', _SIZES | _IMAGE_SIZES), (text, 'text_', _SIZES)):
     sizes |= {start + ours: pretrained.count(path, part, name) for ours, name in names.items()}
-    sizes |= {f'{start}eps': float(part['layer_norm_eps'])}
+    sizes |= {f'{start}eps': pretrained.number(path, part, 'layer_norm_eps')}
     sizes |= {f'{start}activation': part['hidden_act']}
   sizes |= {ours: pretrained.count(path, text, name) for ours, name in _TEXT_SIZES.items()}
-  return Config(**sizes)
+  c = Config(**sizes)
+  pretrained.divided(path, c.d, c.heads)
+  pretrained.divided(path, c.text_d, c.text_heads)
+  return c
 
 
 # Our name -> theirs.

@@ -45,15 +45,8 @@ def safetensors(folder: str | Path) -> Source:
     shapes, kinds, read = _one(folder / WHOLE)
     return Source(folder / WHOLE, shapes, kinds, read, {})
   index = folder / INDEX
-  try:
-    placed = json.loads(index.read_text('utf-8'))['weight_map']
-    parts = sorted(set(placed.values()))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise UserError(f'{index} is not an index of safetensors ({e!r})') from e
-  opened = {}
-  for part in parts:
-    if not isinstance(part, str) or Path(part).name != part:
-      raise UserError(f'{index} names {part!r}, which is not a file beside it')
+  placed, opened = _placed(index), {}
+  for part in sorted(set(placed.values())):
     if not (folder / part).is_file():
       raise UserError(f'{folder} has no {part}, which {INDEX} lists: the download is not complete')
     opened[part] = _one(folder / part)
@@ -63,6 +56,30 @@ def safetensors(folder: str | Path) -> Source:
     raise UserError(f'{index}: tensor {name} {where}')
   shapes, kinds = ({n: opened[part][i][n] for n, part in placed.items()} for i in (0, 1))
   return Source(index, shapes, kinds, lambda name: opened[placed[name]][2](name), {})
+
+
+def _placed(index: Path) -> dict[str, str]:
+  """{tensor: the file beside the index that holds it}."""
+  try:
+    placed = json.loads(index.read_text('utf-8'))['weight_map']
+    parts = sorted(set(placed.values()))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'{index} is not an index of safetensors ({e!r})') from e
+  for part in parts:
+    if not isinstance(part, str) or Path(part).name != part:
+      raise UserError(f'{index} names {part!r}, which is not a file beside it')
+  return placed
+
+
+def files(path: str | Path) -> list[Path]:
+  """The files that hold the tensors of a directory or are a whole model; an index comes before its parts."""
+  path = Path(path)
+  if not path.is_dir():
+    return [path]
+  index = path / INDEX
+  if (path / WHOLE).is_file() or not index.is_file():
+    return [path / WHOLE]
+  return [index, *(path / part for part in sorted(set(_placed(index).values())))]
 
 
 def _one(file: Path) -> tuple[dict, dict, Callable[[str], np.ndarray]]:
@@ -80,8 +97,16 @@ def _one(file: Path) -> tuple[dict, dict, Callable[[str], np.ndarray]]:
     raise UserError(f'{file} cannot be read, it may be cut off or damaged: {e}') from e
 
   def read(name: str) -> np.ndarray:
-    with safe_open(file, framework='numpy') as f:
-      a = f.get_tensor(name)
+    try:
+      with safe_open(file, framework='numpy') as f:
+        a = f.get_tensor(name)
+    except (
+      OSError,
+      SafetensorError,
+      AttributeError,
+      TypeError,
+    ) as e:  # float8, which NumPy has not
+      raise UserError(f'{file}: tensor {name} is {kinds[name]}, which cannot be read: {e}') from e
     # bfloat16 is a NumPy extension type of kind 'V'.
     if a.dtype.kind not in 'fV':
       raise UserError(f'{file}: tensor {name} is {a.dtype}, not floating point')
@@ -164,12 +189,12 @@ def exactly(
   missing, unused, names = difference(source, wanted, prefix, ignored, ends)
   if missing:
     raise UserError(f'{source.file}: tensor {missing[0]} is missing{_more(missing)}')
-  for name, shape in wanted.items():
-    there = source.shapes[names[name]]
-    if there != shape:
-      raise UserError(
-        f'{source.file}: tensor {name} has the shape {there}, the config says {shape}'
-      )
+  other = [name for name, shape in wanted.items() if source.shapes[names[name]] != shape]
+  if other:
+    raise UserError(
+      f'{source.file}: tensor {other[0]} has the shape {source.shapes[names[other[0]]]}, the config '
+      f'says {wanted[other[0]]}{_more(other)}'
+    )
   if unused:
     raise UserError(f'{source.file}: tensor {unused[0]} has no place in this model{_more(unused)}')
   LOG.debug('left out of %s: %s', source.file, sorted(names.keys() - wanted.keys()))

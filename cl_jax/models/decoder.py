@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,8 @@ def _from_directory(path: Path) -> tuple[Config, Callable[[str, int], np.ndarray
 def _from_gguf(file: Path) -> tuple[Config, Callable[[str, int], np.ndarray]]:
   source = containers.gguf(file)
   c = _gguf_config(file, source.fields)
+  if c.depth > len(source.shapes):  # before the names of billions of tensors are made up
+    raise UserError(f'{file}: llama.block_count is {c.depth}, it has {len(source.shapes)} tensors')
   names = _NAMES['gguf']
   t = containers.exactly(source, _wanted(names, c), ignored=('rope_freqs.',))
   for n, heads in (('q', c.heads), ('k', c.kv_heads)):
@@ -257,12 +260,13 @@ def _llama(path: Path, known: dict[str, Any]) -> Config:
         f'{path}/config.json: {key} is {known[key]!r}, only {value!r} is supported here'
       )
   count = lambda key: pretrained.count(path, known, key)  # noqa: E731
-  rope = known.get('rope_parameters') or known.get('rope_scaling') or {}
+  rope = pretrained.section(path, known, 'rope_parameters')
+  rope = rope or pretrained.section(path, known, 'rope_scaling')
   kind = rope.get('rope_type', rope.get('type', 'default'))
   scaling = ()
   if kind == 'llama3':
     keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-    scaling = tuple(float(rope[k]) for k in keys)
+    scaling = tuple(pretrained.number(path, rope, k) for k in keys)
   elif kind != 'default':
     raise UserError(
       f"{path}/config.json: rope scaling {kind!r} is not supported here, 'default' and 'llama3' are"
@@ -277,8 +281,8 @@ def _llama(path: Path, known: dict[str, Any]) -> Config:
     count('intermediate_size'),
     count('max_position_embeddings'),
     known.get('head_dim') or 0,
-    eps=float(known.get('rms_norm_eps', 1e-6)),
-    theta=float(rope.get('rope_theta', known.get('rope_theta', 1e4))),
+    eps=pretrained.number(path, known, 'rms_norm_eps', 1e-6),
+    theta=pretrained.number(path, known | rope, 'rope_theta', 1e4),
     scaling=scaling,
     tied=bool(known.get('tie_word_embeddings', False)),
   )
@@ -297,7 +301,7 @@ def _gpt2(path: Path, known: dict[str, Any]) -> Config:
     known.get('n_inner') or 4 * d,
     count('n_positions'),
     norm='layer',
-    eps=float(known.get('layer_norm_epsilon', 1e-5)),
+    eps=pretrained.number(path, known, 'layer_norm_epsilon', 1e-5),
     rope=False,
     gated=False,
   )
@@ -329,21 +333,35 @@ def _gguf_config(file: Path, fields: dict[str, Any]) -> Config:
       raise UserError(f'{file}: llama.{key} is missing')
     return found
 
+  def count(key: str, default: Any = None) -> int:
+    found = value(key, default)
+    if type(found) is not int or found < 1:
+      raise UserError(f'{file}: llama.{key} must be a positive integer, not {found!r}')
+    return found
+
+  def number(key: str, default: Any = None) -> float:
+    found = value(key, default)
+    if type(found) not in (int, float) or not 0 < found < math.inf:
+      raise UserError(f'{file}: llama.{key} must be a positive number, not {found!r}')
+    return float(found)
+
+  tokens = fields.get('tokenizer.ggml.tokens')
+  if not isinstance(tokens, list):
+    raise UserError(f'{file}: tokenizer.ggml.tokens, the vocabulary, is missing')
   if fields.get('llama.rope.scaling.type', 'none') != 'none':
     raise UserError(f'{file}: rope scaling is not supported for GGUF files')
-  heads = int(value('attention.head_count'))
-  d = int(value('embedding_length'))
-  size = int(value('attention.key_length', d // heads))
+  heads, d = count('attention.head_count'), count('embedding_length')
+  size = count('attention.key_length', max(d // heads, 1))
   return Config(
-    len(fields['tokenizer.ggml.tokens']),
+    len(tokens),
     d,
-    int(value('block_count')),
+    count('block_count'),
     heads,
-    int(value('attention.head_count_kv', heads)),
-    int(value('feed_forward_length')),
-    int(value('context_length')),
+    count('attention.head_count_kv', heads),
+    count('feed_forward_length'),
+    count('context_length'),
     0 if size == d // heads else size,
-    eps=float(value('attention.layer_norm_rms_epsilon')),
-    theta=float(value('rope.freq_base', 1e4)),
+    eps=number('attention.layer_norm_rms_epsilon'),
+    theta=number('rope.freq_base', 1e4),
     tied='output.weight' not in fields['tensors'],
   )

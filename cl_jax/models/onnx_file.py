@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_jax.errors import UserError
+from cl_jax.models import containers
 
 
 def read(file: Path, prefix: str = '') -> dict[str, np.ndarray]:
@@ -80,7 +81,8 @@ def tensors(
       raise UserError(f'{file}: tensor {name} is {a.dtype}, not floating point')
     if not np.isfinite(a.astype(np.float32)).all():
       raise UserError(f'{file}: tensor {name} holds values that are not finite')
-  for name in found.keys() - wanted.keys():
+  for name in sorted(found.keys() - wanted.keys()):
     if not name.startswith(ignored):
       raise UserError(f'{file}: tensor {name} has no place in this model')
+  containers.LOG.debug('left out of %s: %s', file, sorted(found.keys() - wanted.keys()))
   return {name: found[name].astype(np.float32) for name in wanted}

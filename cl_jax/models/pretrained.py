@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +64,9 @@ PACKAGES = {
 }
 
 
+SUMS = (
+  'SHA256SUMS'  # digests of the files beside it, as the command sha256sum writes and reads them
+)
 SINGLE = ('.gguf', '.onnx')  # files that are a whole model
 
 
@@ -78,6 +83,7 @@ def find(name: str | Path) -> Files:
   Args:
     name: a name of `PACKAGES`, whose files must have the digests known here, a directory with config.json,
       model.safetensors (or its parts and index) and, for text, tokenizer.json, or a .gguf or .onnx file.
+      Where a file SHA256SUMS lies beside them, those that it lists must have its digests.
 
   Raises:
     UserError: neither is there (with the command that installs it), or a file is not what it was.
@@ -86,6 +92,7 @@ def find(name: str | Path) -> Files:
   if package is None:
     path = Path(name).expanduser()
     if path.suffix in SINGLE and path.is_file():
+      _as_listed(path)
       return Files(path, path if containers.is_gguf(path) else None)
     if not path.is_dir():
       raise UserError(
@@ -94,6 +101,7 @@ def find(name: str | Path) -> Files:
       )
     weights = containers.WHOLE if not (path / containers.INDEX).is_file() else containers.INDEX
     _all_there(path, ('config.json', weights))
+    _as_listed(path)
     tokenizer = path / 'tokenizer.json'
     return Files(path, tokenizer if tokenizer.is_file() else None)
   spec = importlib.util.find_spec(package.module)
@@ -117,6 +125,48 @@ def _all_there(folder: Path, names: Iterable[str]) -> None:
   for name in names:
     if not (folder / name).is_file():
       raise UserError(f'{folder} has no {name}: it is not the directory of a whole model')
+
+
+def parts(path: Path) -> list[Path]:
+  """The files that a model is read from: config.json, the weights and tokenizer.json, or a single one."""
+  described = [f for f in (path / 'config.json', path / 'tokenizer.json') if f.is_file()]
+  return described + containers.files(path)
+
+
+def listed(folder: Path) -> dict[str, str]:
+  """{file: sha256} of a folder's SHA256SUMS; {} without one."""
+  file, digests = folder / SUMS, {}
+  try:
+    rows = file.read_text('utf-8').splitlines()
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as e:
+    raise UserError(f'{file} cannot be read: {e}') from e
+  for i, row in enumerate(rows):
+    found = re.fullmatch(r'([0-9a-fA-F]{64}) [ *](?:\./)?(.+)', row)
+    if row and not (found and digests.setdefault(found[2], found[1].lower()) == found[1].lower()):
+      why = 'is a second digest of a file' if found else 'is not a digest and a file'
+      raise UserError(f'{file}: line {i + 1} {why}: write it with sha256sum')
+  return digests
+
+
+def _as_listed(path: Path) -> None:
+  """Compares the files that `path` is read from with the SHA256SUMS beside them, where it lists them."""
+  folder = path if path.is_dir() else path.parent
+  digests = listed(folder)
+  if not digests:
+    return
+  names = {file.name for file in parts(path)}
+  if path.is_dir():  # so that one is missed that is listed and gone
+    names |= {'config.json', 'tokenizer.json', containers.WHOLE, containers.INDEX}
+  for name in sorted(names & digests.keys()):
+    if not (folder / name).is_file():
+      raise UserError(f'{folder} has no {name}, which {SUMS} lists: the copy is not complete')
+    if sha256(folder / name) != digests[name]:
+      raise UserError(
+        f'{folder / name} is not the file that {SUMS} lists (its sha256 differs): copy it anew, or '
+        f'remove its line from {SUMS} if the change is meant'
+      )
 
 
 def sha256(file: Path) -> str:
@@ -146,6 +196,30 @@ def count(path: str | Path, known: dict[str, Any], key: str) -> int:
   if type(value) is not int or value < 1:
     raise UserError(f'{path}/config.json: {key} must be a positive integer, not {value!r}')
   return value
+
+
+def number(
+  path: str | Path, known: dict[str, Any], key: str, default: float | None = None
+) -> float:
+  """A positive number of a config."""
+  value = known.get(key, default)
+  if type(value) not in (int, float) or not 0 < value < math.inf:
+    raise UserError(f'{path}/config.json: {key} must be a positive number, not {value!r}')
+  return float(value)
+
+
+def section(path: str | Path, known: dict[str, Any], key: str) -> dict[str, Any]:
+  """An object inside of a config; {} where it is absent, null or empty."""
+  value = known.get(key) or {}
+  if not isinstance(value, dict):
+    raise UserError(f'{path}/config.json: {key} must be an object, not {value!r}')
+  return value
+
+
+def divided(path: str | Path, d: int, heads: int) -> None:
+  """Refuses a width that is not a multiple of the number of heads, which no tensor would tell."""
+  if d % heads:
+    raise UserError(f'{path}/config.json: {heads} heads do not divide the width {d}')
 
 
 def tensors(

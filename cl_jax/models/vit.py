@@ -345,7 +345,9 @@ def _of_hub(path: Path, known: dict[str, Any], names: _Names) -> tuple[Config, _
     ffn, eps = sizes[3] * pretrained.count(path, {'mlp_ratio': 4} | known, 'mlp_ratio'), 1e-6
   else:
     ffn, eps = pretrained.count(path, known, 'intermediate_size'), 1e-12
-  return Config(*sizes, ffn=ffn, eps=float(known.get('layer_norm_eps', eps))), names
+  pretrained.divided(path, sizes[3], sizes[5])
+  eps = pretrained.number(path, known, 'layer_norm_eps', eps)
+  return Config(*sizes, ffn=ffn, eps=eps), names
 
 
 def _of_timm(path: Path, known: dict[str, Any]) -> tuple[Config, _Names]:
@@ -361,12 +363,14 @@ def _of_timm(path: Path, known: dict[str, Any]) -> tuple[Config, _Names]:
   d, depth, heads = _TIMM_SIZES[size[1]]
   shape = {'img_size': int(size[3] or 518), 'patch_size': int(size[2]), 'in_chans': 3}
   shape |= {'embed_dim': d, 'depth': depth, 'num_heads': heads, 'mlp_ratio': 4}
-  given = known.get('model_args') or {}
+  given = pretrained.section(path, known, 'model_args')
   if more := sorted(set(given) - set(shape)):
     raise UserError(f'{path}/config.json: model_args has {", ".join(more)}: not supported here')
   shape |= given
   sizes = [pretrained.count(path, shape, key) for key in shape if key != 'mlp_ratio']
-  c = Config(*sizes, ffn=int(shape['embed_dim'] * shape['mlp_ratio']), eps=1e-6)
+  ratio = pretrained.number(path, shape, 'mlp_ratio')
+  c = Config(*sizes, ffn=int(shape['embed_dim'] * ratio), eps=1e-6)
+  pretrained.divided(path, c.d, c.heads)
   return c, _TIMM._replace(scales=_TIMM_SCALES) if size[4] else _TIMM
 
 

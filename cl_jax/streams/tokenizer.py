@@ -68,12 +68,14 @@ def _from_gguf(file: Path) -> Any:
       f'{file}: its tokenizer ({kind!r} with the rules {rules!r}) is not supported here; give the '
       f'tokenizer.json of the model instead (config.data.tokenizer)'
     )
-  tokens, types = fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type']
-  merges = [tuple(pair.split(' ', 1)) for pair in fields['tokenizer.ggml.merges']]
-  made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+  try:
+    tokens, types = fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type']
+    merges = [tuple(pair.split(' ', 1)) for pair in fields['tokenizer.ggml.merges']]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    control = [t for t, k in zip(tokens, types, strict=True) if k == CONTROL]
+  except Exception as error:  # the library raises bare Exception
+    raise UserError(f'{file}: its fields do not describe a tokenizer ({error!r})') from error
   made.pre_tokenizer = pre_tokenizers.Sequence(split[rules])
   made.decoder = decoders.ByteLevel()
-  made.add_special_tokens(
-    [AddedToken(t, special=True) for t, k in zip(tokens, types, strict=True) if k == CONTROL]
-  )
+  made.add_special_tokens([AddedToken(t, special=True) for t in control])
   return made

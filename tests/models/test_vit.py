@@ -244,7 +244,7 @@ def test_damaged_files_and_other_architectures_are_refused(saved):
       ({'model_type': 'swin'}, "model_type is 'swin', only 'vit'"),
       ({'use_swiglu_ffn': True}, 'use_swiglu_ffn is True, only False'),
       ({'hidden_act': 'relu'}, "hidden_act is 'relu'"),
-      ({'hidden_size': 9}, r'weight has the shape \(8, 1, 4, 4\)'),
+      ({'hidden_size': 10}, r'weight has the shape \(8, 1, 4, 4\)'),
     ]
   for change, message in changes:
     (folder / 'config.json').write_text(json.dumps(config | change))
