@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--config', required=True, metavar='FILE[:WORDS]', help='configs/study_{vit,lm,encoder}.py')
   add('--workdir', metavar='DIR', type=Path, help='runs/ and the name of the configuration')
   add('--data_dir', metavar='DIR', help='parent of text/ and tfds/; default: CL_JAX_DATA')
-  add('--only', default='*', metavar='PATTERN', help="cells by name, as in 'lora,*'")
+  add('--only', default='*', metavar='PATTERNS', help="cells by name, as in 'lora,* full,er'")
   add('--seeds', type=int, default=1, help='each with an order of the tasks of its own (1)')
   add('--workers', type=int, help='processes at a time (one a core; one with an accelerator)')
   add('--plan', action='store_true', help='only print what each cell needs: bytes, FLOPs, steps')
@@ -73,7 +73,8 @@ def command(options: argparse.Namespace) -> int:
   study, path, words = found(options.config)
   if options.seeds < 1 or (options.workers is not None and options.workers < 1):
     raise UserError('--seeds and --workers must be at least 1')
-  cells = fnmatch.filter(study.CELLS, options.only)
+  patterns = options.only.split()
+  cells = [c for c in study.CELLS if any(fnmatch.fnmatch(c, p) for p in patterns)]
   if not cells:
     raise UserError(f'--only={options.only} matches no cell; there are {"  ".join(study.CELLS)}')
   folder = options.workdir or Path('runs') / Path(path).stem
