@@ -36,8 +36,8 @@ COLUMNS = (
   'reproduced',
 )  # fmt: skip
 
-# What the measured learner is: an MLP 784-100-10 on 5 tasks in batches of 10; for prompts and adapters, which no
-# MLP takes, a ViT of 6 layers and width 192 with patches of 4 pixels.
+# What the measured learner is: an MLP 784-100-10 on 5 tasks in batches of 10; for prompts and adapters, which
+# no MLP takes, a ViT of 6 layers and width 192 with patches of 4 pixels.
 CLASSES, TASKS, BATCH = 10, 5, 10
 TASK_CLASSES = tuple((2 * t, 2 * t + 1) for t in range(TASKS))
 REQUIRED = {

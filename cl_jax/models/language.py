@@ -37,7 +37,7 @@ def loss(out: Out, batch: Batch) -> Array:
 
 
 def likelihood(out: Out, batch: Batch) -> Array:
-  """f32[B, 2]: the log-likelihood of a row's tokens to learn, and their number; e^-ratio is the perplexity."""
+  """f32[B, 2]: log-likelihood of a row's tokens to learn, and their number; e^-ratio is the perplexity."""
   nats, learn = token_loss(out, batch)
   keep = learn & (batch.w > 0)[:, None]
   return jnp.stack([-jnp.where(keep, nats, 0).sum(-1), keep.sum(-1, dtype=jnp.float32)], -1)

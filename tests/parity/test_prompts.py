@@ -24,8 +24,8 @@ CONFIG = Config(image=4, patch=2, channels=1, d=8, depth=3, heads=2, ffn=12, eps
 CLASSES = 6
 
 # The network normalises and takes softmax in float32 whatever its inputs are, and so queries are rounded too:
-# hence 5e-6, and 2e-5 for DualPrompt, where rounding adds up to 1.7e-5 in two logits. With these in float64 as
-# well all of it agrees to 1e-12.
+# hence 5e-6, and 2e-5 for DualPrompt, where rounding adds up to 1.7e-5 in two logits. With these in float64
+# as well all of it agrees to 1e-12.
 
 
 @pytest.fixture(autouse=True)
