@@ -60,7 +60,7 @@ ARGUMENTS = {
 
 
 def network(name: str) -> Model:
-  if '.prompts.' in methods.names()[name] or name in ('adapter', 'ease'):
+  if '.prompts.' in methods.names()[name] or name in ('adapter', 'ease', 'partial'):
     return vit(TINY._replace(image=28, channels=1), CLASSES)
   return mlp((100,), CLASSES)
 

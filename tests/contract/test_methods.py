@@ -58,9 +58,10 @@ SMALL = {
 HEADED = ('hat', 'packnet', 'pnn')  # every task has outputs of its own
 # Those that need a transformer: prompts, and adapters at its taps.
 TRANSFORMER = {n for n, module in methods.names().items() if '.prompts.' in module}
-TRANSFORMER |= {'adapter', 'ease'}
+TRANSFORMER |= {'adapter', 'ease', 'partial'}
 LOWRANK = {n for n, module in methods.names().items() if '.lowrank.' in module}
-ADDED = {'hat', 'pnn', 'decoder', *LOWRANK, *TRANSFORMER}  # parameters that methods bring along
+# Parameters that methods bring along.
+ADDED = {'hat', 'pnn', 'decoder', *LOWRANK, *TRANSFORMER} - {'partial'}
 OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
 

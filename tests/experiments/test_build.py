@@ -239,7 +239,7 @@ REQUIRED = {
 UNGATED = ('latent', 'remind', 'pnn')  # see `compose.gated`
 # They need one.
 TRANSFORMER = (
-  'prompt_tuning', 'prefix_tuning', 'l2p', 'dualprompt', 'coda', 'sprompts', 'adapter', 'ease',
+  'prompt_tuning', 'prefix_tuning', 'l2p', 'dualprompt', 'coda', 'sprompts', 'adapter', 'ease', 'partial',
 )  # fmt: skip
 VIT = {
   'name': 'vit',

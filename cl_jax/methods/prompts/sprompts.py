@@ -113,7 +113,7 @@ def kmeans(x: Array, valid: Array, k: int, iterations: int) -> Array:
     return points.at[i].set(x[jnp.argmax(jnp.where(valid, distances(x, points).min(1), -1.0))])
 
   def lloyd(_, points):
-    own = jax.nn.one_hot(distances(x, points).argmin(1), k) * valid[:, None]
+    own = jax.nn.one_hot(distances(x, points).argmin(1), k, dtype=x.dtype) * valid[:, None]
     count = own.sum(0)[:, None]
     return jnp.where(count > 0, own.T @ x / jnp.maximum(count, 1), points)
 
