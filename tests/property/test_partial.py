@@ -25,7 +25,9 @@ def batch(seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize(
-  'tx', [optax.adamw(1e-2, weight_decay=0.1), optax.sgd(0.1, momentum=0.9)], ids=['adamw', 'momentum']
+  'tx',
+  [optax.adamw(1e-2, weight_decay=0.1), optax.sgd(0.1, momentum=0.9)],
+  ids=['adamw', 'momentum'],
 )
 def test_lower_layers_keep_their_bits(tx):
   L = learner(MODEL, tx, chain(partial=partial(2)))
