@@ -16,7 +16,7 @@ from cl_jax.errors import UserError
 from cl_jax.masks import nest, path_name, paths
 from cl_jax.models.layers import LowRank
 from cl_jax.models.quantised import is_stored, matrix
-from cl_jax.types import Array, Forward, Tree, overlay
+from cl_jax.types import Array, Forward, Method, Tree, overlay
 
 
 def select(name: str, targets: str, params: Tree, fwd: Forward) -> dict[str, jax.ShapeDtypeStruct]:
@@ -95,3 +95,20 @@ def drawn(
     *stack, d_in, d_out = w.shape
     leaves |= {f'{path}/{n}': a for n, a in make(k, tuple(stack), d_in, d_out).items()}
   return nest(leaves)
+
+
+def merged(method: Method, s: Tree, variables: Tree) -> Tree:
+  """Plain variables that compute what `method` makes of them, its branch of parameters folded in.
+
+  Args:
+    method: one whose `wrap` puts low-rank operators in the place of weights and does nothing else: lora, olora,
+      sdlora, inflora, or a chain of them.
+    s: its state.
+    variables: parameters over frozen weights, the method's branch among them.
+
+  Returns:
+    The same tree without that branch: nothing to add at inference, and a base for the next stage.
+  """
+  adapted = method.wrap(s, lambda v, batch, tap, train: v)(variables, None, None, False)
+  is_operator = lambda a: isinstance(a, LowRank)  # noqa: E731
+  return jax.tree.map(lambda a: a.merge() if is_operator(a) else a, adapted, is_leaf=is_operator)

@@ -207,6 +207,7 @@ ARGUMENTS = {
   'sdlora': {'tasks': 6, 'targets': 'l0/w'},
   'inflora': {'tasks': 6, 'targets': 'l0/w', 'warm': 3, 'steps_per_epoch': 7},
   'adapter': {'where': ('feedforward',)},
+  'partial': {'stack': 'backbone/layers/up/.*'},
   'ease': {'tasks': 6},
   'prompt_tuning': {},
   'prefix_tuning': {},
@@ -245,7 +246,7 @@ TRANSFORMER = (
 )  # fmt: skip
 VIT = {
   'name': 'vit',
-  'config': {'image': 28, 'patch': 14, 'channels': 1, 'd': 8, 'depth': 2, 'heads': 2, 'ffn': 12},
+  'config': {'image': 28, 'patch': 14, 'channels': 1, 'd': 8, 'depth': 3, 'heads': 2, 'ffn': 12},
 }
 TASKS = ('packnet', 'hat', 'pnn', 'lwf', 'dgr', 'ebll', 'dreamnet')
 

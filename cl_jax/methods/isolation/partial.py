@@ -20,7 +20,7 @@ def partial(lowest: int = 1, stack: str = 'backbone/layers/.*') -> Method:
   gradients are cut off, but computed: this saves no time and no bytes of optimiser state.
 
   Args:
-    lowest: index of the first layer that is trained; 0 is all.
+    lowest: index of the first layer that is trained, counted from 0.
     stack: regular expression, matched against the whole path of a trained parameter [layers, ...].
 
   State: none.
