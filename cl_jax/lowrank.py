@@ -101,8 +101,8 @@ def merged(method: Method, s: Tree, variables: Tree) -> Tree:
   """Plain variables that compute what `method` makes of them, its branch of parameters folded in.
 
   Args:
-    method: one whose `wrap` puts low-rank operators in the place of weights and does nothing else: lora, olora,
-      sdlora, inflora, or a chain of them.
+    method: one whose `wrap` puts low-rank operators in the place of weights and does nothing else: lora,
+      olora, sdlora, inflora, or a chain of them.
     s: its state.
     variables: parameters over frozen weights, the method's branch among them.
 
