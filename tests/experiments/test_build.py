@@ -109,10 +109,12 @@ OTHER: dict[str, Any] = {
   'data.examples_per_task': 30,
   'data.test_per_task': 7,
 }
-# Of the loop, another command or another data set; tested with those (test_run, test_framework, ...).
-ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep'}
+# Of the loop, another command, another data set or pretrained weights; tested with those (test_run,
+# test_framework, ...; the last two below).
+ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep', 'frozen_bits'}
 ELSEWHERE |= {
-  f'data.{f}' for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out', 'image')
+  f'data.{f}'
+  for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out', 'image', 'template')
 }
 FIELDS = [
   f for f in flat(config.resolve(RAW)) if f not in ELSEWHERE and not f.startswith('tuning.')
@@ -474,17 +476,23 @@ def test_pretrained_weights_are_arguments_of_the_program(freeze):
   assert checkpoint.digest(got) == checkpoint.digest(one.weights['initial'].get('backbone', {}))
 
 
-@pytest.mark.parametrize('freeze', [(), ('backbone/.*',), ('backbone/positions',)])
-def test_a_pretrained_vit_of_another_image_size_up_to_a_layer(tmp_path, freeze):
+def saved_vit(folder) -> vit.Config:
+  """Writes a small pretrained ViT and returns its shape."""
   numpy_files = pytest.importorskip('safetensors.numpy', reason='needs safetensors')
   shape = vit.Config(12, 4, 1, 8, 3, 2, 16, 1e-6)
   rng = np.random.default_rng(0)
   wanted = vit._shapes(shape, vit._DINOV2)
   tensors = {name: rng.standard_normal(size).astype(np.float32) for name, size in wanted.items()}
-  numpy_files.save_file(tensors, tmp_path / 'model.safetensors')
+  numpy_files.save_file(tensors, folder / 'model.safetensors')
   known = {'model_type': 'dinov2', 'hidden_act': 'gelu', 'image_size': 12, 'patch_size': 4}
   known |= {'num_channels': 1, 'hidden_size': 8, 'num_hidden_layers': 3, 'mlp_ratio': 2}
-  (tmp_path / 'config.json').write_text(json.dumps(known | {'num_attention_heads': 2}))
+  (folder / 'config.json').write_text(json.dumps(known | {'num_attention_heads': 2}))
+  return shape
+
+
+@pytest.mark.parametrize('freeze', [(), ('backbone/.*',), ('backbone/positions',)])
+def test_a_pretrained_vit_of_another_image_size_up_to_a_layer(tmp_path, freeze):
+  shape = saved_vit(tmp_path)
   one = setup(
     model={'name': 'vit', 'pretrained': str(tmp_path), 'image': 28, 'layer': 2}, freeze=freeze
   )
@@ -494,3 +502,41 @@ def test_a_pretrained_vit_of_another_image_size_up_to_a_layer(tmp_path, freeze):
   want = vit.fit(shape._replace(image=28, depth=2), vit.load(tmp_path)[1])
   assert got['positions'].shape == (50, 8)
   assert checkpoint.digest(got) == checkpoint.digest(want)
+
+
+def test_frozen_weights_of_layers_are_kept_in_few_bits(tmp_path):
+  """The matrices of the frozen layers and nothing else; what is not frozen has nothing to round."""
+  saved_vit(tmp_path)
+  given = {
+    'model': {'name': 'vit', 'pretrained': str(tmp_path), 'image': 28},
+    'freeze': ('backbone/.*',),
+  }
+  plain, few = (paths(setup(**given, frozen_bits=bits).frozen) for bits in (None, 8))
+  stored = {p.rsplit('/', 1)[0] for p in set(few) - set(plain)}
+  layers = [p for p in plain if p.startswith('backbone/layers/') and p.endswith('/w')]
+  assert stored == set(layers) and len(stored) == 6
+  for p in layers:
+    assert few[f'{p}/int8'].dtype == jnp.int8
+    np.testing.assert_allclose(few[f'{p}/int8'] * few[f'{p}/scale'], plain[p], atol=0.03)
+  assert all(few[p] is plain[p] or np.array_equal(few[p], plain[p]) for p in set(plain) - stored)
+  for missing in ('model', 'freeze'):
+    with pytest.raises(UserError, match='frozen_bits rounds frozen pretrained weights'):
+      resolved(**{k: v for k, v in given.items() if k != missing}, frozen_bits=8)
+
+
+def test_a_template_spells_labels_out(tmp_path):
+  """With one the rows say which tokens a language model is to learn."""
+  tokenizers = pytest.importorskip('tokenizers', reason='needs tokenizers')
+  words = {'[PAD]': 0, '[UNK]': 1, '[SEP]': 2, 'Intent': 3, ':': 4}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='[UNK]'))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+    single='$A [SEP]', special_tokens=[('[SEP]', 2)]
+  )
+  made.save(str(tmp_path / 'tokenizer.json'))
+  for template in ('', '{text} Intent: {label}'):
+    data = {'examples_per_class': 2, 'length': 12, 'tokenizer': str(tmp_path / 'tokenizer.json')}
+    (stream,) = streams(resolved(dataset='clinc150', data={**data, 'template': template}))
+    assert ('learn' in stream.x) == bool(template)
+    asked = np.isin(stream.x['tokens'], (3, 4)).any(1)
+    assert asked.all() == bool(template)
