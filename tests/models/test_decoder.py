@@ -136,15 +136,17 @@ def test_generation_with_kept_keys_equals_recomputing():
   w = w['backbone']
   tokens = jnp.asarray(text(4).x['tokens'])
   mask = jnp.arange(8) >= jnp.array([0, 3, 7, 1])[:, None]
-  got = causal.generate(TINY, w, tokens, mask, 6)
+  greedy = jax.jit(lambda w: causal.generate(TINY, w, tokens, mask, 6))
+  got = greedy(w)
+  last = jax.jit(lambda w, x: causal.unembed(TINY, w, causal.encode(TINY, w, x)[0][:, -1]))
   own, seen = tokens, mask
   for _ in range(6):
-    h, _ = causal.encode(TINY, w, {'tokens': own, 'mask': seen})
-    new = causal.unembed(TINY, w, h[:, -1]).argmax(-1)[:, None]
+    new = last(w, {'tokens': own, 'mask': seen}).argmax(-1)[:, None]
     own = jnp.concatenate([own, new], 1)
     seen = jnp.concatenate([seen, jnp.ones_like(new, bool)], 1)
   np.testing.assert_array_equal(got, own[:, 8:])
-  drawn = [causal.generate(TINY, w, tokens, mask, 6, jax.random.key(k), 5.0) for k in (0, 0, 1)]
+  random = jax.jit(lambda w, key: causal.generate(TINY, w, tokens, mask, 6, key, 5.0))
+  drawn = [random(w, jax.random.key(k)) for k in (0, 0, 1)]
   np.testing.assert_array_equal(drawn[0], drawn[1])
   assert (drawn[0] != drawn[2]).any() and (drawn[0] != got).any()
   with pytest.raises(UserError, match='33 tokens exceed the 32 positions'):
@@ -208,11 +210,11 @@ def test_frozen_weights_in_few_bits():
     assert off < error, (bits, off)
     made = decoder(config, 1, few['backbone'], output='tokens')
     L = learner(made, optax.sgd(0.5), chain(lora=lora(2, 4.0, '.*/(q|v)/w')), few)
-    state = L.init(jax.random.key(0), b)
+    state, step = L.init(jax.random.key(0), b), jax.jit(L.step)
     assert set(state.params) == {'lora'}
-    new, before = jax.jit(L.step)(state, b)
+    new, before = step(state, b)
     for _ in range(20):
-      new, after = jax.jit(L.step)(new, b)
+      new, after = step(new, b)
     assert after < before
     merged = merge({**few, **new.params}, 4.0)
     out = made.apply(merged, b).logits
