@@ -104,7 +104,7 @@ def language(cells: Sequence[Cell], names: dict[str, str]) -> str:
   """Perplexities after the last stage, and what became of text that nothing was learnt from."""
   held = sorted({name for c in cells for row in c.drift for name in row.get('held_out', {})})
   head = (
-    'adapted', 'method', 'nats a token', 'perplexity', 'forgetting, nats', 'when new, nats',
+    'adapted', 'method', 'before, nats', 'nats a token', 'perplexity', 'forgetting, nats', 'when new, nats',
     *(f'{name}: before, after' for name in held), 'CKA', 'beside the frozen network', 'time, s', 'runs',
   )  # fmt: skip
   rows = []
@@ -118,13 +118,18 @@ def language(cells: Sequence[Cell], names: dict[str, str]) -> str:
     }
     moved = [row['cka'] for row in c.drift]
     rows.append((
-      names[adapted], method, shown(c.values('acc'), 1, 3), f'{np.exp(-np.mean(c.values("acc"))):.1f}',
+      names[adapted], method, shown(before(c), 1, 3), shown(c.values('acc'), 1, 3), f'{np.exp(-np.mean(c.values("acc"))):.1f}',
       shown(c.values('forgetting'), 1, 3), shown(c.values('learning_acc'), 1, 3),
       *(f'{pairs[n][0]:.1f}, {pairs[n][1]:.1f}' if np.ndim(pairs[n]) else NONE for n in held),
       f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside), f'{np.mean(c.values("wall_s")):.0f}',
       str(len(c.lines)),
     ))  # fmt: skip
   return markdown(head, rows)
+
+
+def before(c: Cell) -> list[float]:
+  """The mean over all tasks before the first step, of each run."""
+  return [float(np.mean(row['before'])) for row in c.drift if 'before' in row]
 
 
 def is_language(cells: Sequence[Cell]) -> bool:
@@ -154,7 +159,10 @@ def draw(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
           [value], [y], xerr=None if error is None else [error], fmt=marker, color=colour,
           mfc='none' if marker == 's' else colour, label=name if y == 0 else None,
         )  # fmt: skip
-    axis.set(yticks=range(len(text)), yticklabels=text, xlabel=label)
+    start = [v for c in ordered if not c.words.startswith('random') for v in before(c)]
+    if is_language(cells) and start:
+      axis.axvline(float(np.mean(start)), color=FAINT, linestyle='--', label='before learning')
+    axis.set(yticks=range(len(text)), yticklabels=text, xlabel=label, ylim=(-0.5, len(text) - 0.5))
 
 
 def draw_budget(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
