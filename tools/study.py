@@ -118,7 +118,8 @@ def language(cells: Sequence[Cell], names: dict[str, str]) -> str:
     }
     moved = [row['cka'] for row in c.drift]
     rows.append((
-      names[adapted], method, shown(before(c), 1, 3), shown(c.values('acc'), 1, 3), f'{np.exp(-np.mean(c.values("acc"))):.1f}',
+      names[adapted], method, shown(before(c), 1, 3), shown(c.values('acc'), 1, 3),
+      f'{np.exp(-np.mean(c.values("acc"))):.1f}',
       shown(c.values('forgetting'), 1, 3), shown(c.values('learning_acc'), 1, 3),
       *(f'{pairs[n][0]:.1f}, {pairs[n][1]:.1f}' if np.ndim(pairs[n]) else NONE for n in held),
       f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside), f'{np.mean(c.values("wall_s")):.0f}',
