@@ -182,7 +182,7 @@ def left_out() -> Iterator[list[list[str]]]:
 def kinds(path: Path) -> Iterable[str]:
   """How each tensor of a file is stored."""
   if path.suffix == '.onnx':
-    return (a.dtype.name for a in onnx_file.read(path).values())
+    return onnx_file.read(path).kinds.values()
   return containers.opened(path).kinds.values()
 
 

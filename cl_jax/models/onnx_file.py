@@ -11,7 +11,7 @@ from cl_jax.errors import UserError
 from cl_jax.models import containers
 
 
-def read(file: Path, prefix: str = '') -> dict[str, np.ndarray]:
+def read(file: Path, prefix: str = '') -> containers.Source:
   """The initialisers of a graph by name, as torch keeps them; nothing of the graph is run.
 
   An export names the weights of dense layers, which it transposes, and what it folded into constants by a
@@ -52,37 +52,23 @@ def read(file: Path, prefix: str = '') -> dict[str, np.ndarray]:
     if name in found:
       raise UserError(f'{file}: there are two tensors {name}')
     found[name] = a
-  return found
 
-
-def shape(file: Path, found: dict[str, np.ndarray], name: str, axes: int) -> tuple[int, ...]:
-  """The shape of a tensor that must be there and have so many axes."""
-  there = found[name].shape if name in found else None
-  if there is None or len(there) != axes or not all(there):
-    what = 'is missing' if there is None else f'has the shape {there}: not one of {axes} axes'
-    raise UserError(f'{file}: tensor {name} {what}')
-  return there
-
-
-def tensors(
-  file: Path,
-  found: dict[str, np.ndarray],
-  wanted: dict[str, tuple[int, ...]],
-  ignored: tuple[str, ...] = (),
-) -> dict[str, np.ndarray]:
-  """What `pretrained.tensors` says of safetensors, for the tensors that `read` found."""
-  for name, size in wanted.items():
-    a = found.get(name)
-    if a is None:
-      raise UserError(f'{file}: tensor {name} is missing')
-    if a.shape != size:
-      raise UserError(f'{file}: tensor {name} has the shape {a.shape}, not {size}')
+  def f32(name: str) -> np.ndarray:
+    a = found[name]
     if a.dtype.kind not in 'fV':
       raise UserError(f'{file}: tensor {name} is {a.dtype}, not floating point')
-    if not np.isfinite(a.astype(np.float32)).all():
-      raise UserError(f'{file}: tensor {name} holds values that are not finite')
-  for name in sorted(found.keys() - wanted.keys()):
-    if not name.startswith(ignored):
-      raise UserError(f'{file}: tensor {name} has no place in this model')
-  containers.LOG.debug('left out of %s: %s', file, sorted(found.keys() - wanted.keys()))
-  return {name: found[name].astype(np.float32) for name in wanted}
+    return a.astype(np.float32)
+
+  shapes, kinds = (
+    {n: get(a) for n, a in found.items()} for get in (np.shape, lambda a: a.dtype.name)
+  )
+  return containers.Source(file, shapes, kinds, f32, {})
+
+
+def shape(source: containers.Source, name: str, axes: int) -> tuple[int, ...]:
+  """The shape of a tensor that must be there and have so many axes."""
+  there = source.shapes.get(name)
+  if there is None or len(there) != axes or not all(there):
+    what = 'is missing' if there is None else f'has the shape {there}: not one of {axes} axes'
+    raise UserError(f'{source.file}: tensor {name} {what}')
+  return there

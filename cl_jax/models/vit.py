@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.models import layers, onnx_file, pretrained, transformer
+from cl_jax.models import containers, layers, onnx_file, pretrained, transformer
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
 
@@ -375,19 +375,19 @@ def _of_timm(path: Path, known: dict[str, Any]) -> tuple[Config, _Names]:
 
 
 def _load_onnx(file: Path) -> tuple[Config, Tree]:
-  found, names = onnx_file.read(file, prefix='backbone.'), _DINOV2
-  d, channels, patch, _ = onnx_file.shape(file, found, f'{names.patch}.weight', 4)
+  source, names = onnx_file.read(file, prefix='backbone.'), _DINOV2
+  d, channels, patch, _ = onnx_file.shape(source, f'{names.patch}.weight', 4)
   # An export keeps the positions as two constants: the class token's and the others'.
   first, rest = 'embeddings.Concat', 'embeddings.Reshape'
-  _, positions, _ = onnx_file.shape(file, found, rest, 3)
-  (ffn,) = onnx_file.shape(file, found, f'{names.layer.format(0)}mlp.fc1.bias', 1)
-  depth = sum(name.endswith('.norm1.weight') for name in found)
+  _, positions, _ = onnx_file.shape(source, rest, 3)
+  (ffn,) = onnx_file.shape(source, f'{names.layer.format(0)}mlp.fc1.bias', 1)
+  depth = sum(name.endswith('.norm1.weight') for name in source.shapes)
   image = math.isqrt(positions) * patch
   c = Config(image, patch, channels, d, depth, max(d // 64, 1), ffn, 1e-6)
   wanted = _shapes(c, names)
   del wanted[names.positions]
   wanted |= {first: (1, 1, d), rest: (1, _patches(c), d)}
-  t = onnx_file.tensors(file, found, wanted, (*names.ignored, 'decoder.'))
+  t = containers.exactly(source, wanted, ignored=(*names.ignored, 'decoder.'))
   t[names.positions] = np.concatenate([t.pop(first), t.pop(rest)], 1)
   return c, _tree(c, names, t)
 
