@@ -190,7 +190,7 @@ def measure(
   before = jax.jit(lambda w, s, test: evaluate(made(w), s, test))(setup.weights, start, stream.test)
   said: dict[str, Any] = {
     'before': [round(float(a), 6) for a in before],
-    'cka': round(cka(*(seen(model, method, setup, s, x) for s in (start, state))), 6),
+    'cka': round(cka(*(seen(model, method, setup, s, x, tell) for s in (start, state))), 6),
   }
   if held_out:
 
@@ -205,18 +205,16 @@ def measure(
   shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def seen(model, method, setup, state, x: Tree) -> np.ndarray:
-  """The features f64[N, D] of inputs."""
+def seen(model, method, setup, state, x: Tree, tell: Callable[[str], None]) -> np.ndarray:
+  """The features f64[N, D] of inputs, as the method's forward pass gives them."""
 
-  def compute(state, frozen, x):
+  def compute(variables, x):
+    state, frozen = variables
     fwd = Forward(method.wrap(state.method, model.apply), frozen, state.stats)
     return fwd(state.params, features.batch_of(x)).features
 
-  apply, out = jax.jit(compute), []
-  for lo in range(0, len(jax.tree.leaves(x)[0]), 32):
-    part = jax.tree.map(lambda a, lo=lo: a[lo : lo + 32], x)
-    out.append(np.asarray(apply(state, setup.weights['frozen'], part), np.float64))
-  return np.concatenate(out)
+  variables = (state, setup.weights['frozen'])
+  return features.extract(jax.jit(compute), variables, x, 'a sample', tell).astype(np.float64)
 
 
 def cka(one: np.ndarray, two: np.ndarray) -> float:
