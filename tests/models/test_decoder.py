@@ -224,6 +224,28 @@ def test_frozen_weights_in_few_bits():
     quantised.quantise(jnp.ones((24, 8)), 4)
 
 
+def test_remat_unroll_and_bfloat16():
+  """The first two change nothing, the third little, and logits and features stay f32."""
+  b = batch(text(4).x)
+  params = decoder(TINY, 1, output='tokens', init=0.3).init(jax.random.key(1), b)[0]
+
+  def found(**options):
+    model = decoder(TINY, 1, output='tokens', **options)
+    loss = lambda p: model.loss(model.apply(p, b), b).sum()  # noqa: E731
+    return jax.jit(lambda p: (model.apply(p, b), jax.grad(loss)(p)))(params)
+
+  want, grads = found()
+  for options in ({'remat': True}, {'unroll': True}):
+    out, own = found(**options)
+    np.testing.assert_allclose(out.logits, want.logits, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), own, grads)
+  out, own = found(dtype=jnp.bfloat16)
+  assert out.logits.dtype == out.features.dtype == jnp.float32
+  assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(own))
+  off = jnp.abs(out.logits - want.logits).max() / jnp.abs(want.logits).max()
+  assert 1e-5 < off < 0.05
+
+
 def test_as_a_classifier():
   x = {k: v for k, v in text(6).x.items() if k != 'learn'}
   x['mask'][:, 5:] = False
