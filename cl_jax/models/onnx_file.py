@@ -35,7 +35,7 @@ def read(file: Path, prefix: str = '') -> containers.Source:
   except (OSError, DecodeError) as e:
     raise UserError(f'{file} cannot be read, it may be cut off or damaged: {e}') from e
   readers = {name: node for node in reversed(graph.node) for name in node.input}
-  found = {}
+  found: dict[str, np.ndarray] = {}
   for tensor in graph.initializer:
     name, node = tensor.name, readers.get(tensor.name)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -59,9 +59,8 @@ def read(file: Path, prefix: str = '') -> containers.Source:
       raise UserError(f'{file}: tensor {name} is {a.dtype}, not floating point')
     return a.astype(np.float32)
 
-  shapes, kinds = (
-    {n: get(a) for n, a in found.items()} for get in (np.shape, lambda a: a.dtype.name)
-  )
+  shapes = {n: a.shape for n, a in found.items()}
+  kinds = {n: a.dtype.name for n, a in found.items()}
   return containers.Source(file, shapes, kinds, f32, {})
 
 
