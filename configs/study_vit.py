@@ -11,6 +11,7 @@ subset of 10,000 and 1,000 images, in 5 tasks; Omniglot the 136 characters of sm
 20 drawings of each to learn from. `closed` and `head` learn from features that are computed once, of all
 images at 112 pixels; what trains the network sees 50 images a class at 56 pixels (words as in
 configs/study_encoder.py), three passes, Adam, cosine.
+Not run yet as a whole.
 """
 
 from configs import common
