@@ -125,8 +125,8 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'data': {
       'length': 16 if data == 'clinc150' else 24,
       'examples_per_class': 10,
-      'test_per_task': 45 if data == 'clinc150' else 70,
-      'test_batch': 45 if data == 'clinc150' else 70,
+      'test_per_task': 45 if data == 'clinc150' else 42,
+      'test_batch': 45 if data == 'clinc150' else 42,
       'seed': None,
       **({'tokenizer': MODEL} if adapt == 'random' else {}),
     },
