@@ -69,22 +69,22 @@ def encode(
   tokens, mask = x['tokens'], x['mask'] > 0
   h = p['embed']['tokens'][tokens]
   if not config.rope:
-    h = h + p['embed']['positions'][_places(mask, config)]
+    h = h + p['embed']['positions'][places_of(mask, config)]
   h = tap('embed', h, 0).astype(dtype)
   seen = transformer.extend(mask, h.shape[1])
-  places = _places(seen, config)
+  places = places_of(seen, config)
   causal = jnp.tril(jnp.ones((h.shape[1],) * 2, bool)) & seen[:, None, :]
 
-  def block(p: Tree, h: Array, i: Array) -> Array:
+  def layer(p: Tree, h: Array, i: Array) -> Array:
     def attend(q, k, v):
       k, v = tap('k', k, i), tap('v', v, i)
       before = jnp.ones((*causal.shape[:2], k.shape[1] - h.shape[1]), bool)
       return attention(config, q, k, v, jnp.concatenate([before, causal], 2), tap, i)
 
-    return _block(config, transformer.cast(p, dtype), h, i, places, attend, tap)
+    return block(config, transformer.cast(p, dtype), h, i, places, attend, tap)
 
-  h = transformer.stack(block, p['layers'], h, remat, unroll)
-  h = _norm(config, p['norm'], h.astype(jnp.float32))
+  h = transformer.stack(layer, p['layers'], h, remat, unroll)
+  h = norm(config, p['norm'], h.astype(jnp.float32))
   return h, transformer.extend(mask, h.shape[1], False)
 
 
@@ -125,7 +125,7 @@ def generate(
     """The logits after `tokens` i32[B, n], which stand at positions at, at + 1, ..."""
     n = tokens.shape[1]
     rows = at + jnp.arange(n)
-    places = jnp.take_along_axis(_places(seen, config), jnp.broadcast_to(rows, (b, n)), 1)
+    places = jnp.take_along_axis(places_of(seen, config), jnp.broadcast_to(rows, (b, n)), 1)
     visible = seen[:, None, :] & (jnp.arange(total) <= rows[:, None])
     h = p['embed']['tokens'][tokens]
     if not config.rope:
@@ -140,11 +140,11 @@ def generate(
         new.extend([write(kept[0], k), write(kept[1], v)])
         return attention(config, q, new[0], new[1], visible)
 
-      h = _block(config, weights, h, i, places, attend, no_tap)
+      h = block(config, weights, h, i, places, attend, no_tap)
       return h, tuple(new)
 
     h, cache = jax.lax.scan(layer, h, (p['layers'], jnp.arange(config.depth), cache))
-    return unembed(config, p, _norm(config, p['norm'], h[:, -1])), cache
+    return unembed(config, p, norm(config, p['norm'], h[:, -1])), cache
 
   def choose(logits, i):
     if key is None:
@@ -216,25 +216,27 @@ def frequencies(config: Config) -> Array:
   return (1 - smooth) * f / factor + smooth * f
 
 
-def _block(config: Config, p: Tree, h: Array, i: Array, places: Array, attend, tap) -> Array:
-  n = _norm(config, p['norm1'], h)
+def block(config: Config, p: Tree, h: Array, i: Array, places: Array, attend, tap) -> Array:
+  """One layer: weights p, residual stream h [B, L, d], `attend(q, k, v)` -> [B, L, heads * size]."""
+  n = norm(config, p['norm1'], h)
   q, k, v = (layers.dense(p[name], n) for name in 'qkv')
   if config.rope:
     q, k = rotate(config, q, places), rotate(config, k, places)
   a = tap('attention', layers.dense(p['o'], attend(q, k, v)), i)
   middle = tap('middle', h if config.parallel else h + a, i)
-  n = n if config.parallel else _norm(config, p['norm2'], middle)
+  n = n if config.parallel else norm(config, p['norm2'], middle)
   up = layers.dense(p['up'], n)
   m = jax.nn.silu(layers.dense(p['gate'], n)) * up if config.gated else jax.nn.gelu(up)
   m = tap('feedforward', layers.dense(p['down'], tap('mlp', m, i)), i)
   return tap('block', middle + m + (a if config.parallel else 0), i)
 
 
-def _norm(config: Config, p: Tree, h: Array) -> Array:
+def norm(config: Config, p: Tree, h: Array) -> Array:
+  """The normalisation that the family has, over the last axis."""
   return (layers.rms_norm if config.norm == 'rms' else layers.layer_norm)(p, h, config.eps)
 
 
-def _places(mask: Array, config: Config) -> Array:
+def places_of(mask: Array, config: Config) -> Array:
   """i32[B, L]: a token's position among its row's, whichever side is padded."""
   if mask.shape[1] > config.positions:
     raise UserError(
