@@ -20,10 +20,15 @@ def write(path: Path, text: str) -> None:
   Raises:
     UserError: it cannot be written; what was there before stays.
   """
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """The same for bytes."""
   part = path.with_name(f'.{path.name}.{os.getpid()}.part')
   try:
-    with part.open('w', encoding='utf-8') as file:
-      file.write(text)
+    with part.open('wb') as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     part.replace(path)

@@ -74,7 +74,7 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
   if any(not isinstance(name, str) for name in chosen) or len(set(chosen)) < len(chosen):
     raise UserError(f'config.methods must be different names; got {chosen!r}')
   schema = schema_of(raw, chosen)
-  resolved = _complete('config', raw, schema, chosen)
+  resolved = complete('config', raw, schema, chosen)
   rules.check(resolved, chosen)
   return resolved
 
@@ -145,9 +145,7 @@ def optimizer_fields(name: str) -> dict[str, Any]:
   return {k: v for k, v in found.items() if 'dtype' not in k}
 
 
-def _complete(
-  where: str, raw: Any, schema: Mapping[str, Any], chosen: tuple[str, ...] = ()
-) -> dict:
+def complete(where: str, raw: Any, schema: Mapping[str, Any], chosen: tuple[str, ...] = ()) -> dict:
   if not isinstance(raw, Mapping):
     raise UserError(f'{where} must be a dict of fields; got {raw!r}')
   for name in raw:
@@ -156,7 +154,7 @@ def _complete(
   done = {}
   for name, entry in schema.items():
     if isinstance(entry, dict):
-      done[name] = _complete(f'{where}.{name}', raw.get(name, {}), entry)
+      done[name] = complete(f'{where}.{name}', raw.get(name, {}), entry)
     else:
       done[name] = fields.fit(f'{where}.{name}', raw.get(name, entry.default), entry)
   return done

@@ -160,9 +160,19 @@ def overridden(
   raw = {k: v for k, v in raw.items() if k != 'sweep'}
   resolved = configs.resolve(raw)
   chosen = resolved['methods']
-  schema = configs.schema_of(raw, chosen)
+  raw = written(configs.schema_of(raw, chosen), raw, later, chosen)
+  return configs.resolve(raw), raw, sweep
+
+
+def written(
+  schema: dict[str, Any],
+  raw: dict[str, Any],
+  overrides: Sequence[tuple[str, str]],
+  chosen: tuple[str, ...] = (),
+) -> dict[str, Any]:
+  """The configuration with the values of (dotted field, text) pairs, read by the types of the fields."""
   texts = []
-  for dotted, text in later:
+  for dotted, text in overrides:
     entry = configs.entry(schema, dotted, chosen)
     if isinstance(entry, dict):
       raise UserError(f'config.{dotted} has fields of its own: set one of {", ".join(entry)}')
@@ -174,7 +184,7 @@ def overridden(
       texts.append((dotted, text))
   for dotted, value in _typed(schema, raw, texts).items():
     raw = configs.override(raw, dotted, value)
-  return configs.resolve(raw), raw, sweep
+  return raw
 
 
 def _typed(schema: Any, raw: Any, texts: Sequence[tuple[str, str]]) -> dict[str, Any]:

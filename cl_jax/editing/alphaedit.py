@@ -29,8 +29,8 @@ def alphaedit(
 
     W_l += (P_l (K K^T + K_p K_p^T) + coef I)^-1 P_l K R^T
 
-  where P_l projects onto the eigenvectors of E[k k^T] whose eigenvalue is below `threshold`, and K_p holds the
-  keys of all earlier requests.
+  where P_l projects onto the eigenvectors of E[k k^T] whose eigenvalue is below `threshold`, and K_p holds
+  the keys of all earlier requests.
 
   Args:
     threshold: in units of E[k k^T], whose scale differs between models; published 2e-2.

@@ -1,4 +1,4 @@
-"""What goes on inside a causal transformer: parts of its layers, keys, and a forward pass that starts in the middle.
+"""What goes on inside a causal transformer: some of its layers, keys, passes that start in the middle.
 
 Positions are columns of `Rows`: head, then tail. The column of the subject's last token is the head's width.
 """
@@ -142,7 +142,7 @@ def middle(config: Config, p: Tree, rows: Rows, first: int) -> Middle:
 
 
 def go_on(config: Config, p: Tree, m: Middle, first: int, tap=no_tap) -> Array:
-  """The last hidden states f[B, T, d] of the tails from layer `first` on; differentiable in what `tap` adds."""
+  """The last hidden states f[B, T, d] of the tails, from layer `first` on; differentiable."""
   width, n = m.k.shape[2], m.h.shape[1]
   places = m.place.places[:, width:]
   causal_part = jnp.tril(jnp.ones((n, n), bool)) & m.place.seen[:, None, width:]

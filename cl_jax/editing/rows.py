@@ -148,9 +148,8 @@ def tokens_of(tokenizer: Any, piece: Piece, length: int) -> tuple[list[int], int
   after = f' {target.strip()}' if target else ''
   answer = tokenizer.encode(after, add_special_tokens=False).ids if after else []
   if len(found.ids) + len(answer) > length:
-    raise UserError(
-      f'prompt and target are {len(found.ids) + len(answer)} tokens, {length} is the longest allowed: {prompt!r}'
-    )
+    have = len(found.ids) + len(answer)
+    raise UserError(f'{prompt!r} and its target are {have} tokens, at most {length} are allowed')
   return found.ids, at, answer
 
 

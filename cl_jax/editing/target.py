@@ -81,7 +81,7 @@ def optimise(
   recipe: Recipe = Recipe(),  # noqa: B008 (a NamedTuple)
   width: int = 16,
 ) -> Target:
-  """Minimises, for every request on its own and by Adam from 0, over the deltas added at its sites of `layer`,
+  """Minimises for every request, by an Adam of its own from 0, over the deltas added at the sites of `layer`,
 
     mean over contexts of -log p(target) + kl KL(p || p_0 | '{subject} is a') + decay |delta| / |z0|^2
 

@@ -66,6 +66,15 @@ def apply(backbone: Tree, writes: Sequence[Write]) -> Tree:
   return nest(leaves)
 
 
+def merged(writes: Sequence[Write]) -> list[Write]:
+  """One whole term a layer for all that was written to it: bounded bytes, no edit can be undone alone."""
+  found: dict[tuple[str, int], Array] = {}
+  for write in writes:
+    where = write.path, write.layer
+    found[where] = found[where] + write.term if where in found else write.term
+  return [Write(*where, term) for where, term in found.items()]
+
+
 def size(writes: Sequence[Write]) -> int:
   """Bytes of the terms, as they are kept."""
   return sum(write.size for write in writes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_jax import durable
 from cl_jax.errors import UserError
-from cl_jax.masks import nest
+from cl_jax.masks import nest, paths
 from cl_jax.models import causal, containers, language, layers, pretrained, transformer
 from cl_jax.models.causal import Config
+from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
 
@@ -128,6 +131,54 @@ def load(path: str | Path) -> tuple[Config, Tree]:
     else:
       leaves[ours] = read(ours, 0)
   return c, jax.tree.map(jnp.asarray, nest(leaves))
+
+
+def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Path) -> None:
+  """Writes a backbone as a Hugging Face directory of model_type 'llama', which `load` reads again.
+
+  Args:
+    folder: is made; config.json, model.safetensors and tokenizer.json in it are replaced.
+    config: of the Llama family.
+    tokenizer: a tokenizer.json or GGUF file.
+
+  Raises:
+    UserError: another family, or a folder that cannot be written.
+  """
+  if config.norm != 'rms' or not config.rope or not config.gated or config.parallel:
+    raise UserError('only models of the Llama family can be written')
+  from safetensors.numpy import save as serialised
+
+  tensors = {}
+  for ours, a in paths(backbone).items():
+    name, kind = _NAMES['llama'][ours]
+    for i, one in enumerate(np.asarray(a)) if '{}' in name else [(0, np.asarray(a))]:
+      tensors[name.format(i)] = np.ascontiguousarray(one.T if kind == 'T' else one)
+  about = {
+    'model_type': 'llama',
+    'architectures': ['LlamaForCausalLM'],
+    'vocab_size': config.vocabulary,
+    'hidden_size': config.d,
+    'num_hidden_layers': config.depth,
+    'num_attention_heads': config.heads,
+    'num_key_value_heads': config.kv_heads,
+    'intermediate_size': config.ffn,
+    'max_position_embeddings': config.positions,
+    'head_dim': config.size,
+    'rms_norm_eps': config.eps,
+    'rope_theta': config.theta,
+    'tie_word_embeddings': config.tied,
+  }
+  if config.scaling:
+    keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+    about['rope_scaling'] = {'rope_type': 'llama3', **dict(zip(keys, config.scaling, strict=True))}
+  folder = Path(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'{folder} cannot be made: {durable.reason(error)}') from error
+  durable.write_bytes(folder / containers.WHOLE, serialised(tensors))
+  durable.write(folder / 'config.json', json.dumps(about, indent=1) + '\n')
+  durable.write(folder / 'tokenizer.json', tokenizers.load(tokenizer).to_str() + '\n')
 
 
 # Our path -> theirs, and how that is laid out: 'T' is [out, in]; 'q', 'k' and 'v' are thirds of a fused one.

@@ -1,0 +1,204 @@
+"""Knowledge editing: `python -m experiments.edit --config=configs/edit_NAME.py[:WORDS] --workdir=DIR`.
+
+Facts are written into a language model, some at a time, and asked about: the prompt itself, other ways to
+ask, neighbours that are to stay as they are, and text that has nothing to do with them. DIR gets a line a
+seed in results.jsonl; the command goes on where it stopped when it is repeated.
+--grid runs every cell of the configuration's CELLS, each a process in a folder of its own, and
+--only=PATTERNS some of them.
+
+One fact by hand, with what the model says before and after:
+
+  python -m experiments.edit --subject='Eiffel Tower' --prompt='{} is in the city of' --target=Rome
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_jax import durable
+from cl_jax.editing import inside, rows, write
+from cl_jax.editing.rows import Edit
+from cl_jax.errors import UserError
+from experiments import cli, config, edit_config, edit_run, options, results, show, study, workdir
+from experiments.pool import Work, default_workers, processes
+
+PROGRAM = 'experiments.edit'
+SAVE_EVERY = 60.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  argv = sys.argv[1:] if argv is None else list(argv)
+  parser = argparse.ArgumentParser(
+    prog=f'python -m {PROGRAM}',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--config', default='configs/edit_counterfact.py', metavar='FILE[:WORDS]')
+  add('--workdir', metavar='DIR', type=Path, help='results.jsonl, and what is needed to go on')
+  add('--data_dir', metavar='DIR', help='parent of edit/ and text/; default: CL_JAX_DATA')
+  add('--grid', action='store_true', help='every cell of the configuration')
+  add('--only', default='*', metavar='PATTERNS', help="of the grid, as in 'memit,* *,100'")
+  add('--workers', type=int, help='processes at a time (one a core; one with an accelerator)')
+  add('--save_every', type=float, default=SAVE_EVERY, metavar='SECONDS')
+  add(
+    '--save_model',
+    metavar='DIR',
+    type=Path,
+    help='write the edited model there, to be loaded by name',
+  )
+  add('--debug', action='store_true', help='show tracebacks')
+  one = parser.add_argument_group('one fact by hand')
+  one.add_argument('--subject')
+  one.add_argument('--prompt', help='with {} in the place of the subject')
+  one.add_argument('--target')
+  one.add_argument('--paraphrase', action='append', default=[], metavar='TEXT')
+  one.add_argument('--neighbour', action='append', default=[], metavar='TEXT')
+  return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
+
+
+def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+  given, left = parser.parse_known_args(argv)
+  overrides = []
+  for word in left:
+    name, equals, value = word.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise UserError(f'{word!r} is not understood: fields are set by --config.FIELD=VALUE')
+    overrides.append((name.removeprefix('--config.'), value))
+  by_hand = [given.subject, given.prompt, given.target]
+  if any(v is not None for v in by_hand):
+    if None in by_hand:
+      raise UserError('one fact needs all of --subject, --prompt and --target')
+    return hand(given, resolved(given.config, overrides))
+  if given.grid:
+    return grid(given, argv)
+  if given.workdir is None:
+    raise UserError('--workdir is missing: name a directory for the results')
+  return whole(given, resolved(given.config, overrides), argv)
+
+
+def resolved(source: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+  raw = config.load(source)
+  for dotted, text in overrides:
+    if dotted == 'editor':  # decides which fields there are
+      raw = {k: v for k, v in raw.items() if k != raw.get('editor')} | {'editor': text}
+  rest = [(dotted, text) for dotted, text in overrides if dotted != 'editor']
+  return edit_config.resolve(options.written(edit_config.schema(raw), raw, rest))
+
+
+# --- one run ----------------------------------------------------------------------------------------
+
+
+def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]) -> int:
+  """All seeds of a configuration."""
+  shown = show.make()
+  with workdir.claimed(given.workdir) as place:
+    workdir.remember(place, chosen)
+    sha = config.sha256(chosen)
+    todo = [s for s in chosen['seeds'] if (sha, s) not in results.done(place)]
+    cli.devices(1)
+    if todo:
+      subject = edit_run.opened(chosen['model'])
+      words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
+      data = edit_run.data_root(given.data_dir)
+    for seed in todo:
+      folder = place / f'seed{seed}'
+      folder.mkdir(exist_ok=True)
+      where = edit_run.Place(data, folder, given.save_every, given.save_model)
+      line = edit_run.run(chosen, subject, seed, where, shown.say)
+      results.append(place, [{**line, 'command': words}])
+      shutil.rmtree(folder)
+    for line in results.read(place):
+      print(edit_run.summary(line))
+  return 0
+
+
+# --- one fact by hand -------------------------------------------------------------------------------
+
+
+def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
+  """Edits one fact and prints what the model says before and after."""
+  cli.devices(1)
+  subject = edit_run.opened(chosen['model'])
+  edit = Edit(given.prompt, given.subject, given.target, paraphrases=tuple(given.paraphrase),
+              neighbours=tuple(given.neighbour))  # fmt: skip
+  shown = show.make()
+  prefixes = edit_run.begin_texts(chosen, subject, 0)
+  requests, _, _ = rows.requests(subject.tokenizer, [edit], prefixes, chosen['length'])
+  root = edit_run.data_root(given.data_dir)
+  editor = edit_config.make(
+    chosen, subject.config, edit_run.moments_of(chosen, subject, root, shown.say)
+  )
+  state = editor.init(subject.backbone)
+  writes, new_state, _ = editor.edit(subject.backbone, state, requests, jax.random.key(0))
+  edited = write.apply(subject.backbone, writes)
+  prompts = [('prompt', edit.text), *(('paraphrase', p) for p in edit.paraphrases),
+             *(('neighbour', p) for p in edit.neighbours)]  # fmt: skip
+  for kind, prompt in prompts:
+    print(f'{kind}: {prompt}')
+    ids = subject.tokenizer.encode(prompt, add_special_tokens=False).ids
+    row = rows.layout([(ids, len(ids) - 1, [])])
+    for name, p, s in (('before', subject.backbone, state), ('after', edited, new_state)):
+      taps = {} if editor.tap is None else {'tap': editor.tap(s, jnp.full(1, row.head.shape[-1]))}
+      probability = np.exp(np.asarray(inside.forward(subject.config, p, row, **taps))[0, 0])
+      best = np.argsort(-probability)[:5]
+      words = '  '.join(
+        f'{subject.tokenizer.decode([int(i)])!r} {probability[i]:.3f}' for i in best
+      )
+      print(f'  {name:7}{words}')
+  kept = edit_run.kept_bytes(new_state, writes)
+  print(f'{chosen["editor"]}: {kept:,} bytes are kept, by which it can be undone')
+  return 0
+
+
+# --- the grid ---------------------------------------------------------------------------------------
+
+
+def grid(given: argparse.Namespace, argv: Sequence[str]) -> int:
+  """Every cell as a process."""
+  module, path, words = study.found(given.config)
+  patterns = given.only.split()
+  cells = [c for c in module.CELLS if any(fnmatch.fnmatch(c, p) for p in patterns)]
+  if not cells:
+    raise UserError(f'--only={given.only} matches no cell; there are {"  ".join(module.CELLS)}')
+  folder = given.workdir or Path('runs') / Path(path).stem
+  folder.mkdir(parents=True, exist_ok=True)
+  keep = [w for w in argv if w.startswith(('--config.', '--data_dir=', '--save_every='))]
+  work = []
+  for cell in cells:
+    name = cell.replace(',', '-')
+    source = f'{path}:{",".join((*words, cell))}'
+    work.append(
+      Work(name, (), folder / name, (f'--config={source}', f'--workdir={folder / name}', *keep))
+    )
+  begin = time.monotonic()
+  say = lambda line: print(f'{show.clock(time.monotonic() - begin):>7}  {line}', flush=True)  # noqa: E731
+  failed = {}
+  command = (sys.executable, '-m', PROGRAM)
+  with processes(work, command, given.workers or default_workers(), say) as ended:
+    for w, code in ended:
+      failed |= {w.name: code} if code else {}
+      say(f'{w.name}: {"failed, " if code else ""}{w.last_words()}')
+      lines = [
+        line for place in sorted(folder.iterdir()) if place.is_dir() for line in results.read(place)
+      ]
+      durable.write(folder / results.FILE, ''.join(json.dumps(line) + '\n' for line in lines))
+  return max(failed.values(), default=0)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
