@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax import checkpoint, metrics
-from cl_jax.editing import evaluate, rows, write
+from cl_jax.editing import evaluate, rows, statistics, write
 from cl_jax.editing.rows import Edit
 from cl_jax.editing.write import Editor
 from cl_jax.errors import Fault, UserError
 from cl_jax.models import causal, decoder, pretrained
-from cl_jax.streams import corpora
+from cl_jax.streams import cache, corpora
 from cl_jax.streams import edits as edit_streams
 from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.types import Tree
@@ -285,18 +285,24 @@ def begin_texts(chosen, subject: Subject, seed: int) -> list[str]:
   return found
 
 
-def moments_of(chosen, subject: Subject, root: Path, tell) -> dict[int, np.ndarray]:
-  """E[k k^T] of the layers that the editor needs, measured once and kept."""
-  wanted = edit_config.layers(chosen)
-  if not wanted:
+def moments_of(chosen, subject: Subject, data: Path, tell) -> dict[int, np.ndarray]:
+  """E[k k^T] of the layers that the editor needs, measured once and kept below CL_JAX_CACHE."""
+  layers = edit_config.layers(chosen)
+  if not layers:
     return {}
-  from cl_jax.editing import statistics
-
-  about = chosen['moments']
-  return statistics.kept(
-    subject.config, subject.backbone, root / 'text/corpora' / about['corpus'] / 'train.txt',
-    subject.file, wanted, about['tokens'], tell,
-  )  # fmt: skip
+  about, length = chosen['moments'], chosen['moments']['block']
+  text = data / 'text/corpora' / about['corpus'] / 'train.txt'
+  blocks = corpora.blocks(text, subject.file, length)
+  if about['tokens'] > blocks.size:
+    raise UserError(
+      f'config.moments.tokens={about["tokens"]}, and {text} has {blocks.size} in whole blocks'
+    )
+  blocks = blocks[: -(-about['tokens'] // length)]
+  name = '-'.join(map(str, (about['corpus'], blocks.size, *layers)))
+  model = checkpoint.digest(subject.backbone)[:16]
+  folder = cache.directory() / 'editing' / model / name
+  found = statistics.moments(subject.config, subject.backbone, blocks, layers, folder, tell=tell)
+  return found.moments()
 
 
 def kept_bytes(state: Tree, writes: Sequence[write.Write]) -> int:
