@@ -50,7 +50,7 @@ def alphaedit(
   def edit(backbone: Tree, state: Tree, requests: Requests, key: Array):
     del key
     target = optimise(config, backbone, requests, layers[-1], ('block',), recipe, width)
-    past = np.asarray(state['past'], np.float64)
+    past = np.array(state['past'], np.float64)
 
     def solve(layer: int, keys: np.ndarray) -> np.ndarray:
       known = past[layers.index(layer)] + keys @ keys.T

@@ -101,11 +101,13 @@ def optimise(
       raise UserError(f'site {site!r} is not known: use {", ".join(SITES)}')
   if not 0 <= layer < config.depth:
     raise UserError(f'layer {layer} is not one of the {config.depth} of this model')
-  return _optimise(config, p, requests, layer, tuple(sites), recipe, width)
+  numbers = jax.tree.map(float, recipe._replace(steps=0))
+  return _optimise(config, p, requests, layer, tuple(sites), recipe.steps, width, numbers)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
-def _optimise(config, p, requests: Requests, layer, sites, recipe, width) -> Target:
+def _optimise(config, p, requests: Requests, layer, sites, steps, width, numbers: Recipe) -> Target:
+  recipe = numbers._replace(steps=steps)  # the floats are traced
   n = len(requests.rewrite.head)
   groups = -(-n // width)
   # The last group is filled up with its own first requests, whose results are dropped.

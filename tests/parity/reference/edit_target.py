@@ -7,8 +7,8 @@ subject's last token in every context and in the essence:
          + 0.0625 KL + 0.5 |delta| / |z0|^2       (the norm of delta is not squared; PMET: summed)
   z0 is the site in the plain prompt, undisturbed; p_0 the undisturbed distribution behind the essence.
 KL, three forms:
-  forward   KL(p_0 || p_delta) behind the LAST token of the essence: the definition of these references
-  reverse   KL(p_delta || p_0) there: what the papers write
+  forward   KL(p_0 || p_delta) behind the LAST token of the essence
+  reverse   KL(p_delta || p_0) there: what the papers write, and the definition of these references
   code      KL(p_delta || p_0) at the SUBJECT'S last token: what kmeng01/rome, kmeng01/memit and
             xpq-tech/PMET compute (kl_div of torch has its second argument in front; index `lookup_idxs`)
 At delta = 0 the norm has the subgradient 0.
@@ -68,7 +68,7 @@ def undisturbed(net: Net, request: Request, case: str, layer: int) -> Tensor:
 
 
 def target_loss(
-  net: Net, request: Request, case: str, layer: int, deltas: Tensor, form: str = 'forward'
+  net: Net, request: Request, case: str, layer: int, deltas: Tensor, form: str = 'reverse'
 ) -> Loss:
   """`deltas` [sites, d]."""
   sites = {(site, layer): delta for site, delta in zip(CASES[case], deltas, strict=True)}
@@ -88,7 +88,7 @@ def target_loss(
 
 
 def optimise(
-  net: Net, request: Request, case: str, layer: int, enough: float = ENOUGH, form: str = 'forward'
+  net: Net, request: Request, case: str, layer: int, enough: float = ENOUGH, form: str = 'reverse'
 ) -> Path:
   z0 = undisturbed(net, request, case, layer).detach()
   deltas = [torch.zeros_like(z, requires_grad=True) for z in z0]

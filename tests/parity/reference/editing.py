@@ -26,9 +26,9 @@ Target loss, case in {block, feedforward, both}; s sites: 1, and for both 2, att
   target/<case>/z0 [3,N,s,d]           by layer
   target/<case>/nll, decay [3,N,3]     decay with its weight 0.5
   target/<case>/<form>/loss, kl [3,N,3], grad [3,N,3,s,d]   form of the KL (kl without its weight 0.0625):
-                                       forward (the definition), reverse, code: see `edit_target.py`
+                                       reverse (the definition), forward, code: see `edit_target.py`
   Behind the last layer a block delta reaches only predictions made at its own position.
-Minimisation, layer optimise/layer = 2, 5 iterations, so 4 steps; form forward:
+Minimisation, layer optimise/layer = 2, 5 iterations, so 4 steps; form reverse:
   optimise/<case>/losses [N,5], deltas [N,5,s,d]   before each step; the last are the result
   optimise/<case>/clamped [N,4,s]      1 where a delta was scaled down
   optimise/<case>/z0, z [N,s,d]

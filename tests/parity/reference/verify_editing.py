@@ -187,10 +187,10 @@ def adam(
 def minimisation(z: dict) -> None:
   for case in CASES:
     for n, z0 in enumerate(z[f'optimise/{case}/z0']):
-      for group, form in (('optimise', 'forward'), ('code', 'code')):
+      for group, form in (('optimise', 'reverse'), ('code', 'code')):
         delta, _ = adam(z, n, case, group, form, 0.05)
         same(z0 + delta, z[f'{group}/{case}/z'][n], f'{case} z')
-      delta, steps = adam(z, n, case, 'optimise', 'forward', float(z[f'optimise/{case}/stop']))
+      delta, steps = adam(z, n, case, 'optimise', 'reverse', float(z[f'optimise/{case}/stop']))
       assert steps == z[f'optimise/{case}/stop_steps'][n]
       same(z0 + delta, z[f'optimise/{case}/stop_z'][n], f'{case} z of the early stop')
 

@@ -1,0 +1,235 @@
+"""Knowledge editing against independent float64 computations (see tests/parity/reference/editing.py).
+
+Attention scores, rotations and activations of the model are f32 whatever the weights are, hence 1e-5.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cl_jax.editing import inside, memit, rome, target, write
+from cl_jax.editing.alphaedit import alphaedit, null_space
+from cl_jax.editing.pmet import pmet
+from cl_jax.editing.rows import Requests, layout, take
+from cl_jax.editing.target import Recipe, optimise
+from cl_jax.masks import nest
+from cl_jax.models.causal import Config
+from tests.parity.shared import Golden
+
+NETS = ('llama', 'gpt2')
+SITES = {'block': ('block',), 'feedforward': ('feedforward',), 'both': ('attention', 'feedforward')}
+FAR = dict(rtol=1e-5, atol=1e-5)
+FORWARD = jax.jit(inside.forward, static_argnums=0)
+
+
+class Case:
+  """A network, its requests, and what the references have found."""
+
+  def __init__(self, net: str):
+    self.g, self.e = Golden(f'editing_{net}'), Golden(f'edits_{net}')
+    g = self.g
+    self.config = Config(40, 16, 4, 4, int(g['config/kv_heads']), 24, 32, eps=float(g['config/eps']),
+                         theta=float(g['config/theta']))  # fmt: skip
+    if net == 'gpt2':
+      self.config = self.config._replace(norm='layer', rope=False, gated=False)
+    leaves = {
+      k.removeprefix('params/'): jnp.asarray(g[k]) for k in g.data.files if k.startswith('params/')
+    }
+    self.p = nest(leaves)
+    rows = []
+    for n, p in np.ndindex(g['length'].shape):
+      tokens = g['tokens'][n, p][: g['length'][n, p]].tolist()
+      begin = int(g['begin'][n, p])
+      rows.append((tokens[:begin], int(g['subject'][n, p]), tokens[begin:]))
+    flat = layout(rows)
+    rewrite = type(flat)(*(a.reshape(*g['length'].shape, -1) for a in flat))
+    essences = [
+      (row[:n].tolist(), int(at), [])
+      for row, n, at in zip(g['essence'], g['essence_length'], g['essence_subject'], strict=True)
+    ]
+    self.requests = Requests(rewrite, layout(essences))
+
+  def moments(self, name: str = 'c') -> dict[int, np.ndarray]:
+    return dict(enumerate(self.e[name]))
+
+  def answers(self, backbone) -> np.ndarray:
+    """log p [N, V] of what follows the plain prompts."""
+    plain = type(self.requests.rewrite)(*(a[:, 0] for a in self.requests.rewrite))
+    return np.asarray(FORWARD(self.config, backbone, plain)[:, 0])
+
+
+@pytest.fixture(scope='module', params=NETS)
+def case(request):
+  with jax.enable_x64(True):
+    yield Case(request.param)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+def close(ours, theirs, **kw):
+  scale = np.abs(theirs).max()
+  np.testing.assert_allclose(np.asarray(ours) / scale, theirs / scale, **(FAR | kw))
+
+
+def log_softmax(a):
+  return (
+    a
+    - np.log(np.exp(a - a.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    - a.max(-1, keepdims=True)
+  )
+
+
+def test_reading(case):
+  """Keys, MLP outputs and states at the subject's last token; what the network says."""
+  close(case.answers(case.p), log_softmax(case.g['answers']))
+  for layer in range(case.config.depth):
+    found = memit.read_all(case.config, case.p, case.requests.rewrite, layer, 3)
+    close(found.key, case.g['key'][layer])
+    close(found.value, case.g['feedforward'][layer])
+    close(found.state, case.g['block'][3])
+    close(found.feedforward, case.g['feedforward'][3])
+
+
+@pytest.mark.parametrize('site', SITES)
+def test_optimise(case, site):
+  """The whole minimisation: clamps, the end of each request, no step in the last iteration."""
+  g, steps = case.g, int(case.g[f'optimise/{site}/losses'].shape[1])
+  recipe = Recipe(steps)
+  for stop, z, deltas in ((0.05, 'z', True), (float(g[f'optimise/{site}/stop']), 'stop_z', False)):
+    found = optimise(case.config, case.p, case.requests, int(g['optimise/layer']), SITES[site],
+                     recipe._replace(stop=stop), 2)  # fmt: skip
+    for i, name in enumerate(SITES[site]):
+      close(found.at(name), g[f'optimise/{site}/{z}'][:, i], atol=2e-4)
+      if deltas:
+        close(found.start[name], g[f'optimise/{site}/z0'][:, i])
+        close(found.delta[name], g[f'optimise/{site}/deltas'][:, -1, i], atol=2e-4)
+    if deltas:
+      close(found.loss, g[f'optimise/{site}/losses'][:, -1], atol=2e-4)
+
+
+@pytest.mark.parametrize('site', SITES)
+def test_loss(case, site):
+  """What is minimised, and its gradient, at given deltas in the middle of the network."""
+  g, layer, names = case.g, 2, SITES[site]
+  (at,) = np.flatnonzero(g['target/layers'] == layer)
+
+  @jax.jit
+  def values(request, deltas):
+    fixed = target._prepare(case.config, case.p, request, layer, names)
+
+    def one(delta):
+      return target.loss(case.config, case.p, layer, Recipe(), delta, fixed)[0]
+
+    return jax.vmap(jax.value_and_grad(one))(deltas)
+
+  for n in range(3):
+    theirs = g[f'target/{site}/deltas'][n]
+    deltas = {name: jnp.asarray(theirs[:, k]) for k, name in enumerate(names)}
+    lost, gradient = values(jax.tree.map(lambda a, n=n: a[n], case.requests), deltas)
+    close(lost, g[f'target/{site}/reverse/loss'][at, n])
+    for k, name in enumerate(names):
+      close(gradient[name], g[f'target/{site}/reverse/grad'][at, n][:, k], atol=1e-4)
+
+
+def test_rome(case):
+  e, layer, p = case.e, int(case.e['rome/layer']), case.p
+  for n in range(3):
+    found = memit.read_all(case.config, p, take(case.requests.rewrite, [n]), layer, layer)
+    key = np.asarray(found.key[0], np.float64).mean(0)
+    close(key, e['rome/k'][n])
+    left, right = rome.update(
+      case.moments()[layer], key, np.asarray(found.value[0]).mean(0), e['rome/targets'][n]
+    )
+    close(left, e['rome/u'][n])
+    p = write.apply(p, [write.factors(left[:, None], right[None], inside.KEY, layer, jnp.float64)])
+    close(p['layers']['down']['w'][layer], e['rome/w'][n])
+  close(case.answers(p), log_softmax(e['rome/answers']))
+
+
+def spread(
+  case, name, goal, moments, solve, share=lambda rest: 1 / rest, site='state', of=slice(None)
+):
+  layers = [int(i) for i in case.e[f'{name}/layers']]
+  requests = jax.tree.map(lambda a: a[of], case.requests)
+  writes = memit.spread(
+    case.config, case.p, requests, jnp.asarray(goal), layers, solve, share, site
+  )
+  p = case.p
+  for i, one in enumerate(writes):
+    p = write.apply(p, [one])
+    close(one.left, case.e[f'{name}/a'][i])
+    close(one.right.T, case.e[f'{name}/residual'][i])
+    close(p['layers']['down']['w'][layers[i]], case.e[f'{name}/w'][i])
+  close(case.answers(p), log_softmax(case.e[f'{name}/answers']))
+  return p
+
+
+@pytest.mark.parametrize('name', ['given', 'optimised', 'single'])
+def test_memit(case, name):
+  lam, c = float(case.e['lam']), case.moments()
+
+  def solve(layer, keys):
+    return np.linalg.solve(lam * c[layer] + keys @ keys.T, keys)
+
+  of = slice(0, 1) if name == 'single' else slice(None)
+  p = spread(case, f'memit/{name}', case.e[f'memit/{name}/z'][of], c, solve, of=of)
+  if name == 'single':
+    close(p['layers']['down']['w'][2], case.e['memit/single/closed_w'])
+
+
+@pytest.mark.parametrize('name', ['given', 'optimised'])
+def test_pmet(case, name):
+  lam, c = float(case.e['lam']), case.moments()
+
+  def solve(layer, keys):
+    return np.linalg.solve(lam * c[layer] + keys @ keys.T, keys)
+
+  spread(
+    case, f'pmet/{name}', case.e[f'pmet/{name}/z'], c, solve, lambda rest: rest**-0.5, 'feedforward'
+  )
+
+
+@pytest.mark.parametrize('whole', [memit.memit, pmet])
+def test_memit_whole(case, whole):
+  """The editor itself: its targets, then its writes."""
+  e, name = case.e, whole.__name__
+  steps = case.g['optimise/block/losses'].shape[1]
+  editor = whole(case.config, case.moments(), (1, 2), float(e['lam']), Recipe(steps), 2)
+  writes, _, report = editor.edit(case.p, editor.init(case.p), case.requests, jax.random.key(0))
+  for i, one in enumerate(writes):
+    close(one.term, e[f'{name}/optimised/a'][i] @ e[f'{name}/optimised/residual'][i].T, atol=1e-3)
+  assert report['loss'].shape == (3,)
+
+
+@pytest.mark.parametrize('name', ['published', 'light'])
+def test_alphaedit(case, name, monkeypatch):
+  e = case.e
+  c = case.moments('alphaedit/c')
+  layers = tuple(int(i) for i in e[f'alphaedit/{name}/layers'])
+  for layer in layers:
+    close(null_space(c[layer], float(e['alphaedit/threshold'])), e['alphaedit/p'][layer])
+  goals = jnp.asarray(e[f'alphaedit/{name}/z'])
+  editor = alphaedit(
+    case.config, c, layers, float(e['alphaedit/threshold']), float(e[f'alphaedit/{name}/l2'])
+  )
+  p, state = case.p, editor.init(case.p)
+  state = {k: v.astype(jnp.float64) for k, v in state.items()}
+  for b, of in enumerate(([0, 1], [2])):
+    given = target.Target(
+      {'block': goals[jnp.asarray(of)]}, {'block': 0.0}, *jnp.zeros((2, len(of)))
+    )
+    monkeypatch.setattr('cl_jax.editing.alphaedit.optimise', lambda *a, given=given: given)
+    writes, state, _ = editor.edit(p, state, take(case.requests, of), jax.random.key(0))
+    p = write.apply(p, writes)
+    for i, layer in enumerate(layers):
+      close(writes[i].left, e[f'alphaedit/{name}/{b}/a'][i])
+      close(p['layers']['down']['w'][layer], e[f'alphaedit/{name}/{b}/w'][i])
+    close(state['past'], e[f'alphaedit/{name}/{b}/past'])
+    close(case.answers(p), log_softmax(e[f'alphaedit/{name}/{b}/answers']))
