@@ -34,7 +34,8 @@ def save(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
   """
   text = json.dumps({'about': about, 'sha256': total(about, arrays)}, sort_keys=True)
   note = np.frombuffer(text.encode(), np.uint8)
-  durable.replace(path, lambda file: np.savez(file, **{ABOUT: note}, **arrays))
+  everything: dict[str, Any] = {ABOUT: note, **arrays}
+  durable.replace(path, lambda file: np.savez(file, **everything))
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.checkpoint import digest
-from cl_jax.editing import frequent, inside, kept
+from cl_jax.editing import inside, kept, running
 from cl_jax.editing.rows import Rows
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
 from cl_jax.types import Array, Tree
 
 FILE = 'moments.npz'
-TRIALS = 'points', 'change', 'rank'  # the history, an entry for every doubling of the text
 
 
 class Collected(NamedTuple):
@@ -54,7 +53,7 @@ class Collected(NamedTuple):
     """E[k k^T] of one layer, f64[ffn, ffn]; for a sketch the dense matrix that it stands for."""
     if layer not in self.layers:
       raise UserError(f'there is no E[kk^T] of layer {layer}; there is of {list(self.layers)}')
-    return dense(self.arrays, self.layers.index(layer), self.ffn) / self.tokens
+    return running.dense(self.arrays, self.layers.index(layer), self.ffn) / self.tokens
 
   def moments(self, layers: Sequence[int] | None = None) -> dict[int, np.ndarray]:
     """{layer: E[k k^T]} as the editors take them; of all layers where none are named."""
@@ -120,10 +119,7 @@ def moments(
     state = found(path, about)
     tell(f'{path}: goes on at {int(state["tokens"])} tokens')
   else:
-    state = {
-      name: np.zeros([n or 0 for n in shape], dtype)
-      for name, (shape, dtype) in specs(config.ffn, len(layers), sketch, True).items()
-    }
+    state = running.begun(config.ffn, len(layers), sketch)
   ends = {len(blocks) >> i for i in range(len(blocks).bit_length())}
   spans = jnp.asarray([(0, *(i + 1 for i in layers[:-1])), layers], jnp.int32).T
   saved = time.monotonic()
@@ -131,10 +127,10 @@ def moments(
     stop = min(at + batch, *(e for e in ends if e > at))
     rows = np.full((batch, blocks.shape[1]), -1, np.int32)
     rows[: stop - at] = blocks[at:stop]
-    add(state, np.asarray(through(config, backbone, rows, spans, sketch > 0)), rows >= 0)
-    state['next'] = np.int64(stop)
+    running.add(state, np.asarray(through(config, backbone, rows, spans, sketch > 0)), rows >= 0)
+    state['next'] = np.asarray(stop, np.int64)
     if stop in ends:
-      tell(doubled(state, config.ffn))
+      tell(running.doubled(state, config.ffn))
     if stop == len(blocks):  # nothing is compared with half of the text any more
       state = {k: a for k, a in state.items() if not k.startswith('half_')}
     if path is not None and (stop == len(blocks) or time.monotonic() - saved >= every):
@@ -159,7 +155,7 @@ def read(directory: str | Path, config: Config, backbone: Tree) -> Collected:
   kept.same(path, about, wanted)
   if any(name.startswith('half_') for name in state):
     raise UserError(f'{path} is not finished: repeat the call that collects it')
-  kept.fit(path, state, specs(config.ffn, len(about['layers']), about['sketch'], False))
+  kept.fit(path, state, running.specs(config.ffn, len(about['layers']), about['sketch'], False))
   return collected(config.ffn, tuple(about['layers']), state)
 
 
@@ -168,23 +164,10 @@ def found(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
   there, state = kept.load(path)
   kept.same(path, there, about)
   half = any(name.startswith('half_') for name in state)
-  kept.fit(path, state, specs(about['config']['ffn'], len(about['layers']), about['sketch'], half))
+  kept.fit(
+    path, state, running.specs(about['config']['ffn'], len(about['layers']), about['sketch'], half)
+  )
   return state
-
-
-def specs(ffn: int, layers: int, sketch: int, half: bool) -> dict[str, tuple[tuple, Any]]:
-  """{name: (shape, dtype)} of the state; `half` is what half of the text had, as long as it is needed."""
-  f64 = np.float64
-  large = {
-    'rows': ((layers, sketch, ffn), np.float32),
-    'diagonal': ((layers, ffn), f64),
-    'lost': ((layers,), f64),
-  }
-  if not sketch:
-    large = {'sums': ((layers, ffn * (ffn + 1) // 2), f64)}
-  small = {'next': ((), np.int64), 'tokens': ((), np.int64), 'points': ((None,), np.int64)}
-  small |= {'change': ((None, layers), f64), 'rank': ((None, layers), f64)}
-  return small | large | ({f'half_{k}': spec for k, spec in large.items()} if half else {})
 
 
 def checked(config: Config, blocks: np.ndarray) -> np.ndarray:
@@ -213,8 +196,8 @@ def chosen(config: Config, layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def collected(ffn: int, layers: tuple[int, ...], state: dict[str, np.ndarray]) -> Collected:
-  arrays = {k: a for k, a in state.items() if k not in (*TRIALS, 'next', 'tokens')}
-  points, change, rank = (state[k] for k in TRIALS)
+  arrays = {k: a for k, a in state.items() if k not in (*running.HISTORY, 'next', 'tokens')}
+  points, change, rank = (state[k] for k in running.HISTORY)
   return Collected(ffn, layers, int(state['tokens']), arrays, points, change, rank)
 
 
@@ -234,50 +217,3 @@ def through(config: Config, p: Tree, tokens: Array, spans: Array, whole: bool) -
     return h, keys if whole else jnp.einsum('blf,blg->fg', keys, keys, precision='highest')
 
   return jax.lax.scan(step, h, spans)[1]
-
-
-def add(state: dict[str, np.ndarray], found: np.ndarray, seen: np.ndarray) -> None:
-  """Adds what `through` found of one batch, in place."""
-  state['tokens'] = state['tokens'] + seen.sum()
-  if 'sums' in state:
-    triangle = np.triu_indices(found.shape[-1])
-    for total, new in zip(state['sums'], found, strict=True):
-      total += new[triangle]
-    return
-  for i, keys in enumerate(found):
-    new = keys[seen]
-    state['rows'][i], lost = frequent.merge(state['rows'][i], new)
-    state['lost'][i] += lost
-    state['diagonal'][i] += np.square(new.astype(np.float64)).sum(0)
-
-
-def dense(arrays: dict[str, np.ndarray], i: int, ffn: int, prefix: str = '') -> np.ndarray:
-  """sum k k^T of the i-th layer, f64[ffn, ffn]."""
-  if f'{prefix}sums' in arrays:
-    one, two = np.triu_indices(ffn)
-    full = np.empty((ffn, ffn))
-    full[one, two] = full[two, one] = arrays[f'{prefix}sums'][i]
-    return full
-  rows = arrays[f'{prefix}rows'][i].astype(np.float64)
-  full = rows.T @ rows
-  np.fill_diagonal(full, arrays[f'{prefix}diagonal'][i])
-  return full
-
-
-def doubled(state: dict[str, np.ndarray], ffn: int) -> str:
-  """Compares with half of the text, in place, and keeps what is to be compared next; a line about it."""
-  tokens, before = int(state['tokens']), int(state['points'][-1]) if len(state['points']) else 0
-  large = [k for k in ('sums', 'rows', 'diagonal', 'lost') if k in state]
-  change, rank = np.full((2, len(state[large[0]])), np.nan)
-  for i in range(len(change)):
-    now = dense(state, i, ffn) / max(tokens, 1)
-    norm = max(np.linalg.norm(now), np.finfo(np.float64).tiny)
-    rank[i] = np.trace(now) ** 2 / norm**2
-    if before:
-      change[i] = np.linalg.norm(now - dense(state, i, ffn, 'half_') / before) / norm
-  for name, new in zip(TRIALS, (np.int64(tokens), change, rank), strict=True):
-    state[name] = np.concatenate([state[name], new[None]])
-  for name in large:
-    state[f'half_{name}'][:] = state[name]
-  moved = f', changed by {np.median(change):.3f} (at most {change.max():.3f})' if before else ''
-  return f'{tokens} tokens: effective rank {rank.min():.1f} to {rank.max():.1f}{moved}'
