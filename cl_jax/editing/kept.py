@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from cl_jax.checkpoint import digest
 from cl_jax.errors import UserError
 
 ABOUT = 'about'  # the name of the JSON among the arrays
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+# What reading a damaged archive can raise; RuntimeError where a flipped bit says that it is encrypted.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, struct.error)
+DAMAGE += (zipfile.BadZipFile, zlib.error)
 
 
 def save(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

@@ -48,6 +48,8 @@ def add(state: dict[str, np.ndarray], found: np.ndarray, seen: np.ndarray) -> No
     return
   for i, keys in enumerate(found):
     new = keys[seen]
+    if not len(new):
+      continue
     state['rows'][i], lost = frequent.merge(state['rows'][i], new)
     state['lost'][i] += lost
     state['diagonal'][i] += np.square(new.astype(np.float64)).sum(0)

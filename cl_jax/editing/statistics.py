@@ -177,6 +177,8 @@ def checked(config: Config, blocks: np.ndarray) -> np.ndarray:
     raise UserError(
       f'blocks must be whole numbers [n, L] and at least one, not {blocks.dtype}{list(blocks.shape)}'
     )
+  if blocks.max() < 0:
+    raise UserError('blocks hold padding (-1) alone: there is no token to read')
   if blocks.min() < -1 or blocks.max() >= config.vocabulary:
     raise UserError(
       f'blocks hold tokens {blocks.min()} to {blocks.max()}, the model has 0 to {config.vocabulary - 1}: '

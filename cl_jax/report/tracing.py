@@ -44,29 +44,33 @@ def averages(found: Average, window: int, theme: Theme = LIGHT) -> bytes:
 def maps_of(
   maps: np.ndarray,
   names: Sequence[str],
-  low: float,
+  middle: float,
   what: str,
   about: str,
   window: int,
   theme: Theme,
 ) -> bytes:
-  """A row of heat maps f[3, layers, tokens], each with its own scale that begins at `low` at most."""
+  """A row of heat maps f[3, layers, tokens], each with its own scale; white, in its middle, is no effect."""
   depth = maps.shape[1]
   with canvas(theme, 11.0, 1.25 + 0.24 * len(names)) as (fig, png):
     axes = fig.subplots(1, len(KINDS), sharey=True)
     fig.suptitle(about, fontsize=10)
     for ax, values, title in zip(axes, maps, TITLES, strict=True):
-      lowest = min(low, np.nanmin(values))
+      most = max(np.nanmax(np.abs(values - middle)), 1e-6)
       image = ax.imshow(
-        values.T, vmin=lowest, cmap='cividis', aspect='auto', interpolation='nearest'
+        values.T,
+        vmin=middle - most,
+        vmax=middle + most,
+        cmap='RdBu_r',
+        aspect='auto',
+        interpolation='nearest',
       )
       ax.set_facecolor(theme.faint)
       ax.grid(False)
       for side in ax.spines.values():
         side.set_visible(False)
       ax.set_title(title if title == TITLES[0] else f'{title}, window of {window}', fontsize=9)
-      ticks = np.unique(np.linspace(0, depth - 1, min(depth, 7)).round().astype(int))
-      ax.set_xticks(ticks, ticks)
+      ax.set_xticks(range(0, depth, -(-depth // 7)))
       ax.set_xlabel('layer', fontsize=8)
       ax.tick_params(labelsize=8, length=0)
       bar = fig.colorbar(image, ax=ax, pad=0.02, aspect=18)

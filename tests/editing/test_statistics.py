@@ -157,6 +157,19 @@ def test_a_damaged_file_is_refused(backbone, tmp_path):
     with pytest.raises(UserError, match='is damaged') as error:
       collect()
     assert '\n' not in str(error.value)
+  # The archive's own bytes, of which some (times, for instance) mean nothing, raise nothing else either.
+  small = tmp_path / 'small.npz'
+  kept.save(small, {'what': 'this'}, {'a': np.arange(3.0)})
+  whole, caught = small.read_bytes(), 0
+  for i in range(len(whole)):
+    small.write_bytes(whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :])
+    try:
+      about_small, arrays_small = kept.load(small)
+    except UserError:
+      caught += 1
+      continue
+    assert about_small == {'what': 'this'} and arrays_small['a'].tolist() == [0, 1, 2]
+  assert caught > len(whole) // 2
   kept.save(path, about, arrays | {'sums': arrays['sums'][:, :-1]})
   with pytest.raises(UserError, match='sums is'):
     collect()
@@ -171,6 +184,7 @@ def test_wrong_arguments_are_refused(backbone):
     (BLOCKS, (4,), 'layers'),
     (BLOCKS + 1, (0,), 'tokenizer'),
     (BLOCKS[0], (0,), 'blocks'),
+    (0 * BLOCKS - 1, (0,), 'padding'),
     (BLOCKS[:0], (0,), 'blocks'),
     (BLOCKS * 0.5, (0,), 'blocks'),
   ):
@@ -192,9 +206,19 @@ def test_frequent_directions_keeps_its_bounds():
   k, rows = k.astype(np.float64), rows.astype(np.float64)
   values = np.linalg.eigvalsh(k.T @ k - rows.T @ rows)
   assert -1e-4 < values[0] and values[-1] < lost + 1e-4
+  # Every merge takes delta off r + 1 directions at least, which cutting them off would not.
+  assert (k**2).sum() - (rows**2).sum() > (r + 1) * lost - 1e-3
   tails = np.cumsum(np.linalg.svd(k, compute_uv=False)[::-1] ** 2)[::-1]
   assert lost <= min(tails[j] / (r + 1 - j) for j in range(r + 1)) + 1e-4
   assert lost < 0.2 * np.linalg.norm(k, 2) ** 2  # or the bounds would say nothing
+
+
+def test_a_block_of_padding_adds_nothing(backbone):
+  blocks = np.concatenate([BLOCKS[:2], 0 * BLOCKS[:1] - 1, BLOCKS[2:3]])
+  for sketch in (0, 5):
+    one = statistics.moments(LLAMA, backbone, BLOCKS[:3], (2,), batch=1, sketch=sketch)
+    two = statistics.moments(LLAMA, backbone, blocks, (2,), batch=1, sketch=sketch)
+    np.testing.assert_allclose(one.moment(2), two.moment(2), rtol=1e-6, atol=1e-9)
 
 
 def test_a_sketch_stands_for_the_moments(backbone):
