@@ -41,6 +41,12 @@ def save(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
   durable.replace(path, lambda file: np.savez(file, **everything))
 
 
+def sweep_up(path: Path) -> None:
+  """Removes what processes that were killed while they wrote this file have left beside it."""
+  for part in path.parent.glob(f'.{path.name}.*.part'):
+    part.unlink(missing_ok=True)
+
+
 def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """(about, arrays) of a file that `save` has written.
 

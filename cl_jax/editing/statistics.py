@@ -91,7 +91,7 @@ def moments(
 
   With `directory` the state is written to moments.npz there and a killed call goes on from it; the file is
   then the same bytes as without the interruption (with the same `batch`), and a repeated call only reads it.
-  It has 8 ffn^2 bytes a layer while it grows, half of that at the end.
+  It has 8 ffn^2 bytes a layer while it grows, half of that at the end. One process may use it at a time.
 
   Args:
     blocks: i32[n, L] tokens, as of `corpora.blocks`; -1 is padding on the right.
@@ -115,6 +115,8 @@ def moments(
   about |= {'config': config._asdict(), 'layers': list(layers), 'sketch': sketch}
   about = json.loads(json.dumps(about))
   path = None if directory is None else Path(directory) / FILE
+  if path is not None:
+    kept.sweep_up(path)
   if path is not None and path.exists():
     state = found(path, about)
     tell(f'{path}: goes on at {int(state["tokens"])} tokens')

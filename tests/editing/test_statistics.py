@@ -113,7 +113,10 @@ def test_a_killed_call_goes_on_to_the_same_bytes(backbone, tmp_path, sketch):
 
 
 def test_a_finished_file_is_only_read(backbone, tmp_path, monkeypatch):
+  part = tmp_path / f'.{statistics.FILE}.1.part'  # of a process that was killed while it wrote
+  part.write_bytes(b'half')
   first = statistics.moments(LLAMA, backbone, BLOCKS, LAYERS, tmp_path)
+  assert not part.exists()
   monkeypatch.setattr(statistics, 'through', None)
   again = statistics.moments(LLAMA, backbone, BLOCKS, LAYERS, tmp_path)
   np.testing.assert_array_equal(first.moment(2), again.moment(2))
