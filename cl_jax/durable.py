@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 from cl_jax.errors import UserError
 
@@ -15,20 +17,20 @@ MAKE_ROOM = 'the disk is full; make room and run the same command again'
 
 
 def write(path: Path, text: str) -> None:
-  """Replaces a file by one with this text that is on the disk.
+  """Replaces a file by one with this text that is on the disk; see `replace`."""
+  replace(path, lambda file: file.write(text.encode('utf-8')))
+
+
+def replace(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+  """Replaces a file by one that is on the disk, into which `fill` puts its bytes.
 
   Raises:
     UserError: it cannot be written; what was there before stays.
   """
-  write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-  """The same for bytes."""
   part = path.with_name(f'.{path.name}.{os.getpid()}.part')
   try:
     with part.open('wb') as file:
-      file.write(content)
+      fill(file)
       file.flush()
       os.fsync(file.fileno())
     part.replace(path)

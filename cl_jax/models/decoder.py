@@ -176,7 +176,7 @@ def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Pa
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f'{folder} cannot be made: {durable.reason(error)}') from error
-  durable.write_bytes(folder / containers.WHOLE, serialised(tensors))
+  durable.replace(folder / containers.WHOLE, lambda file: file.write(serialised(tensors)))
   durable.write(folder / 'config.json', json.dumps(about, indent=1) + '\n')
   durable.write(folder / 'tokenizer.json', tokenizers.load(tokenizer).to_str() + '\n')
 
