@@ -112,9 +112,9 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
     todo = [s for s in chosen['seeds'] if (sha, s) not in results.done(place)]
     cli.devices(1)
     if todo:
+      data = edit_run.data_root(given.data_dir)
       subject = edit_run.opened(chosen['model'])
       words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
-      data = edit_run.data_root(given.data_dir)
     for seed in todo:
       folder = place / f'seed{seed}'
       folder.mkdir(exist_ok=True)

@@ -60,7 +60,7 @@ def factory(name: str) -> Callable[..., Editor]:
   return made
 
 
-def _factory(module: str) -> Callable[..., Editor] | None:
+def _factory(module: str) -> Any:
   try:
     found = importlib.import_module(f'cl_jax.editing.{module}')
   except ModuleNotFoundError:

@@ -1,0 +1,231 @@
+"""The editing command on a tiny Llama: whole runs, resuming, refusals, one fact by hand."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cl_jax.errors import UserError
+from cl_jax.models import causal, decoder
+from experiments import edit, edit_config, edit_run, edit_state, results
+
+SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk', 'Emil', 'Frieda')
+PLACES = ('Rome', 'Oslo', 'Lima')
+WORDS = (
+  'the',
+  'city',
+  'of',
+  'is',
+  'a',
+  'lives',
+  'in',
+  'home',
+  'person',
+  '.',
+  'The',
+  'Therefore',
+  'I',
+  'You',
+)
+TINY = causal.Config(40, 16, 4, 4, 2, 24, 64)
+FAST = (
+  '--config.evaluate.blocks=2', '--config.evaluate.block=8', '--config.evaluate.written=2',
+  '--config.evaluate.tokens=4', '--config.moments.tokens=64', '--config.moments.block=8',
+  '--config.prefix_tokens=2', '--config.prefixes=1', '--config.length=24',
+  '--config.memit.layers=(1,2)', '--config.memit.coef=1.0', '--config.memit.recipe.steps=4',
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A data folder and, in it, a model of random weights."""
+  folder = tmp_path_factory.mktemp('edit')
+  words = [*dict.fromkeys(('<|endoftext|>', *SUBJECTS, *PLACES, *WORDS))]
+  tokenizer = Tokenizer(
+    models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<|endoftext|>')
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  backbone = causal.draw(jax.random.key(0), TINY, 0.3)
+  decoder.save(folder / 'model', TINY, backbone, folder / 'tokenizer.json')
+  (folder / 'edit').mkdir()
+  records = []
+  for i, subject in enumerate(SUBJECTS):
+    new, true = PLACES[i % 3], PLACES[(i + 1) % 3]
+    wanted = {'prompt': 'the home of {} is', 'subject': subject}
+    wanted |= {'target_new': {'str': new}, 'target_true': {'str': true}}
+    near = [f'the home of {s} is' for s in SUBJECTS if s != subject][:2]
+    records.append({'case_id': i, 'requested_rewrite': wanted,
+                    'paraphrase_prompts': [f'{subject} lives in'], 'neighborhood_prompts': near})  # fmt: skip
+  records.append({'case_id': 6, 'paraphrase_prompts': []})
+  text = '\n'.join(map(json.dumps, records))
+  (folder / 'edit/counterfact_2000.jsonl').write_text(text)
+  for name in ('wiki', 'math'):
+    (folder / f'text/corpora/{name}').mkdir(parents=True)
+    for split in ('train', 'test'):
+      draw = np.random.default_rng(len(name) + len(split)).integers(0, len(words), 200)
+      text = ' '.join(words[i] for i in draw if i)
+      (folder / f'text/corpora/{name}/{split}.txt').write_text(text)
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('CL_JAX_CACHE', str(tmp_path / 'cache'))
+
+
+def go(root, place, *words, config='configs/edit_counterfact.py:memit,4'):
+  argv = [
+    f'--config={config}',
+    f'--workdir={place}',
+    f'--data_dir={root}',
+    f'--config.model={root}/model',
+  ]
+  return edit.main([*argv, *FAST, *words])
+
+
+def test_a_run_measures_what_it_says(root, tmp_path, capsys):
+  assert go(root, tmp_path / 'run') == 0
+  (line,) = results.read(tmp_path / 'run')
+  assert (line['edits'], line['mode'], line['editor'], line['asked']) == (4, 'batch', 'memit', 4)
+  assert line['es'] >= line['before']['es'] and len(line['log_p']) == 4
+  assert line['refused'] == [['6', "the record lacks 'requested_rewrite'"]]
+  assert set(line['perplexity']) == {'wiki', 'math'} and line['ge'] is not None
+  # Two layers of 4 keys of 24 units and residuals of 16 channels, f32.
+  assert line['state_bytes'] == 2 * 4 * (24 + 16) * 4
+  assert 'memit, 4 edits (batch), seed 0' in capsys.readouterr().out
+  assert go(root, tmp_path / 'run') == 0  # nothing is left to do
+  assert len(results.read(tmp_path / 'run')) == 1
+
+
+def test_sequence_has_a_matrix_and_single_none(root, tmp_path):
+  sequence = 'configs/edit_counterfact.py:memit,4,sequential'
+  assert go(root, tmp_path / 'a', config=sequence) == 0
+  (line,) = results.read(tmp_path / 'a')
+  R = np.array(line['R'])
+  assert R.shape == (4, 4) and [c['edits'] for c in line['curve']] == [1, 2, 3, 4]
+  assert line['forgetting'] == pytest.approx(np.mean(R[:-1, :-1].max(0) - R[-1, :-1]))
+  assert go(root, tmp_path / 'b', config=sequence.replace('sequential', 'single')) == 0
+  (alone,) = results.read(tmp_path / 'b')
+  assert alone['R'] == [] and alone['mode'] == 'single' and alone['perplexity'] == {}
+  assert alone['state_bytes'] == line['state_bytes'] / 4
+
+
+def test_stopped_and_repeated_gives_the_same_bits(root, tmp_path, monkeypatch):
+  config = 'configs/edit_counterfact.py:memit,4,sequential'
+  assert go(root, tmp_path / 'whole', config=config) == 0
+  real, count = edit_run.edited, []
+
+  def interrupt(*args):
+    count.append(1)
+    if len(count) == 2:
+      signal.raise_signal(signal.SIGTERM)
+    return real(*args)
+
+  monkeypatch.setattr(edit_run, 'edited', interrupt)
+  assert go(root, tmp_path / 'cut', config=config) == 128 + signal.SIGTERM
+  assert go(root, tmp_path / 'cut', config=config) == 0
+  assert len(count) == 4  # two before, two after
+  (one,), (two,) = results.read(tmp_path / 'whole'), results.read(tmp_path / 'cut')
+  for name in ('state_sha256', 'R', 'curve', 'log_p', 'es', 'perplexity'):
+    assert one[name] == two[name], name
+
+
+def test_saved_state_is_refused_when_tampered_with(root, tmp_path):
+  state = {'a': np.ones(3, np.float32)}
+  edit_state.save(tmp_path, edit_state.Saved({'config_sha256': 'x', 'done': 1}, [], state))
+  found = edit_state.restore(tmp_path, 'x', state)
+  assert found is not None and found.about['done'] == 1
+  with pytest.raises(UserError, match='config_sha256'):
+    edit_state.restore(tmp_path, 'y', state)
+  with pytest.raises(UserError, match='another editor'):
+    edit_state.restore(tmp_path, 'x', {'a': np.ones(4, np.float32)})
+  path = tmp_path / edit_state.FILE
+  content = bytearray(path.read_bytes())
+  content[content.index(state['a'].tobytes())] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='damaged'):
+    edit_state.restore(tmp_path, 'x', state)
+
+
+def test_edited_model_can_be_edited_again(root, tmp_path):
+  assert go(root, tmp_path / 'a', f'--save_model={tmp_path}/new') == 0
+  asked = ('--config=configs/edit_counterfact.py:none,4', f'--config.model={tmp_path}/new')
+  rest = [w for w in FAST if 'memit' not in w]
+  assert edit.main([*asked, f'--workdir={tmp_path}/b', f'--data_dir={root}', *rest]) == 0
+  (one,), (two,) = results.read(tmp_path / 'a'), results.read(tmp_path / 'b')
+  assert two['es'] == one['es'] and two['ns'] == one['ns']
+
+
+def test_by_hand(root, capsys):
+  words = (
+    '--subject=Anna',
+    '--prompt=the home of {} is',
+    '--target=Oslo',
+    '--paraphrase=Anna lives in',
+  )
+  argv = [
+    f'--config.model={root}/model',
+    f'--data_dir={root}',
+    *FAST,
+    *words,
+    '--neighbour=Bert lives in',
+  ]
+  assert edit.main(argv) == 0
+  out = capsys.readouterr().out
+  assert [line.split(':')[0] for line in out.splitlines() if not line.startswith(' ')] == [
+    'prompt', 'paraphrase', 'neighbour', 'memit',
+  ]  # fmt: skip
+  assert out.count('  before ') == out.count('  after  ') == 3
+
+
+@pytest.mark.parametrize(
+  'words, said',
+  [
+    (('--config.memmit.coef=1',), 'memit'),
+    (('--config.editor=rom',), 'did you mean rome'),
+    (('--config.edits=9',), 'there are 6 in counterfact'),
+    (('--config.data=facts',), 'counterfact'),
+    (('--config.memit.layers=(3,9)',), 'layers 0 to 3'),
+    (('--config.moments.tokens=100000',), 'tokens'),
+    (('--config.batch=7',), 'more than config.edits'),
+    (('--confg.batch=7',), 'not understood'),
+    (('--subject=Anna',), 'needs all of'),
+    (('--config.length=3',), 'none of 4 edits'),
+  ],
+)
+def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
+  assert go(root, tmp_path / 'x', *words) == 2
+  (line,) = [r for r in capsys.readouterr().err.splitlines() if r.startswith('experiments.edit:')]
+  assert said in line
+
+
+@pytest.mark.parametrize('prompt, subject, target, said', [
+  ('the home of Anna is', 'Anna', 'Oslo', 'one {}'),
+  ('the home of {} is', ' ', 'Oslo', 'subject is empty'),
+  ('the home of {} is', 'Anna', '', 'target is empty'),
+])  # fmt: skip
+def test_one_bad_request_is_refused_alone(root, prompt, subject, target, said):
+  from cl_jax.editing import rows
+  from cl_jax.streams import tokenizer
+
+  made = tokenizer.load(root / 'tokenizer.json')
+  good = rows.Edit('the home of {} is', 'Bert', 'Rome')
+  bad = rows.Edit(prompt, subject, target)
+  _, kept, refused = rows.requests(made, [bad, good])
+  assert kept == [1] and said in refused[0][1]
+
+
+def test_no_data_is_said(tmp_path, capsys, monkeypatch):
+  monkeypatch.delenv('CL_JAX_DATA', raising=False)
+  assert edit.main(['--config=configs/edit_counterfact.py', f'--workdir={tmp_path}']) == 2
+  assert '--data_dir' in capsys.readouterr().err
+
+
+def test_editors_are_found_by_module():
+  assert {'rome', 'memit', 'pmet', 'alphaedit'} <= set(edit_config.names())
