@@ -181,6 +181,9 @@ def layers_of(found: Average, count: int = 5) -> tuple[int, ...]:
   put back at the subject's last token, the lower ones of equals: where MLPs look a fact up. MEMIT (sec. 4.1)
   takes the layers that its fig. 3 shows to matter; this makes a rule of it. Published are 5 layers of GPT2-XL
   and 6 of GPT-J.
+
+  Look at the figure as well. Below window / 2 every restored window has the first MLP in it, which in many
+  models does little but say which token this is; an effect that ends there is no memory of a fact.
   """
   effect = found.effect[KINDS.index('feedforward'), :, ROLES.index('last subject token')]
   if not 1 <= count <= len(effect):
