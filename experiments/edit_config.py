@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
   'prefixes': 3,  # texts by the model that prompts are put behind
   'prefix_tokens': 5,
   'undo': True,  # keep the terms of every edit
-  'moments': {'corpus': 'wiki', 'tokens': 60000, 'block': 128},  # what E[k k^T] is measured on
+  'moments': {'corpus': 'wiki', 'tokens': 57344, 'block': 128},  # what E[k k^T] is measured on
   'editor': 'memit',  # a module of cl_jax.editing, or 'none': only ask
   'evaluate': {
     'edits': 200,  # at most so many are asked about
