@@ -32,7 +32,18 @@ from cl_jax import durable
 from cl_jax.editing import inside, rows, write
 from cl_jax.editing.rows import Edit
 from cl_jax.errors import UserError
-from experiments import cli, config, edit_config, edit_run, options, results, show, study, workdir
+from experiments import (
+  cli,
+  config,
+  edit_config,
+  edit_run,
+  edit_trace,
+  options,
+  results,
+  show,
+  study,
+  workdir,
+)
 from experiments.pool import Work, default_workers, processes
 
 PROGRAM = 'experiments.edit'
@@ -62,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     help='write the edited model there, to be loaded by name',
   )
   add('--debug', action='store_true', help='show tracebacks')
+  add(
+    '--trace',
+    type=int,
+    metavar='N',
+    help='causal tracing of N facts that the model knows, into DIR',
+  )
   one = parser.add_argument_group('one fact by hand')
   one.add_argument('--subject')
   one.add_argument('--prompt', help='with {} in the place of the subject')
@@ -84,6 +101,8 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     if None in by_hand:
       raise UserError('one fact needs all of --subject, --prompt and --target')
     return hand(given, resolved(given.config, overrides))
+  if given.trace is not None:
+    return traced(given, resolved(given.config, overrides), argv)
   if given.grid:
     return grid(given, argv)
   if given.workdir is None:
@@ -163,6 +182,21 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   kept = edit_run.kept_bytes(new_state, writes)
   print(f'{chosen["editor"]}: {kept:,} bytes are kept, by which it can be undone')
   return 0
+
+
+# --- causal tracing ---------------------------------------------------------------------------------
+
+
+def traced(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]) -> int:
+  if given.trace < 1:
+    raise UserError(f'--trace must be at least 1 fact; got {given.trace}')
+  data = edit_run.data_root(given.data_dir)
+  folder = given.workdir or Path('runs/trace')
+  cli.devices(1)
+  subject = edit_run.opened(chosen['model'])
+  words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
+  say = show.make().say
+  return edit_trace.trace(subject, chosen['model'], data, given.trace, folder, words, say)
 
 
 # --- the grid ---------------------------------------------------------------------------------------

@@ -179,6 +179,15 @@ def take(requests: Any, rows: Any) -> Any:
   return jax.tree.map(lambda a: a[jnp.asarray(rows)], requests)
 
 
+def trimmed(rows: Rows, step: int = 4) -> Rows:
+  """The same rows without columns that are padding in all of them, but for less than `step`, so that few
+  shapes occur."""
+  heads, tails = (int((np.asarray(a) >= 0).sum(-1).max()) for a in (rows.head, rows.tail))
+  width = min(-(-heads // step) * step, rows.head.shape[-1])
+  head = rows.head[..., rows.head.shape[-1] - width :]
+  return rows._replace(head=head, tail=rows.tail[..., : -(-tails // step) * step])
+
+
 def plain(rows: Rows) -> Rows:
   """Rows [N, ...] of the first context of rows [N, P, ...]."""
   return Rows(*(a[:, 0] for a in rows))

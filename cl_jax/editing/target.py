@@ -1,6 +1,6 @@
 """Target vectors: what has to stand at the subject's last token for the model to say the new fact.
 
-All requests are optimised by one program: each has its own Adam and its own end, and only the layers above
+Many requests are optimised by one program: each has its own Adam and its own end, and only the layers above
 the site and the tokens from the subject's last one on are run again.
 """
 
@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cl_jax.editing import inside
-from cl_jax.editing.rows import Requests, Rows
+from cl_jax.editing.rows import Requests, Rows, take, trimmed
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
 from cl_jax.types import Array, Tree
@@ -101,23 +102,24 @@ def optimise(
       raise UserError(f'site {site!r} is not known: use {", ".join(SITES)}')
   if not 0 <= layer < config.depth:
     raise UserError(f'layer {layer} is not one of the {config.depth} of this model')
-  numbers = jax.tree.map(float, recipe._replace(steps=0))
-  return _optimise(config, p, requests, layer, tuple(sites), recipe.steps, width, numbers)
+  # Requests of like lengths go together, in arrays that are no longer than they need.
+  lengths = np.asarray((requests.rewrite.tail >= 0).sum(-1).max(1))
+  order = np.argsort(lengths, kind='stable')
+  found = []
+  for lo in range(0, len(order), width):
+    # The last group is filled up with its own first requests, whose results are dropped.
+    some = np.resize(order[lo : lo + width], min(width, len(order)))
+    group = take(requests, some)
+    group = Requests(trimmed(group.rewrite), trimmed(group.essence))
+    floats = jax.tree.map(float, recipe._replace(steps=0))
+    found.append(_group(config, p, layer, tuple(sites), recipe.steps, floats, group))
+  back = jnp.asarray(np.argsort(order))
+  return jax.tree.map(lambda *a: jnp.concatenate(a)[back], *found)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
-def _optimise(config, p, requests: Requests, layer, sites, steps, width, numbers: Recipe) -> Target:
-  recipe = numbers._replace(steps=steps)  # the floats are traced
-  n = len(requests.rewrite.head)
-  groups = -(-n // width)
-  # The last group is filled up with its own first requests, whose results are dropped.
-  index = jnp.minimum(jnp.arange(groups * width), n - 1).reshape(groups, width)
-  one = partial(_group, config, p, layer, sites, recipe)
-  found = jax.lax.map(lambda rows: one(jax.tree.map(lambda a: a[rows], requests)), index)
-  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], found)
-
-
-def _group(config, p, layer, sites, recipe, requests: Requests) -> Target:
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _group(config, p, layer, sites, steps, recipe: Recipe, requests: Requests) -> Target:
+  recipe = recipe._replace(steps=steps)  # its floats are traced
   fixed = jax.vmap(lambda r: _prepare(config, p, r, layer, sites))(requests)
   tx = optax.adam(recipe.rate)
   value = jax.value_and_grad(partial(loss, config, p, layer, recipe), has_aux=True)
