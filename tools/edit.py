@@ -1,0 +1,199 @@
+"""Tables and figures of docs/editing.md, and results/edit.csv, from results/edit/ alone:
+`python -m tools.edit [--write]`.
+
+results/edit/NAME/results.jsonl are what `experiments.edit` left, results/edit/trace/trace.json what its --trace
+did. Without --write the command only says whether page and table are current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_jax import durable, metrics
+from cl_jax.editing import tracing
+from cl_jax.report import tracing as maps
+from cl_jax.report.tables import size
+from experiments.edit_trace import read as read_trace
+from tools.figures import FAINT, FIGURES, RESULTS, ROOT, markdown
+from tools.pages import fill, update
+
+MAKER = 'tools/edit.py'
+PAGE, TABLE = ROOT / 'docs/editing.md', RESULTS / 'edit.csv'
+DATA = ('counterfact', 'known', 'zsre')
+COLUMNS = (
+  'model', 'editor', 'edits', 'mode', 'es', 'ps', 'ns', 's', 'ge', 'rs', 'ppl_before', 'ppl_after',
+  'seconds_per_edit', 'state_bytes', 'seeds', 'command',
+)  # fmt: skip
+MODES = ('single', 'batch', 'sequential')
+NONE = '–'
+
+Lines = list[dict[str, Any]]
+
+
+def read() -> dict[str, dict[tuple, Lines]]:
+  """{data: {(model, editor, edits, mode, batch): a line a seed}}, in the order of the tables."""
+  found: dict[str, dict[tuple, Lines]] = {}
+  for name in DATA:
+    file = RESULTS / 'edit' / name / 'results.jsonl'
+    groups: dict[tuple, Lines] = defaultdict(list)
+    for text in file.read_text().splitlines() if file.exists() else ():
+      line = json.loads(text)
+      key = (line['model'], line['editor'], line['edits'], line['mode'], line['config']['batch'])
+      groups[key].append(line)
+    order = lambda k: (k[0], k[2], MODES.index(k[3]), k[4], -mean(groups[k], 's'))  # noqa: E731
+    found[name] = {k: groups[k] for k in sorted(groups, key=order)}
+  return found
+
+
+def values(lines: Lines, key: str) -> list[float]:
+  return [line[key] for line in lines if line.get(key) is not None]
+
+
+def mean(lines: Lines, key: str) -> float:
+  return float(np.mean(values(lines, key) or [0.0]))
+
+
+def perplexity(lines: Lines, which: int) -> dict[str, float]:
+  """{corpus: mean} before (0) or after (1)."""
+  names = lines[0]['perplexity']
+  return {n: float(np.mean([line['perplexity'][n][which] for line in lines])) for n in names}
+
+
+def shown(found: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
+  if not found:
+    return NONE
+  centre, half = metrics.interval([scale * v for v in found])
+  return f'{centre:.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
+
+
+def table(groups: dict[tuple, Lines]) -> str:
+  """A row an editor, number and mode."""
+  head = ('edits', 'how', 'editor', 'S', 'ES', 'PS', 'NS', 'forgotten', 'wiki, math', 'fluency', 'consistency',
+          's an edit', 'bytes', 'seeds')  # fmt: skip
+  rows = []
+  for (_, editor, edits, mode, batch), lines in groups.items():
+    one, two = (perplexity(lines, which) for which in (0, 1))
+    how = f'{mode}, {batch} at a time' if mode == 'sequential' else mode
+    rows.append((
+      str(edits), how, editor, *(shown(values(lines, k)) for k in ('s', 'es', 'ps', 'ns')),
+      shown(values(lines, 'forgetting')), ', '.join(f'{one[n]:.1f} → {two[n]:.1f}' for n in one) or NONE,
+      shown(values(lines, 'ge'), 1, 2), shown(values(lines, 'rs')),
+      shown(values(lines, 'seconds_per_edit'), 1, 2), size(round(mean(lines, 'state_bytes'))), str(len(lines)),
+    ))  # fmt: skip
+  return markdown(head, rows)
+
+
+def start(groups: dict[tuple, Lines]) -> str:
+  """What the model says before."""
+  seeds = {(line['seed'], line['edits']): line['before'] for lines in groups.values() for line in lines}
+  most = max(edits for _, edits in seeds)
+  of = [before for (_, edits), before in seeds.items() if edits == most]
+  parts = (f'{k.upper()} {shown([b[k] for b in of if b[k] is not None])}' for k in ('s', 'es', 'ps', 'ns'))
+  return f'Before: {", ".join(parts)} ({most} edits).'
+
+
+def part(groups: dict[tuple, Lines], name: str) -> str:
+  if not groups:
+    return f'Not run yet: results/edit/{name} is not there.'
+  first = next(iter(groups.values()))[0]
+  where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
+  picture = [f'![what is left over the edits](figures/edit_{name}.png)'] if curves(groups) else []
+  return '\n\n'.join((start(groups), table(groups), f'On {where}.', *picture))
+
+
+def curves(groups: dict[tuple, Lines]) -> dict[str, Lines]:
+  """The sequences, by editor."""
+  return {f'{k[1]}, {k[4]} at a time': v for k, v in groups.items() if k[3] == 'sequential'}
+
+
+def draw(groups: dict[tuple, Lines], path: Path) -> None:
+  """Efficacy, paraphrase, neighbourhood and their mean over the number of edits, a line an editor."""
+  import matplotlib
+
+  matplotlib.use('agg')
+  import matplotlib.pyplot as plt
+
+  figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), sharey=True, layout='constrained')
+  for name, lines in curves(groups).items():
+    points = [c['edits'] for c in lines[0]['curve']]
+    for axis, (key, title) in zip(
+      axes, (('s', 'S'), ('es', 'efficacy'), ('ps', 'paraphrase'), ('ns', 'neighbourhood')), strict=True
+    ):
+      found = [[c.get(key) for c in line['curve']] for line in lines]
+      rows = np.array(found, float)
+      axis.plot(points, 100 * np.nanmean(rows, 0), marker='o', markersize=3, label=name)
+      axis.set(title=title, xlabel='edits', ylim=(0, 102))
+      axis.grid(color=FAINT, linewidth=0.5)
+  axes[0].set_ylabel('%')
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8)
+  figure.savefig(path, dpi=110, metadata={'Software': None})
+  plt.close(figure)
+  print(f'{path.name} drawn')
+
+
+def traced() -> str:
+  file = RESULTS / 'edit/trace/trace.json'
+  if not file.exists():
+    return 'Not run yet: results/edit/trace is not there.'
+  about, average = json.loads(file.read_text()), tracing.average(*read_trace(file))
+  effect = average.effect[1, :, 2]
+  best = int(np.argmax(effect))
+  return (
+    f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {about["samples"]} samples of '
+    f'noise, window {about["window"]}: p {average.clean:.3f} clean, {average.corrupted:.3f} corrupted. MLPs put '
+    f'back at the last subject token help most around layer {best} ({effect[best]:.3f}); the rule picks layers '
+    f'{tracing.layers_of(average)}.\n\n![average indirect effects](figures/edit_trace.png)'
+  )
+
+
+def summary(found: dict[str, dict[tuple, Lines]]) -> str:
+  """results/edit.csv."""
+  out = io.StringIO()
+  writer = csv.DictWriter(out, COLUMNS, lineterminator='\n')
+  writer.writeheader()
+  for groups in found.values():
+    for (model, editor, edits, mode, _), lines in groups.items():
+      before, after = (perplexity(lines, which).get('wiki') for which in (0, 1))
+      numbers = {k: mean(lines, k) if values(lines, k) else None for k in COLUMNS[4:10]}
+      numbers |= {'ppl_before': before, 'ppl_after': after}
+      numbers |= {k: mean(lines, k) for k in ('seconds_per_edit', 'state_bytes')}
+      text = {k: '' if v is None else f'{v:.6g}' for k, v in numbers.items()}
+      text['state_bytes'] = str(round(numbers['state_bytes'] or 0))
+      row = {'model': model, 'editor': editor, 'edits': edits, 'mode': mode, 'seeds': len(lines)}
+      writer.writerow(row | text | {'command': lines[0]['command']})
+  return out.getvalue()
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--write', action='store_true', help='write them instead of comparing')
+  write = parser.parse_args().write
+  found = read()
+  text = PAGE.read_text()
+  for name, groups in found.items():
+    text = fill(text, f'{MAKER} {name}', part(groups, name))
+    if write and curves(groups):
+      draw(groups, FIGURES / f'edit_{name}.png')
+  text = fill(text, f'{MAKER} trace', traced())
+  trace = RESULTS / 'edit/trace/trace.json'
+  if write and trace.exists():
+    average = tracing.average(*read_trace(trace))
+    drawn = maps.averages(average, json.loads(trace.read_text())['window'])
+    durable.replace(FIGURES / 'edit_trace.png', lambda f: f.write(drawn))
+  if write and not TABLE.exists():
+    TABLE.write_text('')
+  return update({PAGE: text, TABLE: summary(found)}, write, 'figures')
+
+
+if __name__ == '__main__':
+  sys.exit(main())
