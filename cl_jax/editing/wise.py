@@ -56,9 +56,9 @@ def wise(
     side <- clip(side - rate * mask * gradient)
     epsilon = min over all edits of distance(x_e)
 
-  with x_e the contexts of a request and x_i an unrelated prompt, drawn by the key. The requests of a batch are
-  dealt to `shards` in their order; each shard starts from side = 0, has its own random mask with a share of
-  `ratio`, and takes its requests one after the other. In the end all of them and the earlier side memory
+  with x_e the contexts of a request and x_i an unrelated prompt, drawn by the key. The requests of a batch
+  are dealt to `shards` in their order; each shard starts from side = 0, has its own random mask with a share
+  of `ratio`, and takes its requests one after the other. In the end all of them and the earlier side memory
   are merged by `ties` (Yadav et al., NeurIPS 2023).
 
   Args:
@@ -66,8 +66,8 @@ def wise(
     unrelated: rows [U, ...] of prompts that no edit should touch; targets are not looked at.
     shards: published 2.
 
-  The distance of a row is the mean over the tokens of its prompt, as in the repository (which takes the maximum
-  for prompts of more than 100 tokens); one decision is made for the whole row.
+  The distance of a row is the mean over the tokens of its prompt, as in the repository (which takes the
+  maximum for prompts of more than 100 tokens); one decision is made for the whole row.
 
   State: side f[ffn, d], epsilon f[] (infinity before the first edit), edits i32[]; 4 ffn d + 8 bytes. Shards
   are there only during `edit`, and masks are drawn by the key. Report: before the merge; 'log_p' is the mean
