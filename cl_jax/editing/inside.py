@@ -5,12 +5,14 @@ Positions are columns of `Rows`: head, then tail. The column of the subject's la
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_jax.editing.rows import Rows
+from cl_jax.errors import UserError
 from cl_jax.models import causal
 from cl_jax.models.causal import Config
 from cl_jax.types import Array, Tree, no_tap
@@ -41,15 +43,41 @@ def begin(config: Config, p: Tree, rows: Rows, tap=no_tap) -> tuple[Array, Place
   return tap('embed', h, 0), place
 
 
-def layer(config: Config, p: Tree, h: Array, i: Array | int, place: Place, tap=no_tap) -> Array:
-  """Layer i of the backbone p applied to h f32[B, L, d]."""
+def checked(config: Config, layers: Sequence[int]) -> tuple[int, ...]:
+  """The layers, ascending.
+
+  Raises:
+    UserError: none, one twice, or not of this model.
+  """
+  found = tuple(sorted(set(layers)))
+  if not found or len(found) != len(tuple(layers)):
+    raise UserError(f'layers to edit must be different ones and at least one, not {tuple(layers)}')
+  if found[0] < 0 or found[-1] >= config.depth:
+    raise UserError(f'layers {found}: this model has layers 0 to {config.depth - 1}')
+  return found
+
+
+Change = Callable[[Tree, Array], Tree]  # (weights of layer i, i) -> the weights to use
+
+
+def layer(
+  config: Config,
+  p: Tree,
+  h: Array,
+  i: Array | int,
+  place: Place,
+  tap=no_tap,
+  change: Change | None = None,
+) -> Array:
+  """Layer i of the backbone p applied to h f32[B, L, d]; `change` sets other weights."""
   n = h.shape[1]
   visible = jnp.tril(jnp.ones((n, n), bool)) & place.seen[:, None, :]
 
   def attend(q, k, v):
     return causal.attention(config, q, tap('k', k, i), tap('v', v, i), visible, tap, i)
 
-  return causal.block(config, weights(p, i), h, jnp.asarray(i), place.places, attend, tap)
+  own = weights(p, i) if change is None else change(weights(p, i), jnp.asarray(i))
+  return causal.block(config, own, h, jnp.asarray(i), place.places, attend, tap)
 
 
 def weights(p: Tree, i: Array | int) -> Tree:
@@ -171,9 +199,25 @@ def predictions(config: Config, p: Tree, h: Array, rows: Rows) -> Array:
 def forward(config: Config, p: Tree, rows: Rows, tap=no_tap) -> Array:
   """log p f[B, M, vocabulary] of what follows the columns `before` of B rows: a whole forward pass."""
   h, place = begin(config, p, rows, tap)
-  h, _ = jax.lax.scan(
-    lambda h, i: (layer(config, p, h, i, place, tap), None), h, jnp.arange(config.depth)
-  )
+  return finish(config, p, h, place, rows, 0, tap)
+
+
+def finish(
+  config: Config,
+  p: Tree,
+  h: Array,
+  place: Place,
+  rows: Rows,
+  first: int,
+  tap=no_tap,
+  change: Change | None = None,
+) -> Array:
+  """`forward` from the residual stream h f[B, L, d] before layer `first` on."""
+
+  def step(h, i):
+    return layer(config, p, h, i, place, tap, change), None
+
+  h, _ = jax.lax.scan(step, h, jnp.arange(first, config.depth))
   h = causal.norm(config, p['norm'], h[:, rows.head.shape[-1] :])
   return predictions(config, p, h, rows)
 

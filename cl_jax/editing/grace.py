@@ -1,0 +1,185 @@
+"""GRACE (Hartvigsen et al., NeurIPS 2023): a codebook of states beside one layer, no weight is written."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cl_jax.editing import inside
+from cl_jax.editing.rows import Requests, Rows, plain
+from cl_jax.editing.write import Editor
+from cl_jax.errors import UserError
+from cl_jax.models.causal import Config
+from cl_jax.types import Array, Tree
+
+SAME = 1e-4  # keys that are nearer than this many `eps` are one and the same prompt
+
+
+def grace(
+  config: Config,
+  layer: int,
+  capacity: int = 1000,
+  eps: float = 1.0,
+  steps: int = 100,
+  rate: float = 1.0,
+  warm: bool = False,
+) -> Editor:
+  """Replaces what a layer hands on at the prompt's last token when what it gets is near a stored key (eq. 1):
+
+    h = v_i  if |q - k_i| <= eps_i  for the nearest key i,  else f(q)
+
+  (github.com/Thartvigsen/GRACE). A request whose nearest key, at distance d, (alg. 1)
+  - is further than eps + eps_i adds an entry with radius eps;
+  - has the same target grows that radius to d, if it is less;
+  - has another target adds an entry with radius d / 2, and sets the other's to d / 2 - 1e-5.
+  Requests are taken one after the other, and the value of the entry that a request ends at is trained on it
+  by Adam (for a grown entry once more, as in the repository).
+
+  Args:
+    layer: of the codebook; published for GPT2-XL: 35 of 48.
+    capacity: entries. When all are used, a request that needs one is refused (report 'refused'), and nothing
+      changes for the others.
+    eps: first radius, in units of the states; published 1.
+    steps, rate: of Adam; published 100, 1.
+    warm: whether values start at what stands there, else uniform in [0, 1) by the key (published).
+
+  State: keys and values f[capacity, d], radii f[capacity], labels i32[capacity] (the target's first token)
+  and count; 8 d + 8 bytes an entry, used or not. Report: also 'refused' bool[N] and 'entry' i32[N] (-1 when
+  refused); the loss is -'log_p' after the last step, and of a refused request what the codebook gives.
+  Deviations: the layer that is wrapped is the MLP with its norm and its residual, q what is before them (tap
+  'middle') and h what is after ('block'), where the repository wraps a matrix inside (c_fc); of its
+  replacements this is 'replace_last', at one token, which EasyEdit takes too (the default there replaces the
+  prompt before it); targets are the same if their first tokens are, not if the means of all are; and a
+  key nearer than 1e-4 eps with another target is taken over, since a radius of 0 could not be met again.
+  """
+  (layer,) = inside.checked(config, (layer,))
+  if capacity < 1:
+    raise UserError(f'a codebook needs a capacity of 1 or more entries, not {capacity}')
+
+  def init(backbone: Tree) -> Tree:
+    dtype = backbone['embed']['tokens'].dtype
+    wide = jnp.zeros((capacity, config.d), dtype)
+    return {
+      'keys': wide,
+      'values': wide,
+      'radii': jnp.zeros(capacity, dtype),
+      'labels': jnp.full(capacity, -1, jnp.int32),
+      'count': jnp.zeros((), jnp.int32),
+    }
+
+  def edit(backbone: Tree, state: Tree, requests: Requests, key: Array):
+    rows = plain(requests.rewrite)
+    state, report = _edit(config, layer, warm, backbone, state, rows, key, eps, steps, rate)
+    return [], state, report
+
+  return Editor(init, edit, lambda state, columns: tap(layer, state, columns))
+
+
+def tap(layer: int, state: Tree, columns: Array):
+  """The tap that looks states up: i32[B] columns of the last tokens of the prompts."""
+  rows, kept = jnp.arange(len(columns)), []
+
+  def replace(h: Array) -> Array:
+    distance, i = nearest(state, kept[-1])
+    here = h[rows, columns]
+    found = jnp.where((distance <= state['radii'][i])[:, None], state['values'][i], here)
+    return h.at[rows, columns].set(found.astype(h.dtype))
+
+  def tap(name, h, i=0):
+    if name == 'middle':
+      kept.append(h[rows, columns])
+    if name == 'block':
+      return jax.lax.cond(jnp.asarray(i) == layer, replace, lambda h: h, h)
+    return h
+
+  return tap
+
+
+def nearest(state: Tree, query: Array) -> tuple[Array, Array]:
+  """(distance f[...], index i32[...]) of the key nearest to f[..., d]; infinity while there is none."""
+  distance = jnp.linalg.norm(query[..., None, :] - state['keys'], axis=-1)
+  distance = jnp.where(jnp.arange(len(state['keys'])) < state['count'], distance, jnp.inf)
+  return distance.min(-1), distance.argmin(-1)
+
+
+def insert(state: Tree, query: Array, label: Array, value: Array, eps) -> tuple[Tree, Array]:
+  """(the state with room for a request, the entry that is its own or -1), by the rules of `grace`.
+
+  Args:
+    query, value: f[d], key and value of a new entry. label: i32[].
+  """
+  distance, i = nearest(state, query)
+  radius = state['radii'][i]
+  near = distance <= eps + radius
+  same = near & (state['labels'][i] == label)
+  over = near & ~same & (distance <= SAME * eps)
+  add = ~same & ~over
+  full = add & (state['count'] >= len(state['keys']))
+  split = add & near & ~full
+  entry = jnp.where(add, state['count'], i)
+  # An index out of range is not written to.
+  fresh = jnp.where(add & ~full, entry, len(state['keys']))
+  other = jnp.where(
+    split, distance / 2 - 1e-5, jnp.where(same, jnp.maximum(radius, distance), radius)
+  )
+  radii = state['radii'].at[i].set(other)
+  first = jnp.where(split, distance / 2, eps).astype(radii.dtype)
+  renamed = jnp.where(over, i, fresh)
+  state = state | {
+    'keys': state['keys'].at[fresh].set(query, mode='drop'),
+    'values': state['values'].at[renamed].set(value, mode='drop'),
+    'radii': radii.at[fresh].set(first, mode='drop'),
+    'labels': state['labels'].at[renamed].set(label, mode='drop'),
+    'count': state['count'] + (add & ~full),
+  }
+  return state, jnp.where(full, -1, entry)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _edit(config, layer, warm, p, state, rows: Rows, key, eps, steps, rate) -> tuple[Tree, Tree]:
+  tx = optax.scale_by_adam()
+  width = rows.head.shape[-1]
+
+  def one(state, inputs):
+    row, key = inputs
+    row = Rows(*(a[None] for a in row))
+    at = row.before[0, 0]
+    query = _query(config, p, row, layer, width + at)
+    m = inside.middle(config, p, row, layer + 1)
+
+    def loss(value):
+      h = m.h.at[:, at].set(value)
+      h = inside.go_on(config, p, m._replace(h=h), layer + 1)
+      return -inside.mean_log_p(inside.predictions(config, p, h, row), row.target)[0]
+
+    here = m.h[0, at]
+    cold = jax.random.uniform(key, here.shape, here.dtype)
+    state, entry = insert(state, query, row.target[0, 0], here if warm else cold, eps)
+    refused = entry < 0
+
+    def step(_, carry):
+      value, opt = carry
+      update, opt = tx.update(jax.grad(loss)(value), opt)
+      return value - rate * update, opt
+
+    first = state['values'][entry]
+    most = jnp.where(refused, 0, steps)
+    value, _ = jax.lax.fori_loop(0, most, step, (first, tx.init(first)))
+    to = jnp.where(refused, len(state['values']), entry)
+    state = state | {'values': state['values'].at[to].set(value, mode='drop')}
+    distance, i = nearest(state, query)
+    lost = loss(jnp.where(distance <= state['radii'][i], state['values'][i], here))
+    return state, {'loss': lost, 'log_p': -lost, 'refused': refused, 'entry': entry}
+
+  return jax.lax.scan(one, state, (rows, jax.random.split(key, len(rows.head))))
+
+
+def _query(config, p, row: Rows, layer: int, column: Array) -> Array:
+  """f[d], what the MLP of the layer gets at a column of one row."""
+  h, place = inside.begin(config, p, row)
+  h = inside.between(config, p, h, place, 0, layer)
+  _, found = inside.captured(config, p, h, layer, place, ('middle',), column)
+  return found['middle'][0]

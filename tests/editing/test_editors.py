@@ -1,0 +1,548 @@
+"""What every editor has to keep to, on a tiny Llama and GPT-2; and the rules of each that are closed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cl_jax.editing
+from cl_jax.editing import (
+  alphaedit,
+  finetune,
+  grace,
+  inside,
+  lora,
+  memit,
+  pmet,
+  rome,
+  rows,
+  wise,
+  write,
+)
+from cl_jax.editing.rows import Requests, Rows
+from cl_jax.editing.target import Recipe
+from cl_jax.editing.write import Editor
+from cl_jax.errors import UserError
+from cl_jax.models import causal
+from cl_jax.models.causal import Config
+from cl_jax.types import Array, Tree, no_tap
+
+CONFIGS = {
+  'llama': Config(40, 16, 4, 4, 2, 24, 32),
+  'gpt2': Config(40, 16, 4, 4, 4, 24, 32, norm='layer', rope=False, gated=False),
+}
+N, CONTEXTS = 3, 2
+MOMENTS = {layer: 0.01 * np.eye(24) for layer in range(4)}
+RECIPE = Recipe(steps=30, clamp=4.0, decay=0.0)
+NORM = 2e-2
+ROUTER = wise.Training(steps=60, rate=1.0, margins=(1.0, 3.0, 1.0))
+
+
+@cache
+def draw(seed: int) -> Requests:
+  """3 requests of different lengths, in 2 contexts; the shapes are the same for every seed."""
+  r = np.random.default_rng(seed)
+  token = lambda n: r.integers(0, 40, n).tolist()  # noqa: E731
+  found = []
+  for n in range(N):
+    prompt, target = token(4 + n), token(1 + n)
+    # The subject ends the prompt: a random model moves little of it to later tokens.
+    at = 3 + n
+    found += [([*prefix, *prompt], at + len(prefix), target) for prefix in ([], token(2))]
+  flat = rows.layout(found)
+  rewrite = Rows(*(a.reshape(N, CONTEXTS, -1) for a in flat))
+  return Requests(rewrite, rows.layout([(token(4), 1, []) for _ in range(N)]))
+
+
+UNRELATED = rows.layout([(np.random.default_rng(9).integers(0, 40, 6).tolist(), 2, [])] * 2)
+
+# Every editor by the name of its factory. Rates are those of a model with 16 channels.
+CASES = {
+  'rome': lambda c: rome.rome(c, MOMENTS, 1, RECIPE),
+  'memit': lambda c: memit.memit(c, MOMENTS, (0, 1, 2), 1.0, RECIPE),
+  'pmet': lambda c: pmet.pmet(c, MOMENTS, (0, 1, 2), 1.0, RECIPE),
+  'alphaedit': lambda c: alphaedit.alphaedit(c, MOMENTS, (0, 1, 2), coef=1.0, recipe=RECIPE),
+  'finetune': lambda c: finetune.finetune(c, (1, 2), rate=5e-3, norm=NORM),
+  'lora_edit': lambda c: lora.lora_edit(c, rank=2, alpha=4.0, steps=20, rate=2e-2),
+  'grace': lambda c: grace.grace(c, 2, capacity=8, eps=0.1, steps=30, rate=0.1),
+  'wise': lambda c: wise.wise(c, 2, UNRELATED, training=ROUTER),
+}
+BATCHED = ('memit', 'pmet', 'alphaedit', 'finetune')
+STATEFUL = ('alphaedit', 'grace', 'wise')
+ALL = [(name, family) for name in CASES for family in CONFIGS]
+every = pytest.mark.parametrize('case', ALL, ids=['-'.join(c) for c in ALL], indirect=True)
+batched = [c for c in ALL if c[0] in BATCHED]
+# Other shapes are other programs, which take long to compile: one family for each editor.
+padded = [(name, ('gpt2', 'llama')[name in ('pmet', 'lora_edit', 'grace')]) for name in CASES]
+
+
+class Case(NamedTuple):
+  """Two batches written one after the other, and all that came out."""
+
+  name: str
+  config: Config
+  editor: Editor
+  backbone: Tree
+  before: dict
+  states: list
+  writes: list
+  reports: list
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_to_compile():
+  """Two thirds of the time: these programs are compiled once and run for milliseconds."""
+  old = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', old)
+
+
+@pytest.fixture(scope='module')
+def cases() -> dict[tuple[str, str], Case]:
+  return {}
+
+
+@pytest.fixture
+def case(request, cases) -> Case:
+  """Each case is run once, for all tests."""
+  if request.param not in cases:
+    name, family = request.param
+    config = CONFIGS[family]
+    editor = CASES[name](config)
+    backbone = causal.draw(jax.random.key(0), config, 0.3)
+    before = {p: np.array(a) for p, a in write.paths(backbone).items()}
+    states, writes, reports = [editor.init(backbone)], [], []
+    now = backbone
+    for i in range(2):
+      new, state, report = editor.edit(now, states[-1], draw(i), jax.random.key(i))
+      now = write.apply(now, new)
+      states, writes, reports = [*states, state], [*writes, new], [*reports, report]
+    cases[request.param] = Case(name, config, editor, backbone, before, states, writes, reports)
+  return cases[request.param]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def log_p(config: Config, tap: Any, p: Tree, state: Tree, some: Rows) -> Array:
+  """log p of all that follows, through the editor's tap if it has one."""
+  columns = some.head.shape[-1] + some.before[:, 0]
+  return inside.forward(config, p, some, tap(state, columns) if tap else no_tap)
+
+
+mean = jax.jit(inside.mean_log_p)
+
+
+def said(case: Case, p: Tree, state: Tree, some: Rows) -> np.ndarray:
+  """[n] mean log p of the targets of rows [n, ...]."""
+  return np.asarray(mean(log_p(case.config, case.editor.tap, p, state, some), some.target))
+
+
+def leaves(tree: Tree) -> list[np.ndarray]:
+  return [np.asarray(a) for a in jax.tree.leaves(tree)]
+
+
+def widen(some: Rows) -> Rows:
+  """The same rows with columns of padding around them."""
+  left = lambda a, n: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(n, 0)], constant_values=-1)  # noqa: E731
+  right = lambda a, n: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, n)], constant_values=-1)  # noqa: E731
+  return Rows(left(some.head, 3), right(some.tail, 2), right(some.before, 1), right(some.target, 1))
+
+
+def test_every_editor_of_the_package_is_here():
+  found = set()
+  for module in pkgutil.iter_modules(cl_jax.editing.__path__):
+    for name, f in vars(importlib.import_module(f'cl_jax.editing.{module.name}')).items():
+      if inspect.isfunction(f) and f.__annotations__.get('return') in ('Editor', Editor):
+        found.add(name)
+  assert found == set(CASES)
+
+
+@every
+def test_targets_become_more_probable(case):
+  p = case.backbone
+  for i in range(2):
+    some = rows.plain(draw(i).rewrite)
+    new = write.apply(p, case.writes[i])
+    before = said(case, p, case.states[i], some)
+    after = said(case, new, case.states[i + 1], some)
+    assert after.mean() > before.mean() + 0.2
+    p = new
+
+
+@every
+def test_reports_have_a_number_for_each_request(case):
+  for report in case.reports:
+    assert {'loss', 'log_p'} <= set(report)
+    for value in report.values():
+      assert np.shape(value) == (N,)
+    assert np.isfinite(report['loss']).all() and (np.asarray(report['log_p']) <= 0).all()
+
+
+@every
+def test_same_inputs_same_bytes_and_the_model_stays_as_it_was(case):
+  again = case.editor.edit(case.backbone, case.states[0], draw(0), jax.random.key(0))
+  for a, b in zip(
+    leaves(again), leaves((case.writes[0], case.states[1], case.reports[0])), strict=True
+  ):
+    assert a.tobytes() == b.tobytes()
+  for path, a in write.paths(case.backbone).items():
+    assert np.asarray(a).tobytes() == case.before[path].tobytes()
+
+
+@every
+def test_state_keeps_its_structure(case):
+  shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), state) for state in case.states]
+  assert shapes[0] == shapes[1] == shapes[2]
+  assert bool(leaves(case.states[0])) == (case.name in STATEFUL)
+  for old, new in zip(case.states, case.states[1:], strict=False):
+    if case.name in STATEFUL:
+      assert any(a.tobytes() != b.tobytes() for a, b in zip(leaves(old), leaves(new), strict=True))
+
+
+@every
+def test_an_editor_writes_weights_or_taps(case):
+  assert (case.editor.tap is None) == bool(case.writes[0])
+
+
+@every
+def test_undoing_a_batch_gives_the_bits_of_before(case):
+  terms = [*case.writes[0], *case.writes[1]]
+  both = write.apply(case.backbone, terms)
+  undone = write.apply(case.backbone, terms[: len(case.writes[0])])
+  first = write.apply(case.backbone, case.writes[0])
+  for a, b in zip(leaves(undone), leaves(first), strict=True):
+    assert a.tobytes() == b.tobytes()
+  if terms:
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(leaves(both), leaves(first), strict=True))
+
+
+@every
+def test_bytes_are_those_that_are_kept(case):
+  held = 0
+  for w in case.writes[0]:
+    shape = case.backbone['layers'][w.path.split('/')[1]]['w'].shape[1:]
+    assert w.term.shape == shape
+    held += np.asarray(w.left).nbytes + (0 if w.right is None else np.asarray(w.right).nbytes)
+  assert write.size(case.writes[0]) == held
+  whole = sum(4 * 24 * 16 for w in case.writes[0] if w.right is None)
+  assert whole == (2 * 4 * 24 * 16 if case.name == 'finetune' else 0)
+
+
+@pytest.mark.parametrize('case', padded, ids=['-'.join(c) for c in padded], indirect=True)
+def test_padding_does_not_matter(case):
+  wide = Requests(*(widen(some) for some in draw(0)))
+  writes, state, _ = case.editor.edit(case.backbone, case.states[0], wide, jax.random.key(0))
+  for a, b in zip(writes, case.writes[0], strict=True):
+    assert (a.path, a.layer) == (b.path, b.layer)
+    np.testing.assert_allclose(a.term, b.term, atol=1e-5)
+  for a, b in zip(leaves(state), leaves(case.states[1]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('case', batched, ids=['-'.join(c) for c in batched], indirect=True)
+def test_the_order_of_a_batch_does_not_matter(case):
+  turned = rows.take(draw(0), [2, 0, 1])
+  writes, _, report = case.editor.edit(case.backbone, case.states[0], turned, jax.random.key(0))
+  for a, b in zip(writes, case.writes[0], strict=True):
+    np.testing.assert_allclose(a.term, b.term, atol=1e-4)
+  np.testing.assert_allclose(
+    report['loss'], np.asarray(case.reports[0]['loss'])[[2, 0, 1]], atol=1e-4
+  )
+
+
+# FT and FT-L.
+
+
+def finetuned(**changed):
+  config = CONFIGS['llama']
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  editor = finetune.finetune(config, **({'layers': (1, 2), 'rate': 5e-3, 'norm': NORM} | changed))
+  return p, *editor.edit(p, (), draw(0), jax.random.key(0))
+
+
+def test_ft_l_stays_within_its_bound_and_reaches_it():
+  for w in finetuned()[1]:
+    assert w.path == 'layers/down/w' and np.abs(w.left).max() == np.float32(NORM)
+  assert min(np.abs(w.left).max() for w in finetuned(norm=None)[1]) > 2 * NORM
+
+
+def test_the_first_step_of_ft_is_the_sign_of_the_gradient_of_the_whole_model():
+  """The gradient by `causal.encode`, which knows nothing of rows, taps or terms."""
+  p, writes, _, _ = finetuned(steps=1)
+  some = rows.plain(draw(0).rewrite)
+  lines = [
+    [t for t in [*map(int, h), *map(int, a)] if t >= 0] for h, a in zip(*some[:2], strict=True)
+  ]
+  counts = np.asarray(some.target >= 0).sum(-1)
+  longest = max(map(len, lines))
+  tokens = jnp.asarray([line + [0] * (longest - len(line)) for line in lines])
+  mask = jnp.asarray([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
+
+  @jax.jit
+  @jax.grad
+  def gradient(w):
+    q = p | {'layers': p['layers'] | {'down': {'w': w}}}
+    h, _ = causal.encode(CONFIGS['llama'], q, {'tokens': tokens, 'mask': mask})
+    log_p = jax.nn.log_softmax(causal.unembed(CONFIGS['llama'], q, h), -1)
+    one = lambda i, j: log_p[i, j - 1, lines[i][j]]  # noqa: E731
+    ends = [range(len(a) - n, len(a)) for a, n in zip(lines, counts, strict=True)]
+    return -sum(sum(one(i, j) for j in e) / len(e) for i, e in enumerate(ends)) / N
+
+  g = np.asarray(gradient(p['layers']['down']['w']))
+  for w in writes:
+    clear = np.abs(g[w.layer]) > 1e-4
+    assert clear.mean() > 0.9
+    np.testing.assert_allclose(
+      np.asarray(w.left)[clear], -5e-3 * np.sign(g[w.layer])[clear], rtol=1e-3
+    )
+
+
+def test_mini_batches_and_the_end_of_training():
+  _, all_at_once, _, _ = finetuned(norm=None)
+  _, two, _, report = finetuned(norm=None, batch=2, rate=2e-2, steps=60, stop=1.5)
+  assert np.abs(all_at_once[0].left - two[0].left).max() > 1e-3
+  assert np.asarray(report['loss']).mean() < 1.5
+  # Once a pass stays below the threshold nothing moves any more.
+  _, more, _, _ = finetuned(norm=None, batch=2, rate=2e-2, steps=120, stop=1.5)
+  assert np.asarray(more[0].left).tobytes() == np.asarray(two[0].left).tobytes()
+
+
+# GRACE.
+
+
+def codebook(queries, labels, eps, capacity):
+  """The rules of GRACE in lists: keys, radii, labels, and the entry of every request (-1 when refused)."""
+  keys, radii, names, entries = [], [], [], []
+  for q, label in zip(queries, labels, strict=True):
+    d = [float(np.linalg.norm(q - k)) for k in keys]
+    i = int(np.argmin(d)) if d else None
+    near = i is not None and d[i] <= eps + radii[i]
+    if near and names[i] == label:
+      radii[i] = max(radii[i], d[i])
+      entries.append(i)
+    elif near and d[i] <= 1e-4 * eps:
+      names[i] = label
+      entries.append(i)
+    elif len(keys) == capacity:
+      entries.append(-1)
+    else:
+      first = eps
+      if near:
+        first, radii[i] = d[i] / 2, d[i] / 2 - 1e-5
+      keys.append(q)
+      radii.append(first)
+      names.append(label)
+      entries.append(len(keys) - 1)
+  return np.array(keys), np.array(radii), names, entries
+
+
+def test_the_rules_of_the_codebook():
+  """On the line and in the plane, against lists; small integers as labels so that all cases occur."""
+  capacity, eps = 12, 0.4
+  insert = jax.jit(partial(grace.insert, eps=eps))
+  config = CONFIGS['llama']._replace(d=2)
+  blank = grace.grace(config, 2, capacity=capacity).init({'embed': {'tokens': jnp.zeros((1, 2))}})
+  full = 0
+  for seed in range(20):
+    r = np.random.default_rng(seed)
+    queries = r.uniform(-2, 2, (30, 2)).astype(np.float32)
+    if seed % 2:
+      queries[:, 1] = 0
+    queries[20:23] = queries[:3]
+    labels = r.integers(0, 2, 30)
+    keys, radii, names, entries = codebook(queries, labels, eps, capacity)
+    state, found = blank, []
+    for q, label in zip(queries, labels, strict=True):
+      state, entry = insert(state, jnp.asarray(q), jnp.asarray(label, jnp.int32), jnp.asarray(q))
+      found.append(int(entry))
+    assert found == entries
+    n = int(state['count'])
+    assert n == len(keys)
+    np.testing.assert_allclose(state['keys'][:n], keys)
+    np.testing.assert_allclose(state['radii'][:n], radii, atol=1e-5)
+    assert np.asarray(state['labels'][:n]).tolist() == [int(v) for v in names]
+    full += -1 in entries
+  assert full > 2
+
+
+GRACE = [('grace', family) for family in CONFIGS]
+both = pytest.mark.parametrize('case', GRACE, ids=[f for _, f in GRACE], indirect=True)
+
+
+@both
+def test_grace_leaves_what_is_outside_every_radius(case):
+  """Bit by bit, and the tap of a codebook without entries is no tap."""
+  some, far = rows.plain(draw(0).rewrite), rows.plain(draw(7).rewrite)
+  state, empty = case.states[1], case.states[0]
+  assert int(state['count']) == N
+  tap, p, c = case.editor.tap, case.backbone, case.config
+  query = jax.jit(grace._query, static_argnums=(0, 3))
+  for row in range(N):
+    one = rows.take(far, [row])
+    q = query(c, p, one, 2, one.head.shape[-1] + one.before[0, 0])
+    distance, i = grace.nearest(state, q)
+    assert distance > state['radii'][i] + 0.05
+  kept = np.asarray(log_p(c, tap, p, state, far))
+  assert kept.tobytes() == np.asarray(log_p(c, tap, p, empty, far)).tobytes()
+  plain = np.asarray(log_p(c, None, p, (), far))
+  np.testing.assert_allclose(kept, plain, atol=1e-6)
+  assert np.abs(log_p(c, tap, p, state, some) - log_p(c, None, p, (), some)).max() > 0.1
+
+
+@both
+def test_grace_says_what_its_report_says(case):
+  """The value is trained from the middle of the model, and looked up in a whole pass with a tap."""
+  report = case.reports[0]
+  assert (
+    np.asarray(report['entry']).tolist() == [0, 1, 2] and not np.asarray(report['refused']).any()
+  )
+  found = said(case, case.backbone, case.states[1], rows.plain(draw(0).rewrite))
+  np.testing.assert_allclose(found, report['log_p'], atol=1e-4)
+
+
+def test_grace_refuses_what_does_not_fit_and_keeps_the_rest():
+  config = CONFIGS['llama']
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  small = grace.grace(config, 3, capacity=2, eps=0.1, steps=5, rate=0.1, warm=True)
+  _, state, report = small.edit(p, small.init(p), draw(0), jax.random.key(0))
+  assert np.asarray(report['refused']).tolist() == [False, False, True]
+  assert int(state['count']) == 2
+  some = rows.plain(draw(0).rewrite)
+  base = mean(log_p(config, None, p, (), some), some.target)
+  np.testing.assert_allclose(report['log_p'][2], base[2], atol=1e-5)
+  _, again, _ = small.edit(p, state, rows.take(draw(0), [2, 2, 2]), jax.random.key(1))
+  for a, b in zip(leaves(state), leaves(again), strict=True):
+    assert a.tobytes() == b.tobytes()
+
+
+# WISE.
+
+
+def merged(terms, weights, density):
+  out = np.zeros_like(terms[0])
+  trimmed = []
+  for term in terms:
+    order = np.argsort(-np.abs(term), axis=None)[: int(density * term.size)]
+    kept = np.zeros(term.size)
+    kept[order] = term.flat[order]
+    trimmed.append(kept.reshape(term.shape))
+  for at in np.ndindex(*out.shape):
+    values = [t[at] for t in trimmed]
+    up = sum(w * v for w, v in zip(weights, values, strict=True)) >= 0
+    same = [(w, v) for w, v in zip(weights, values, strict=True) if (v > 0 if up else v < 0)]
+    if same:
+      out[at] = sum(w * v for w, v in same) / sum(w for w, _ in same)
+  return out
+
+
+def test_ties_against_loops():
+  r = np.random.default_rng(0)
+  for density, sparse in ((1.0, 0.0), (0.53, 0.0), (0.53, 0.8)):
+    terms = r.normal(size=(3, 5, 7)).astype(np.float32) * (r.uniform(size=(3, 5, 7)) >= sparse)
+    weights = np.array([0.2, 0.2, 0.6], np.float32)
+    found = wise.ties(jnp.asarray(terms), jnp.asarray(weights), density)
+    np.testing.assert_allclose(found, merged(terms, weights, density), atol=1e-6)
+
+
+WISE = [('wise', family) for family in CONFIGS]
+each = pytest.mark.parametrize('case', WISE, ids=[f for _, f in WISE], indirect=True)
+
+
+def activations(config: Config, p: Tree, some: Rows) -> list[np.ndarray]:
+  """What goes into 'down' of layer 2 at the tokens of each prompt, by `causal.encode` and without padding."""
+  lines = [
+    [int(t) for t in [*head[head >= 0], *tail[: before[0] + 1]]]
+    for head, tail, before, _ in zip(*map(np.asarray, some), strict=True)
+  ]
+  longest = max(map(len, lines))
+  full = lambda a: jnp.asarray([[*row, *[0] * (longest - len(row))] for row in a])  # noqa: E731
+
+  kept = []
+
+  def tap(name, h, layer=0):
+    if name == 'mlp':
+      kept.append(h)
+    return h
+
+  x = {'tokens': full(lines), 'mask': full([[1] * len(line) for line in lines])}
+  with jax.disable_jit():  # one layer after the other, so that the tap sees numbers
+    causal.encode(config, p, x, tap)
+  found = np.asarray(kept[2])
+  return [a[: len(line)] for a, line in zip(found, lines, strict=True)]
+
+
+@each
+def test_wise_routes_by_the_mean_distance_over_the_prompt(case):
+  """A row changes if and only if its distance, from activations without padding, is above the threshold."""
+  side, p, c = np.asarray(case.states[1]['side']), case.backbone, case.config
+  some = rows.flat(draw(0).rewrite)
+  found = [np.linalg.norm(a @ side, axis=-1).mean() for a in activations(c, p, some)]
+  off = np.asarray(log_p(c, case.editor.tap, p, case.states[0], some))
+  np.testing.assert_allclose(off, log_p(c, None, p, (), some), atol=1e-6)
+  for threshold in np.sort(found)[:-1] + np.diff(np.sort(found)) / 2:
+    state = case.states[1] | {'epsilon': jnp.float32(threshold / ROUTER.reach)}
+    on = np.asarray(log_p(c, case.editor.tap, p, state, some))
+    changed = np.array([a.tobytes() != b.tobytes() for a, b in zip(on, off, strict=True)])
+    assert changed.tolist() == (np.array(found) > threshold).tolist()
+
+
+@each
+def test_wise_keeps_the_least_distance_and_its_bounds(case):
+  least = [float(np.min(report['distance'])) for report in case.reports]
+  assert float(case.states[1]['epsilon']) == least[0]
+  assert float(case.states[2]['epsilon']) == min(least)
+  assert [int(s['edits']) for s in case.states] == [0, N, 2 * N]
+  share = (np.asarray(case.states[1]['side']) != 0).mean()
+  assert 0.2 < share < 0.45  # two masks of a fifth each: 0.36
+
+
+def test_wise_says_what_its_report_says():
+  """One shard, trained from activations, against a whole pass through the tap, for the last request."""
+  config = CONFIGS['llama']
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  training = ROUTER._replace(density=1.0, ratio=1.0, bound=0.3)
+  editor = wise.wise(config, 2, UNRELATED, 1, training)
+  _, state, report = editor.edit(p, editor.init(p), draw(0), jax.random.key(0))
+  side = np.asarray(state['side'])
+  assert np.abs(side).max() <= np.float32(0.3)
+  last = Rows(*(a[-1] for a in draw(0).rewrite))
+  found = np.asarray(mean(log_p(config, editor.tap, p, state, last), last.target)).mean()
+  np.testing.assert_allclose(found, report['log_p'][-1], atol=1e-4)
+  far, near = (
+    np.array([np.linalg.norm(a @ side, axis=-1).mean() for a in activations(config, p, some)])
+    for some in (UNRELATED, last)
+  )
+  alpha, beta, gamma = training.margins
+  broken = sum(np.maximum(0, v) for v in (far[0] - alpha, beta - near, gamma + far[0] - near))
+  np.testing.assert_allclose(report['distance'][-1], near.min(), rtol=1e-4)
+  np.testing.assert_allclose(report['loss'][-1], broken.mean() - found, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda c: finetune.finetune(c, ()),
+    lambda c: finetune.finetune(c, (1, 1)),
+    lambda c: finetune.finetune(c, (1,), batch=-1),
+    lambda c: lora.lora_edit(c, (4,)),
+    lambda c: lora.lora_edit(c, paths=('layers/o/w',)),
+    lambda c: lora.lora_edit(c, rank=0),
+    lambda c: grace.grace(c, 4),
+    lambda c: grace.grace(c, 1, capacity=0),
+    lambda c: wise.wise(c, -1, UNRELATED),
+    lambda c: wise.wise(c, 1, UNRELATED, 0),
+    lambda c: wise.wise(c, 1, UNRELATED, training=wise.Training(ratio=0.0)),
+  ],
+)
+def test_mistakes_are_told_in_one_line(make):
+  with pytest.raises(UserError) as error:
+    make(CONFIGS['llama'])
+  assert '\n' not in str(error.value)
