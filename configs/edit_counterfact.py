@@ -5,19 +5,23 @@
 
 Words: an editor (rome, memit, pmet, alphaedit, finetune, finetune_l, lora, grace, wise, or none, which only
 asks), a number of edits, and how they come: all at once, or `sequential` in batches of a number that may
-follow (1), or `single`, each into the first model. Layers by causal tracing (docs/editing.md).
+follow (1), or `single`, each into the first model. Layers by causal tracing and a comparison of four windows
+on other edits (docs/editing.md).
 """
 
 from __future__ import annotations
 
 EDITORS = ('rome', 'memit', 'pmet', 'alphaedit', 'finetune', 'finetune_l', 'lora', 'grace', 'wise')
 CELLS = (
-  *(f'{e},10,single' for e in EDITORS),
   *(f'{e},10' for e in EDITORS),
   *(f'{e},100' for e in EDITORS),
-  *(f'{e},100,sequential' for e in ('rome', 'memit', 'alphaedit')),
+  *(f'{e},100,sequential' for e in ('memit', 'alphaedit')),
+  *(f'{e},10,single' for e in EDITORS),
+  *(f'{e},1000' for e in ('memit', 'alphaedit', 'pmet')),
+  *(f'{e},1000,sequential,100' for e in ('memit', 'alphaedit')),
 )
-LAYERS = (5, 6, 7, 8, 9)
+LAYERS = (4, 5, 6, 7, 8)
+STEPS = 15
 
 
 def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
@@ -30,18 +34,27 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
     batch = numbers[1] if numbers[1:] else 1
   if 'single' in words:
     batch = 1
+  recipe = {'steps': STEPS}
   own = {
-    'rome': {'layer': LAYERS[2]},
-    'memit': {'layers': LAYERS},
-    'pmet': {'layers': LAYERS},
-    'alphaedit': {'layers': LAYERS},
-  }
+    'rome': {'layer': LAYERS[2], 'recipe': {**recipe, 'clamp': 4.0}},
+    'memit': {'layers': LAYERS, 'recipe': recipe},
+    'pmet': {'layers': LAYERS, 'recipe': recipe},
+    'alphaedit': {'layers': LAYERS, 'recipe': recipe},
+    'finetune': {'layers': (LAYERS[2],), 'batch': 32},
+    'finetune_l': {'layers': (LAYERS[2],), 'batch': 32, 'norm': 5e-4},
+    'lora': {'batch': 32},
+    'grace': {'layer': 22},
+    'wise': {'layer': 24},
+  }[editor if editor != 'none' else 'memit']
+  module = {'finetune_l': 'finetune'}.get(editor, editor)
   return {
     'name': f'edit_{data}',
     'data': data,
     'edits': edits,
     'batch': batch,
     'apart': 'single' in words,
-    'editor': editor,
-    **({editor: own[editor]} if editor in own else {}),
+    'prefixes': 2,
+    'editor': module,
+    'label': editor,
+    **({module: own} if editor != 'none' else {}),
   }

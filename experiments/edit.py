@@ -159,9 +159,7 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   prefixes = edit_run.begin_texts(chosen, subject, 0)
   requests, _, _ = rows.requests(subject.tokenizer, [edit], prefixes, chosen['length'])
   root = edit_run.data_root(given.data_dir)
-  editor = edit_config.make(
-    chosen, subject.config, edit_run.moments_of(chosen, subject, root, shown.say)
-  )
+  editor = edit_run.editor_of(chosen, subject, root, shown.say)
   state = editor.init(subject.backbone)
   writes, new_state, _ = editor.edit(subject.backbone, state, requests, jax.random.key(0))
   edited = write.apply(subject.backbone, writes)

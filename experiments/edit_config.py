@@ -16,7 +16,7 @@ from experiments import config, fields
 from experiments.fields import Field
 
 # What the command knows about an editor's arguments.
-KNOWN = ('config', 'moments')
+KNOWN = ('config', 'moments', 'unrelated')
 DEFAULTS: dict[str, Any] = {
   'name': 'edit',
   'seeds': (0,),  # each draws other edits
@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
   'undo': True,  # keep the terms of every edit
   'moments': {'corpus': 'wiki', 'tokens': 57344, 'block': 128},  # what E[k k^T] is measured on
   'editor': 'memit',  # a module of cl_jax.editing, or 'none': only ask
+  'label': '',  # what tables call it; '' is the editor's name
   'evaluate': {
     'edits': 200,  # at most so many are asked about
     'points': 10,  # times in a sequence of batches
@@ -120,8 +121,14 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
   return resolved
 
 
-def make(resolved: Mapping[str, Any], shape: Any, moments: Mapping[int, Any]) -> Editor:
-  """The editor of a configuration; 'none' writes nothing."""
+def needs(resolved: Mapping[str, Any], argument: str) -> bool:
+  """Whether the editor takes one of `KNOWN`."""
+  name = resolved['editor']
+  return name != 'none' and argument in inspect.signature(factory(name)).parameters
+
+
+def make(resolved: Mapping[str, Any], known: Mapping[str, Any]) -> Editor:
+  """The editor of a configuration, with what the command knows; 'none' writes nothing."""
   name = resolved['editor']
   if name == 'none':
     none = lambda backbone, state, requests, key: ([], state, {})  # noqa: E731
@@ -133,14 +140,12 @@ def make(resolved: Mapping[str, Any], shape: Any, moments: Mapping[int, Any]) ->
     for k, v in resolved[name].items()
     if v is not None or parameters[k].default is None
   }
-  known = {'config': shape, 'moments': moments}
   return build(**{k: v for k, v in known.items() if k in parameters}, **given)
 
 
 def layers(resolved: Mapping[str, Any]) -> tuple[int, ...]:
   """The layers whose E[k k^T] the editor needs; () for one that needs none."""
-  name = resolved['editor']
-  if name == 'none' or 'moments' not in inspect.signature(factory(name)).parameters:
+  if not needs(resolved, 'moments'):
     return ()
-  own = resolved[name]
+  own = resolved[resolved['editor']]
   return tuple(own['layers']) if 'layers' in own else (own['layer'],)

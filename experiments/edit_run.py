@@ -100,7 +100,7 @@ def run(
   """One seed: the line of results.jsonl, without its command."""
   clock = Clock()
   exam = prepare(chosen, subject, place.data, seed, tell)
-  editor = edit_config.make(chosen, subject.config, moments_of(chosen, subject, place.data, tell))
+  editor = editor_of(chosen, subject, place.data, tell)
   saved, backbone = progress(chosen, subject, exam, editor, seed, place, tell)
   about = saved.about
   before, after = (np.array(about[k], np.float64) for k in ('before', 'after'))
@@ -108,7 +108,7 @@ def run(
     'config': chosen,
     'config_sha256': config.sha256(chosen),
     'model': chosen['model'],
-    'editor': chosen['editor'],
+    'editor': chosen['label'] or chosen['editor'],
     'edits': len(exam.edits),
     'mode': mode(chosen),
     'seed': seed,
@@ -283,6 +283,18 @@ def begin_texts(chosen, subject: Subject, seed: int) -> list[str]:
     text = subject.tokenizer.decode([*row, *np.asarray(new[0]).tolist()])
     found.append(' '.join(text.replace('{', ' ').replace('}', ' ').split()))
   return found
+
+
+def editor_of(chosen, subject: Subject, data: Path, tell) -> Editor:
+  """The editor, with the statistics and the texts that it needs."""
+  known: dict[str, Any] = {'config': subject.config}
+  known['moments'] = moments_of(chosen, subject, data, tell)
+  if edit_config.needs(chosen, 'unrelated'):
+    about = chosen['moments']
+    text = data / 'text/corpora' / about['corpus'] / 'train.txt'
+    starts = corpora.blocks(text, subject.file, about['block'])[:32, :12]
+    known['unrelated'] = rows.layout([(row.tolist(), len(row) - 1, []) for row in starts])
+  return edit_config.make(chosen, known)
 
 
 def moments_of(chosen, subject: Subject, data: Path, tell) -> dict[int, np.ndarray]:

@@ -1,8 +1,8 @@
 """Tables and figures of docs/editing.md, and results/edit.csv, from results/edit/ alone:
 `python -m tools.edit [--write]`.
 
-results/edit/NAME/results.jsonl are what `experiments.edit` left, results/edit/trace/trace.json what its --trace
-did. Without --write the command only says whether page and table are current.
+results/edit/NAME/results.jsonl are what `experiments.edit` left, results/edit/trace/trace.json what its
+--trace did. Without --write the command only says whether page and table are current.
 """
 
 from __future__ import annotations
@@ -50,13 +50,18 @@ def read() -> dict[str, dict[tuple, Lines]]:
       line = json.loads(text)
       key = (line['model'], line['editor'], line['edits'], line['mode'], line['config']['batch'])
       groups[key].append(line)
-    order = lambda k: (k[0], k[2], MODES.index(k[3]), k[4], -mean(groups[k], 's'))  # noqa: E731
-    found[name] = {k: groups[k] for k in sorted(groups, key=order)}
+    found[name] = dict(sorted(groups.items(), key=order))
   return found
 
 
 def values(lines: Lines, key: str) -> list[float]:
   return [line[key] for line in lines if line.get(key) is not None]
+
+
+def order(group: tuple[tuple, Lines]) -> tuple:
+  """By model, number and mode, the best editor first."""
+  (model, _, edits, mode, batch), lines = group
+  return model, edits, MODES.index(mode), batch, -mean(lines, 's')
 
 
 def mean(lines: Lines, key: str) -> float:
@@ -78,8 +83,8 @@ def shown(found: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
 
 def table(groups: dict[tuple, Lines]) -> str:
   """A row an editor, number and mode."""
-  head = ('edits', 'how', 'editor', 'S', 'ES', 'PS', 'NS', 'forgotten', 'wiki, math', 'fluency', 'consistency',
-          's an edit', 'bytes', 'seeds')  # fmt: skip
+  head = ('edits', 'how', 'editor', 'S', 'ES', 'PS', 'NS', 'forgotten', 'wiki, math', 'fluency',
+          'consistency', 's an edit', 'bytes', 'seeds')  # fmt: skip
   rows = []
   for (_, editor, edits, mode, batch), lines in groups.items():
     one, two = (perplexity(lines, which) for which in (0, 1))
@@ -88,17 +93,22 @@ def table(groups: dict[tuple, Lines]) -> str:
       str(edits), how, editor, *(shown(values(lines, k)) for k in ('s', 'es', 'ps', 'ns')),
       shown(values(lines, 'forgetting')), ', '.join(f'{one[n]:.1f} → {two[n]:.1f}' for n in one) or NONE,
       shown(values(lines, 'ge'), 1, 2), shown(values(lines, 'rs')),
-      shown(values(lines, 'seconds_per_edit'), 1, 2), size(round(mean(lines, 'state_bytes'))), str(len(lines)),
+      shown(values(lines, 'seconds_per_edit'), 1, 2), size(round(mean(lines, 'state_bytes'))),
+      str(len(lines)),
     ))  # fmt: skip
   return markdown(head, rows)
 
 
 def start(groups: dict[tuple, Lines]) -> str:
   """What the model says before."""
-  seeds = {(line['seed'], line['edits']): line['before'] for lines in groups.values() for line in lines}
+  seeds = {
+    (line['seed'], line['edits']): line['before'] for lines in groups.values() for line in lines
+  }
   most = max(edits for _, edits in seeds)
   of = [before for (_, edits), before in seeds.items() if edits == most]
-  parts = (f'{k.upper()} {shown([b[k] for b in of if b[k] is not None])}' for k in ('s', 'es', 'ps', 'ns'))
+  parts = (
+    f'{k.upper()} {shown([b[k] for b in of if b[k] is not None])}' for k in ('s', 'es', 'ps', 'ns')
+  )
   return f'Before: {", ".join(parts)} ({most} edits).'
 
 
@@ -127,7 +137,9 @@ def draw(groups: dict[tuple, Lines], path: Path) -> None:
   for name, lines in curves(groups).items():
     points = [c['edits'] for c in lines[0]['curve']]
     for axis, (key, title) in zip(
-      axes, (('s', 'S'), ('es', 'efficacy'), ('ps', 'paraphrase'), ('ns', 'neighbourhood')), strict=True
+      axes,
+      (('s', 'S'), ('es', 'efficacy'), ('ps', 'paraphrase'), ('ns', 'neighbourhood')),
+      strict=True,
     ):
       found = [[c.get(key) for c in line['curve']] for line in lines]
       rows = np.array(found, float)
@@ -135,7 +147,9 @@ def draw(groups: dict[tuple, Lines], path: Path) -> None:
       axis.set(title=title, xlabel='edits', ylim=(0, 102))
       axis.grid(color=FAINT, linewidth=0.5)
   axes[0].set_ylabel('%')
-  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8)
+  figure.legend(
+    *axes[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8
+  )
   figure.savefig(path, dpi=110, metadata={'Software': None})
   plt.close(figure)
   print(f'{path.name} drawn')
@@ -148,11 +162,12 @@ def traced() -> str:
   about, average = json.loads(file.read_text()), tracing.average(*read_trace(file))
   effect = average.effect[1, :, 2]
   best = int(np.argmax(effect))
+  how = f'{about["samples"]} samples of noise, window {about["window"]}'
   return (
-    f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {about["samples"]} samples of '
-    f'noise, window {about["window"]}: p {average.clean:.3f} clean, {average.corrupted:.3f} corrupted. MLPs put '
-    f'back at the last subject token help most around layer {best} ({effect[best]:.3f}); the rule picks layers '
-    f'{tracing.layers_of(average)}.\n\n![average indirect effects](figures/edit_trace.png)'
+    f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {how}: p {average.clean:.3f} '
+    f'clean, {average.corrupted:.3f} corrupted. MLPs put back at the last subject token help most around '
+    f'layer {best} ({effect[best]:.3f}); the rule picks layers {tracing.layers_of(average)}.\n\n'
+    '![average indirect effects](figures/edit_trace.png)'
   )
 
 
