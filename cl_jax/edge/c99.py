@@ -10,6 +10,7 @@ Build with `-std=c99 -O2 -ffp-contract=off`: contraction into fused multiply-add
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -142,6 +143,7 @@ def function(
   offsets = [p.offset for p in e.arena.places]
   text = '\n'.join(body.render(0))
   text = re.sub(r'@(\d+)@( \+ )?(?:(\d+)(?=\]))?', lambda m: _offset(offsets[int(m[1])], m[2], m[3]), text)
+  text = without_unread(text)
   parameters = [f'{state_type} *s'] if state else []
   parameters += [f'const {ctype(v.dtype)} *{t}' for v, t in zip(rows, inputs, strict=True)]
   parameters += [f'{ctype(v.dtype)} *{t}' for v, t in zip(results, outputs, strict=True)]
@@ -152,6 +154,21 @@ def function(
     text = text.replace('{\n', '{\n' + ''.join(f'  (void){n};\n' for n in unread), 1)
   signature = f'void {name}({", ".join(parameters) or "void"})'
   return Function(signature, f'{signature} {text}', sizes, e.macs, e.copies)
+
+
+def without_unread(text: str) -> str:
+  """The code without locals that nothing reads; no expression has an effect."""
+  declaration = re.compile(r'\s*const \w+ (\w+) = .*;')
+  lines = text.split('\n')
+  counts = Counter(re.findall(r'[A-Za-z]\w*', text))
+  kept = []
+  for line in reversed(lines):
+    found = declaration.fullmatch(line)
+    if found and counts[found[1]] == 1:
+      counts.subtract(re.findall(r'[A-Za-z]\w*', line))
+    else:
+      kept.append(line)
+  return '\n'.join(kept[::-1])
 
 
 def arena_of(functions: Sequence[Function]) -> dict[str, int]:

@@ -125,6 +125,8 @@ def elementwise(op: Op, args: list[str]) -> str:
   if name == 'compare':
     if op.attrs.get('compare_type') == 'TOTALORDER' and real:
       a, b = f'm_order({a})', f'm_order({b})'
+    elif a == b and not real:  # compilers warn about it
+      return '1' if op.attrs['comparison_direction'] in ('EQ', 'LE', 'GE') else '0'
     return f'(uint8_t)({a} {COMPARE[op.attrs["comparison_direction"]]} {b})'
   if name == 'convert':
     return convert(a, dtype, out)

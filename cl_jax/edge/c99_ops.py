@@ -14,6 +14,8 @@ static inline int32_t h_index(int64_t i, int32_t last) { return i < 0 ? 0 : i > 
 
 def start(b: Block, v: Value, index: list[str], last: int, scope: Scope) -> str:
   """A local: an element of v as an index in [0, last]."""
+  if last == 0:
+    return '0'
   e = b.e
   e.helpers['h_index'] = INDEX
   text = f'h_index((int64_t){e.at(v, index, scope)}, {last})'
