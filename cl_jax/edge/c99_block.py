@@ -150,6 +150,9 @@ class Emitter:
     at = linear(index, strides_of(v.shape))
     if len(below.shape) == 1:
       return self.at(below, [at], scope)
+    if affine(v, set(self.places)) is None:  # of an outer block: the index is taken apart
+      steps = zip(strides_of(below.shape), below.shape, strict=True)
+      return self.at(below, [f'(({at}) / {s} % {n})' for s, n in steps], scope)
     place, offset, strides = self.memory(v)
     return self.element(place, linear(index, strides, offset))
 

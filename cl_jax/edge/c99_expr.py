@@ -45,7 +45,7 @@ CALLS = {
 COUNTS = {'popcnt': 'popcnt', 'count_leading_zeros': 'clz'}
 COMPARE = {'EQ': '==', 'NE': '!=', 'LT': '<', 'LE': '<=', 'GT': '>', 'GE': '>='}
 OTHER = ('divide', 'remainder', 'power', 'negate', 'abs', 'sign', 'not', 'compare', 'select', 'clamp')
-OTHER += ('convert', 'bitcast_convert', 'square')
+OTHER += ('convert', 'bitcast_convert', 'square', 'reduce_precision')
 ELEMENTWISE = {*UNARY, *WRAPPING, *BITWISE, *CALLS, *COUNTS, *OTHER}
 
 
@@ -109,6 +109,9 @@ def elementwise(op: Op, args: list[str]) -> str:
     if real:
       return {'divide': f'({a} / {b})', 'remainder': f'm_fmod({a}, {b})', 'power': f'm_pow({a}, {b})'}[name]
     return f'm_{ {"divide": "div", "remainder": "rem", "power": "pow"}[name] }_{dtype}({a}, {b})'
+  if name == 'reduce_precision' and real and op.attrs['exponent_bits'] == 8:
+    drop = 23 - op.attrs['mantissa_bits']
+    return f'm_precision({a}, {drop})' if drop else a
   if name == 'negate':
     return f'(-{a})' if real else f'({kind})(0 - ({word}){a})'
   if name == 'abs':

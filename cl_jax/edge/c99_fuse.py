@@ -165,7 +165,7 @@ class Fusion:
     """What an operation wants in memory: operands read again and again, or at a linear index."""
     for op in self.region.ops:
       if op.name == 'reshape' and not flat_view(op):
-        self._memory(op.results[0])
+        self._linear(op)
       if op.name in ('dot_general', 'convolution', 'cholesky', 'triangular_solve', 'custom_call'):
         for v in op.operands:
           self._memory(v)
@@ -199,14 +199,23 @@ class Fusion:
         self._memory(below)
         if affine(v, self.stored) is not None:
           return
-      if op.name == 'reshape' and below in self.inside:
-        self._force(below)
+      if op.name == 'reshape':
+        self._linear(op)
         if affine(v, self.stored) is not None:
           return
     if v in self.inside:
       self._force(v)
       return
     raise AssertionError(f'{op.name} of a value of an outer block that is not in memory')
+
+  def _linear(self, op: Op) -> None:
+    """Stores what a reshape reads, where it is no view of memory that a linear index can walk."""
+    v, below = op.results[0], op.operands[0]
+    if affine(v, self.stored - {v}) is None:
+      if below.op is not None and below.op.name != 'iota':
+        self._memory(below)
+      if affine(v, self.stored - {v}) is None:
+        self._force(below)
 
   def _inline(self, v: Value) -> bool:
     """An elementwise value that is surely computed where it is used."""

@@ -26,6 +26,13 @@ static inline int32_t m_order(float x) {
   return i < 0 ? i ^ 0x7fffffff : i;
 }
 
+/* Without the last `drop` bits of the mantissa, to nearest even. */
+static inline float m_precision(float x, int32_t drop) {
+  const uint32_t b = m_bits(x), half = (uint32_t)1 << (drop - 1);
+  if (x != x) return x;
+  return m_float((b + half - 1 + ((b >> drop) & 1)) & ~(2 * half - 1));
+}
+
 static inline float m_abs(float x) { return m_float(m_bits(x) & 0x7fffffffu); }
 
 static inline float m_copysign(float x, float s) {
