@@ -99,7 +99,8 @@ def plan(places: list[Place]) -> dict[str, int]:
   for place in sorted((p for p in places if p.first is not None), key=lambda p: -p.size):
     kind = member_of(place.dtype)
     beside = sorted(
-      (p for p in done if member_of(p.dtype) == kind and _meet(p, place)), key=lambda p: p.offset or 0
+      (p for p in done if member_of(p.dtype) == kind and _meet(p, place)),
+      key=lambda p: p.offset or 0,
     )
     best, gap, free = None, 0, 0
     for other in beside:

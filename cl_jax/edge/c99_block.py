@@ -27,6 +27,9 @@ class Tables:
 
   def place(self, array: np.ndarray, dtype: str) -> Place:
     array = np.ascontiguousarray(array)
+    if dtype == 'f32' and np.isnan(array).any():  # no constant expression is a NaN
+      bits = self.place(array.view(np.uint32), 'ui32')
+      return Place(array.size, dtype, lambda index: f'm_float({bits.text(index)})', owned=False)
     key = (dtype, array.tobytes())
     if key not in self.names:
       name = self.names[key] = f'{self.prefix}_k{len(self.names)}'
@@ -130,7 +133,9 @@ class Emitter:
       return self.at(below, source, scope)
     if op.name == 'reverse':
       turned = op.attrs['dimensions']
-      source = [total(str(v.shape[k] - 1), times(i, -1)) if k in turned else i for k, i in enumerate(index)]
+      source = [
+        total(str(v.shape[k] - 1), times(i, -1)) if k in turned else i for k, i in enumerate(index)
+      ]
       return self.at(below, source, scope)
     if op.name == 'broadcast_in_dim':
       dims = op.attrs['broadcast_dimensions']
@@ -140,7 +145,9 @@ class Emitter:
       return self._reshape(op, v, below, index, scope)
     if op.name == 'bitcast_convert' and widens(op):
       return self._bytes(op, v, below, index, scope)
-    args = [self.at(u, index if u.shape == v.shape else ['0'] * len(u.shape), scope) for u in op.operands]
+    args = [
+      self.at(u, index if u.shape == v.shape else ['0'] * len(u.shape), scope) for u in op.operands
+    ]
     return elementwise(op, args)
 
   def _reshape(self, op: Op, v: Value, below: Value, index: list[str], scope: Scope) -> str:
@@ -234,8 +241,12 @@ class Block:
     chosen = None
     for out, tie in zip(self.outs, self.ties or (), strict=False):
       held = self.occupant.get(tie)
-      if out is v and tie.dtype == v.dtype and (
-        held is None or (held in self.mine and self._over(held, there and reads.get(held, True)))
+      if (
+        out is v
+        and tie.dtype == v.dtype
+        and (
+          held is None or (held in self.mine and self._over(held, there and reads.get(held, True)))
+        )
       ):
         chosen = tie
         break

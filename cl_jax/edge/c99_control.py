@@ -118,7 +118,9 @@ def top_k(b: Block, op: Op, root: Scope) -> None:
   key = (lambda x: f'm_order({x})') if v.dtype == 'f32' else (lambda x: x)
   outer.add('int32_t held = 0;')
   scan = Scope(outer, f'for (int32_t j = 0; j < {n}; j++)', wall=True)
-  scan.add(f'const {ctype(v.dtype, op)} acc_x = {e.at(v, [*index, "j"], scan)};', 'int32_t to = held;')
+  scan.add(
+    f'const {ctype(v.dtype, op)} acc_x = {e.at(v, [*index, "j"], scan)};', 'int32_t to = held;'
+  )
   shift = Scope(scan, f'for (; to > 0 && {key("acc_x")} > {key(cell(pv, "(to - 1)"))}; to--)')
   move = Scope(shift, f'if (to < {k})')
   move.add(*(f'{cell(p, "to")} = {cell(p, "(to - 1)")};' for p in (pv, po)))

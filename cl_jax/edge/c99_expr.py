@@ -44,7 +44,18 @@ CALLS = {
 }
 COUNTS = {'popcnt': 'popcnt', 'count_leading_zeros': 'clz'}
 COMPARE = {'EQ': '==', 'NE': '!=', 'LT': '<', 'LE': '<=', 'GT': '>', 'GE': '>='}
-OTHER = ('divide', 'remainder', 'power', 'negate', 'abs', 'sign', 'not', 'compare', 'select', 'clamp')
+OTHER = (
+  'divide',
+  'remainder',
+  'power',
+  'negate',
+  'abs',
+  'sign',
+  'not',
+  'compare',
+  'select',
+  'clamp',
+)
 OTHER += ('convert', 'bitcast_convert', 'square', 'reduce_precision')
 ELEMENTWISE = {*UNARY, *WRAPPING, *BITWISE, *CALLS, *COUNTS, *OTHER}
 
@@ -61,7 +72,7 @@ def literal(value: Any, dtype: str) -> str:
   if dtype == 'f32':
     x = float(value)
     if math.isnan(x):
-      return '(0.0f / 0.0f)'
+      return 'm_float(0x7fc00000u)'  # 0 / 0 has a sign that depends on the target
     if math.isinf(x):
       return '(1.0f / 0.0f)' if x > 0 else '(-1.0f / 0.0f)'
     text = repr(float(f'{x:.9g}'))
@@ -77,7 +88,9 @@ def ctype(dtype: str, op: Op | None = None) -> str:
   """The C type of a StableHLO type; UserError where there is none."""
   if dtype not in TYPES:
     place = f' in {op.name} at {op.where()}' if op else ''
-    raise UserError(f'type {dtype}{place} has no C99 form: convert it to float32 or an integer type')
+    raise UserError(
+      f'type {dtype}{place} has no C99 form: convert it to float32 or an integer type'
+    )
   return TYPES[dtype]
 
 
@@ -107,7 +120,11 @@ def elementwise(op: Op, args: list[str]) -> str:
     return f'm_{COUNTS[name]}_{dtype}({a})'
   if name in ('divide', 'remainder', 'power'):
     if real:
-      return {'divide': f'({a} / {b})', 'remainder': f'm_fmod({a}, {b})', 'power': f'm_pow({a}, {b})'}[name]
+      return {
+        'divide': f'({a} / {b})',
+        'remainder': f'm_fmod({a}, {b})',
+        'power': f'm_pow({a}, {b})',
+      }[name]
     return f'm_{ {"divide": "div", "remainder": "rem", "power": "pow"}[name] }_{dtype}({a}, {b})'
   if name == 'reduce_precision' and real and op.attrs['exponent_bits'] == 8:
     drop = 23 - op.attrs['mantissa_bits']
@@ -115,7 +132,13 @@ def elementwise(op: Op, args: list[str]) -> str:
   if name == 'negate':
     return f'(-{a})' if real else f'({kind})(0 - ({word}){a})'
   if name == 'abs':
-    return f'm_abs({a})' if real else a if dtype[0] == 'u' else f'({a} < 0 ? ({kind})(0 - ({word}){a}) : {a})'
+    return (
+      f'm_abs({a})'
+      if real
+      else a
+      if dtype[0] == 'u'
+      else f'({a} < 0 ? ({kind})(0 - ({word}){a}) : {a})'
+    )
   if name == 'sign':
     return f'm_sign({a})' if real else f'({kind})(({a} > 0) - ({a} < 0))'
   if name == 'not':

@@ -156,7 +156,9 @@ class Fusion:
       if op.name in LAZY:
         own = cost(op) if op.name in ELEMENTWISE else 0
         paid = [
-          0 if len(self.users.get(v, ())) > 1 and self.price.get(v, 0) > CHEAP else self.price.get(v, 0)
+          0
+          if len(self.users.get(v, ())) > 1 and self.price.get(v, 0) > CHEAP
+          else self.price.get(v, 0)
           for v in op.operands
         ]
         self.price[op.results[0]] = min(own + sum(paid), 1000)
@@ -230,7 +232,9 @@ class Fusion:
       reads = {*op.operands, *captured(op)}
       out = op.results[0]
       if is_elementwise(out):
-        fusable = {v for v in reads if v in self.inside and is_elementwise(v) and v.shape == out.shape}
+        fusable = {
+          v for v in reads if v in self.inside and is_elementwise(v) and v.shape == out.shape
+        }
         level = max([near[v] if v in fusable else far.get(v, 0) for v in reads], default=0)
         near[out] = level
         beyond = max([far.get(v, 0) for v in reads], default=0)
@@ -288,7 +292,9 @@ class Fusion:
       if op.name not in LAZY:
         kernel = Kernel(op.results, op, self.reads_of(op))
       else:
-        members = groups.get(self._find(op.results[0]) if is_elementwise(op.results[0]) else op.results[0])
+        members = groups.get(
+          self._find(op.results[0]) if is_elementwise(op.results[0]) else op.results[0]
+        )
         if not members or members[0] is not op.results[0]:
           continue
         kernel = Kernel(members, None, self.reads(members))

@@ -68,7 +68,9 @@ def pad(b: Block, op: Op, root: Scope) -> None:
   low, inside = op.attrs['edge_padding_low'], op.attrs['interior_padding']
   place = b.place(result)
   inner, index = Scope(root, wall=True).loops(result.shape, 'i')
-  inner.add(f'{e.element(place, linear(index, strides_of(result.shape)))} = {e.at(blank, [], inner)};')
+  inner.add(
+    f'{e.element(place, linear(index, strides_of(result.shape)))} = {e.at(blank, [], inner)};'
+  )
   inner, index = Scope(root, wall=True).loops(v.shape, 'i')
   to = [total(times(i, t + 1), str(lo)) for i, t, lo in zip(index, inside, low, strict=True)]
   checks = []
@@ -139,7 +141,9 @@ def scatter(b: Block, op: Op, root: Scope) -> None:
   paired = numbers.get('input_batching_dims', ())
   inserted = {*numbers.get('inserted_window_dims', ()), *paired}
   rest = [*op.operands[n:]]
-  places = [_base(b, op, root, k, [*rest, *op.operands[:k], *op.operands[k + 1 : n]]) for k in range(n)]
+  places = [
+    _base(b, op, root, k, [*rest, *op.operands[:k], *op.operands[k + 1 : n]]) for k in range(n)
+  ]
   target, shape = op.operands[0].shape, parts[0].shape
   inner, index = root.loops(shape, 'i')
   batch = [i for k, i in enumerate(index) if k not in window]

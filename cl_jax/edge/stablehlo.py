@@ -248,7 +248,13 @@ def _prune_carry(op: Op, live: set[Value]) -> None:
 
 
 def _drop(op: Op, k: int) -> None:
-  for place in (op.operands, op.results, op.regions[1].outs, op.regions[0].args, op.regions[1].args):
+  for place in (
+    op.operands,
+    op.results,
+    op.regions[1].outs,
+    op.regions[0].args,
+    op.regions[1].args,
+  ):
     del place[k]
 
 

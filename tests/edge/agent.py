@@ -113,14 +113,21 @@ def image(entries: Sequence[tuple[int, int]], leaves: Sequence[np.ndarray]) -> n
   return memory
 
 
-def sanitized(program: Program, memory: np.ndarray, calls: Sequence, out: int, place: Path) -> bytes:
+def sanitized(
+  program: Program, memory: np.ndarray, calls: Sequence, out: int, place: Path
+) -> bytes:
   """The state's bytes after the calls [(part, rows), ...] under the address and undefined sanitizers."""
   name = program.manifest['name']
   rows = len(program.manifest['batch'])
   sizes = {'BATCH': [], 'ENDS': []}
   for part, given in calls:
     sizes['ENDS' if part == 'boundary' else 'BATCH'] = [np.asarray(a).nbytes for a in given]
-  words = {'NAME': name, 'ROWS': rows, 'OUT': out, 'ARGS': ', '.join(f'rows[{k}]' for k in range(rows))}
+  words = {
+    'NAME': name,
+    'ROWS': rows,
+    'OUT': out,
+    'ARGS': ', '.join(f'rows[{k}]' for k in range(rows)),
+  }
   words |= {k: ', '.join(map(str, v or [0])) for k, v in sizes.items()}
   harness = HARNESS
   for key, value in words.items():
@@ -128,7 +135,9 @@ def sanitized(program: Program, memory: np.ndarray, calls: Sequence, out: int, p
   program_file = build({**program.files, 'harness.c': harness}, place, 'harness', *SANITIZE)
   stdin = memory.tobytes()
   for part, given in calls:
-    stdin += part[:1].encode() + b''.join(np.ascontiguousarray(np.asarray(a)).tobytes() for a in given)
+    stdin += part[:1].encode() + b''.join(
+      np.ascontiguousarray(np.asarray(a)).tobytes() for a in given
+    )
   done = subprocess.run([program_file], input=stdin, capture_output=True)
   assert done.returncode == 0, done.stderr.decode()[:3000]
   return done.stdout

@@ -85,7 +85,9 @@ def test_every_method(name, toy_stream, tmp_path):
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_by_name_line_and_method(name, toy_stream):
   flat, _, _ = flat_of(name, toy_stream)
-  with pytest.raises(UserError, match=rf'{REFUSED[name]} at cl_jax/methods/\w+/{name}\.py:\d+ \(method {name}\)'):
+  with pytest.raises(
+    UserError, match=rf'{REFUSED[name]} at cl_jax/methods/\w+/{name}\.py:\d+ \(method {name}\)'
+  ):
     emit(flat, 'cl')
 
 
@@ -139,7 +141,9 @@ def test_convolutions_batch_in_place(tmp_path):
   flat, batches, ends = small(method_of('er'), **images)
   program = emit(flat, 'cl')
   follow(flat, Device(program, flat.leaves, tmp_path), batches, ends, 3e-5)
-  assert any(leaf['dtype'] == 'int8' and leaf['meaning'] == 'uint8' for leaf in program.manifest['state'])
+  assert any(
+    leaf['dtype'] == 'int8' and leaf['meaning'] == 'uint8' for leaf in program.manifest['state']
+  )
 
 
 def test_manifest_counts(tmp_path):
