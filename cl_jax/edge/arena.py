@@ -88,8 +88,8 @@ class Arena:
 def plan(places: list[Place]) -> dict[str, int]:
   """Sets the offsets: the largest first, each in the smallest gap of those that live at the same time.
 
-  Arrays of different types do not share bytes: C99 forbids to read memory as another type than it was written in, and
-  compilers rely on that.
+  Arrays of different types do not share bytes: C99 forbids to read memory as another type than it was
+  written in, and compilers rely on that.
 
   Returns:
     The elements that each array needs: 'f32', 'u8', ...

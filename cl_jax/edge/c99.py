@@ -1,10 +1,12 @@
 """A learner as one file of freestanding C99: no allocation, no library, the same bits on every target.
 
-The step, the prediction and the boundary are taken from the StableHLO that JAX itself would compile, so what runs on
-the device is the method as it is written. Intermediate results are in a static arena whose size is known before
-anything is flashed; the state is one struct that the caller owns and that is updated in place.
+The step, the prediction and the boundary are taken from the StableHLO that JAX itself would compile, so what
+runs on the device is the method as it is written. Intermediate results are in a static arena whose size is
+known before anything is flashed; the state is one struct that the caller owns and that is updated in place.
 
-Build with `-std=c99 -O2 -ffp-contract=off`: contraction into fused multiply-adds would differ between targets.
+Build with `-std=c99 -O2 -ffp-contract=off`: contraction into fused multiply-adds would make targets differ.
+Unlike XLA on a CPU, the emitted code keeps denormal numbers; the products and sums of a dot product or a
+reduction are taken in the order of their index.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Program(NamedTuple):
 
   Attributes:
     files: name -> text: NAME.c, NAME.h, NAME_main.c (an example).
-    manifest: names, shapes and bytes of the state's leaves and of what the functions take; bytes of the arena and of
-      constants; multiply-adds of each function; copies of memory that could not be avoided.
+    manifest: names, shapes and bytes of the state's leaves and of what the functions take; bytes of the arena
+      and of constants; multiply-adds of each function; copies of memory that could not be avoided.
   """
 
   files: dict[str, str]

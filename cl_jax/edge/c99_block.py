@@ -1,4 +1,4 @@
-"""A block of StableHLO as C: its kernels in order, each value in its place, state overwritten where it is dead."""
+"""A block of StableHLO as C: kernels in order, values in places, state overwritten where it is dead."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Emitter:
 
   def _bytes(self, op: Op, v: Value, below: Value, index: list[str], scope: Scope) -> str:
     """A bitcast between widths: the lowest bytes come first."""
-    wide, narrow = ctype(below.dtype, op), ctype(v.dtype, op)
+    narrow = ctype(v.dtype, op)
     bits = lambda d: int(re.sub(r'\D', '', d))  # noqa: E731
     if len(v.shape) > len(below.shape):
       value = self.at(below, index[:-1], scope)
@@ -177,7 +177,6 @@ class Emitter:
       for k in range(below.shape[-1])
     ]
     value = f'({" | ".join(parts)})'
-    del wide
     return f'm_float({value})' if v.dtype == 'f32' else f'({narrow}){value}'
 
   def region(self, region: Region, args: Sequence[str], scope: Scope) -> list[str]:
@@ -213,9 +212,10 @@ class Block:
       self.last.update(dict.fromkeys(found, END))
     self.mine = {a for a in region.args if e.places[a].owned}
     self.occupant: dict[Place, Value] = {e.places[a]: a for a in region.args}
-    for self.now, self.kernel in enumerate(self.fusion.kernels):
+    for now, kernel in enumerate(self.fusion.kernels):
+      self.now, self.kernel = now, kernel
       e.arena.position += 1
-      self._emit(self.kernel)
+      self._emit(kernel)
     if ties is not None:
       e.arena.position += 1
       self._finish(ties)
@@ -235,7 +235,8 @@ class Block:
 
     Args:
       v: the result.
-      there: every element is written after the last read of the same element, so that it may replace what it is made of.
+      there: every element is written after the last read of the same element, so that it may replace what it
+        is made of.
     """
     e, reads = self.e, self.kernel.reads
     chosen = None
@@ -272,7 +273,7 @@ class Block:
     return place
 
   def over(self, v: Value, result: Value, others: Sequence[Value]) -> Place:
-    """A place that holds v and that `result` may change: v's own where nothing reads v any more, else a copy."""
+    """A place that holds v and that `result` may change: v's own where v is not read again, else a copy."""
     base = v
     while base not in self.e.places and base.op is not None and base.op.name == 'reshape':
       base = base.op.operands[0]

@@ -1,8 +1,9 @@
-"""What becomes a loop and what an expression inside one: fusion of elementwise chains, and the order of the loops.
+"""What becomes a loop and what an expression inside one: fusion of elementwise chains, order of the loops.
 
-Every operation is one of three kinds. *Kernels* (products, reductions, scatters, loops, ...) write memory. *Views*
-(transposes, slices, broadcasts) are index arithmetic. *Elementwise* operations are expressions; those over the
-same shape that depend on each other form one loop nest, and only what is read outside of it is written to memory.
+Every operation is one of three kinds. *Kernels* (products, reductions, scatters, loops, ...) write memory.
+*Views* (transposes, slices, broadcasts) are index arithmetic. *Elementwise* operations are expressions; those
+over the same shape that depend on each other form one loop nest, and only what is read outside of it is
+written to memory.
 """
 
 from __future__ import annotations

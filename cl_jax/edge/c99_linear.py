@@ -39,7 +39,7 @@ static void h_product_NAME(TC *c, const TA *a, const TB *b, int32_t rows, int32_
   }
 }"""
 
-CHOLESKY = """/* In place: the triangle l with l l^T = a, the other half zero; all NaN where a is not positive definite. */
+CHOLESKY = """/* In place: l with l l^T = a, the other half zero; all NaN where a is not positive definite. */
 static void h_cholesky(float *a, int32_t n, int32_t row, int32_t column) {
   int32_t fine = 1;
   for (int32_t j = 0; j < n; j++) {

@@ -1,7 +1,7 @@
 """The arithmetic that the emitted file brings along, in C99 without a library: the same bits on every target.
 
-Floats are IEEE single; the error of every function is a few units in the last place, `sqrtf` is correctly rounded.
-`sinf` and `cosf` lose accuracy beyond |x| of about 10,000.
+Floats are IEEE single; the error of every function is a few units in the last place, `m_sqrt` is correctly
+rounded. `m_sin` and `m_cos` lose accuracy beyond |x| of about 10,000.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ static float m_cbrt(float x) {
   return m_copysign(y, x);
 }
 
-/* Complementary error function: Chebyshev fit of Press et al., Numerical Recipes (fractional error 1.2e-7). */
+/* Chebyshev fit of Press et al., Numerical Recipes, fractional error 1.2e-7. */
 static float m_erfc_tail(float z) {
   const float t = 1.0f / (1.0f + 0.5f * z);
   float p = 0.17087277f;

@@ -68,7 +68,7 @@ class Scope:
     return scope, index
 
   def render(self, depth: int) -> list[str]:
-    """The lines, indented; braces are left out around a single line."""
+    """The lines, indented; nothing where nothing is inside."""
     pad = '  ' * depth
     inner: list[str] = []
     for item in self.items:

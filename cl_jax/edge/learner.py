@@ -1,4 +1,4 @@
-"""A learner as flat programs: lists of arrays in, lists of arrays out, which any ahead-of-time compiler takes."""
+"""A learner as flat programs: lists of arrays in and out, which any ahead-of-time compiler takes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Leaf(NamedTuple):
   Attributes:
     name: path in the tree, such as 'params/l0/w' or 'method/er/rows/x'.
     shape, dtype: as the program carries it.
-    meaning: the dtype of the learner's own leaf: 'uint32' of an 'int32' whose bits are unsigned, 'key<...>' of the
-      words of a typed key; elsewhere equal to `dtype`.
+    meaning: the dtype of the learner's own leaf: 'uint32' of an 'int32' with unsigned bits, 'key<...>' of
+      the words of a typed key; elsewhere equal to `dtype`.
   """
 
   name: str
@@ -57,9 +57,9 @@ class Flat(NamedTuple):
 def flatten(learner: Learner, state: State, batch: Batch, ends: Batch | None = None) -> Flat:
   """The learner's functions over flat lists.
 
-  Typed keys travel as their words, and every unsigned leaf of the state as a signed one of the same bits (some edge
-  compilers do not legalise unsigned state), which the programs bitcast inside. Nothing is donated (a donated
-  export gives silently wrong numbers on some of them).
+  Typed keys travel as their words, and every unsigned leaf of the state as a signed one of the same bits
+  (some edge compilers do not legalise unsigned state), which the programs bitcast inside. Nothing is donated
+  (a donated export gives silently wrong numbers on some of them).
 
   Args:
     learner: see `Learner`.
@@ -118,8 +118,8 @@ def shapes(leaves: Sequence[Leaf]) -> list[jax.ShapeDtypeStruct]:
 def lower(f: Callable, *lists: Sequence[Leaf]) -> Any:
   """The StableHLO module of f for these lists.
 
-  Lowered as for a TPU: Threefry comes unrolled (the same bits without a loop), factorisations as operations of their own
-  instead of calls into LAPACK. The module runs nowhere as it is; it is what the C backend reads.
+  Lowered as for a TPU: Threefry comes unrolled (the same bits without a loop), factorisations as operations
+  of their own instead of calls into LAPACK. It is what the C backend reads; nothing runs it as it is.
   """
   traced = jax.jit(f, keep_unused=True).trace(*(shapes(leaves) for leaves in lists))
   return traced.lower(lowering_platforms=('tpu',)).compiler_ir('stablehlo')

@@ -1,4 +1,4 @@
-"""StableHLO as a few plain objects: a module is parsed, its calls are inlined and what nothing uses is dropped."""
+"""StableHLO as a few plain objects: parsed, calls inlined, what nothing uses dropped."""
 
 from __future__ import annotations
 

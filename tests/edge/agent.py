@@ -15,8 +15,8 @@ from cl_jax.edge.c99 import FLAGS, Program
 
 SANITIZE = ('-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-g', '-O1')
 
-# Reads the state, then batches until its input ends; writes the state. Whatever is read is kept in heap blocks of
-# exactly the right size, so that the address sanitizer sees one byte too far.
+# Reads the state, then batches until its input ends; writes the state. Whatever is read is kept in heap
+# blocks of exactly the right size, so that the address sanitizer sees one byte too far.
 HARNESS = """
 #include <stdio.h>
 #include <stdlib.h>

@@ -107,7 +107,8 @@ def test_elementwise_integers(tmp_path):
     ]
     casts = (
       c.astype(jnp.float32) / 255, (c.astype(jnp.float32) * 3 - 99).astype(jnp.uint8), c.astype(jnp.int8),
-      c.astype(bool), (c > d).astype(jnp.int32), lax.bitcast_convert_type(a, jnp.float32) == 1, lax.clamp(-5, a, 9),
+      c.astype(bool), (c > d).astype(jnp.int32), lax.bitcast_convert_type(a, jnp.float32) == 1,
+      lax.clamp(-5, a, 9),
       lax.bitcast_convert_type(a, jnp.uint8), lax.bitcast_convert_type(c.reshape(3, 4), jnp.int32),
       lax.bitcast_convert_type(c.astype(jnp.float32), jnp.int32),
     )  # fmt: skip
@@ -123,8 +124,8 @@ def test_views_and_joins(tmp_path):
       x.T.reshape(-1), x[::-1, 1:3].reshape(2, -1), jnp.flip(x, 1), jnp.pad(x, ((1, 2), (0, 1))),
       lax.pad(x, 0.5, ((-1, 2, 1), (1, -1, 0))), jnp.concatenate([x, 2 * x[:2]]), jnp.repeat(x, 2, 1),
       jnp.tile(x, (2, 1)), jnp.stack([x, x + 1], 1), x.reshape(2, 2, 5)[..., None].transpose(1, 3, 2, 0),
-      jnp.roll(x, 1, 0), x + np.arange(5, dtype=np.float32), jnp.arange(6).reshape(2, 3), jnp.zeros((3, 2)), x,
-      jnp.eye(4) @ x, np.array([True, False]), x.T @ x[:, ::-1],
+      jnp.roll(x, 1, 0), x + np.arange(5, dtype=np.float32), jnp.arange(6).reshape(2, 3), x,
+      jnp.zeros((3, 2)),      jnp.eye(4) @ x, np.array([True, False]), x.T @ x[:, ::-1],
     )  # fmt: skip
 
   check(tmp_path, f, floats(4, 5))
@@ -137,7 +138,8 @@ def test_reductions_and_windows(tmp_path):
     return (
       x.sum(), x.max(0), x.min(1), x.mean((0, 2)), x.prod(2), (x > 0).any(1), (x > 0).all(), x.var(0),
       jnp.argmax(jnp.round(x), 1), jnp.argmin(jnp.round(x), 2), jax.nn.softmax(x), jnp.cumsum(x, 1),
-      jnp.cumsum(n), jnp.cumprod(x, 0), first(image), *gradient(first)(image), mean(image), *gradient(mean)(image),
+      jnp.cumsum(n), jnp.cumprod(x, 0), first(image), *gradient(first)(image), mean(image),
+      *gradient(mean)(image),
     )  # fmt: skip
 
   check(tmp_path, f, floats(3, 4, 5), ints(17), floats(2, 7, 6, 3))
@@ -151,7 +153,8 @@ def test_computed_places(tmp_path):
   def f(x, i, u, pairs):
     cut = lambda a, j: lax.dynamic_slice(a, (j, i[3]), (2, 3))  # noqa: E731
     return (
-      x[i], jnp.take(x, i, 0, mode='clip'), x.at[i].get(mode='fill', fill_value=7.0), cut(x, i[2]), cut(x, i[1]),
+      x[i], jnp.take(x, i, 0, mode='clip'), x.at[i].get(mode='fill', fill_value=7.0), cut(x, i[2]),
+      cut(x, i[1]),
       jnp.take_along_axis(x, jnp.abs(i[:, None]) % 4, 1), x.at[i].set(u, mode='drop'), x.at[i].add(u),
       x.at[i, 1].max(u[:, 0]), x.at[:, i % 4].mul(2.0), x.at[i].min(u, mode='clip'),
       lax.dynamic_update_slice(x, u[:2, :2], (i[0], i[1])), lax.dynamic_update_slice(x, u[:2], (i[2], i[2])),
@@ -165,7 +168,8 @@ def test_products(tmp_path):
   def f(a, b, p, q):
     return (
       jnp.einsum('bik,bkj->bij', a, b), jnp.einsum('bik,bkj->ij', a, b), jnp.einsum('bik,bkj->jb', a, b),
-      jnp.einsum('bik,bkj->kij', a, b), jnp.einsum('bik,lik->bl', a, a), jnp.einsum('bik,lki->bl', a.transpose(0, 2, 1), a),
+      jnp.einsum('bik,bkj->kij', a, b), jnp.einsum('bik,lik->bl', a, a), 
+      jnp.einsum('bik,lki->bl', a.transpose(0, 2, 1), a),
       a[0] @ a[1].T, jnp.exp(a[0]) @ b[0], jnp.broadcast_to(a[0, 0], (4, 7)) @ b[1],
       lax.dot(p, q, preferred_element_type=jnp.int32), p.astype(jnp.int32) @ q.astype(jnp.int32),
     )  # fmt: skip
@@ -214,7 +218,8 @@ def test_convolutions(tmp_path):
 def test_sorting(tmp_path):
   def f(x, n, keys, row):
     return (
-      jnp.sort(x, 0), jnp.argsort(n, 1, stable=True), jnp.sort(n, descending=True), *lax.sort((keys, row, keys * row), num_keys=2),
+      jnp.sort(x, 0), jnp.argsort(n, 1, stable=True), jnp.sort(n, descending=True),
+      *lax.sort((keys, row, keys * row), num_keys=2),
       *lax.top_k(x, 3), *lax.top_k(n, 4), jnp.median(x),
     )  # fmt: skip
 
@@ -228,7 +233,8 @@ def test_random_bits(tmp_path):
   def f(words):
     key = jax.random.wrap_key_data(words)
     return (
-      jax.random.randint(key, (7,), -3, 99), jax.random.permutation(key, 11), jax.random.bits(key, (5,), jnp.uint8),
+      jax.random.randint(key, (7,), -3, 99), jax.random.permutation(key, 11), 
+      jax.random.bits(key, (5,), jnp.uint8),
       jax.random.bernoulli(key, 0.3, (9,)), jax.random.key_data(jax.random.split(key, 3)),
       lax.bitcast_convert_type(jax.random.uniform(jax.random.fold_in(key, 3), (4,)), jnp.int32),
       jax.random.normal(key, (3, 5)),
@@ -246,10 +252,10 @@ def test_control(tmp_path):
     def body(i, c):
       a, b, pair = c
       a = a + 0.01 * (z.reshape(-1)[:12].reshape(3, 4) @ w.T @ w) + 0.01 * k.T.reshape(3, 4)
-      turn = lambda s: (
-        s[0] + 1,
-        s[1].at[s[0] % 3].set(0.5 * s[1][(s[0] + 1) % 3] + a[s[0] % 3, 0]),
-      )  # noqa: E731
+
+      def turn(s):
+        return s[0] + 1, s[1].at[s[0] % 3].set(0.5 * s[1][(s[0] + 1) % 3] + a[s[0] % 3, 0])
+
       _, other = lax.while_loop(lambda s: s[0] < i + 2, turn, (0, b))
       b = lax.cond(i % 2 == 0, lambda b: b + other, lambda b: jnp.flip(b, 0) - other, b)
       return a, b, (pair[1], pair[0] + 1)
@@ -262,7 +268,8 @@ def test_control(tmp_path):
     return (
       *jax.tree.leaves(lax.fori_loop(0, 5, body, start)), *turns,
       *lax.scan(lambda c, v: (jnp.tanh(0.1 * c + v), c.sum()), jnp.zeros(4), x),
-      *(lax.switch(q, branches, x) for q in (p, p - 5, p + 5)), lax.map(lambda r: jnp.sort(r) * x[0, n % 4], x),
+      *(lax.switch(q, branches, x) for q in (p, p - 5, p + 5)),
+      lax.map(lambda r: jnp.sort(r) * x[0, n % 4], x),
     )  # fmt: skip
 
   check(tmp_path, f, floats(3, 4), floats(3, 4), np.int32(5), np.int32(1))
@@ -293,7 +300,7 @@ def test_linear_algebra(tmp_path):
 
 
 def test_state_that_changes_places(tmp_path):
-  """Leaves that are swapped, read after another was written, or scattered into while the old row is needed."""
+  """Leaves that are swapped, read after another was written, or scattered into while read."""
 
   def step(leaves, rows):
     a, b, table, n = leaves
@@ -339,7 +346,8 @@ def test_arithmetic_is_accurate(tmp_path):
   text = '#include <stdint.h>\n'
   calls = ''
   for name in cases:
-    calls += f'void map_{name}(const float *x, float *y, int32_t n) {{ for (int32_t i = 0; i < n; i++) y[i] = {name}(x[i]); }}\n'
+    calls += f'void map_{name}(const float *x, float *y, int32_t n) '
+    calls += f'{{ for (int32_t i = 0; i < n; i++) y[i] = {name}(x[i]); }}\n'
   lib = library({'m.c': text + used(calls) + '\n' + calls}, tmp_path, '-O2')
   for name, (given, exact, units) in cases.items():
     given, mine = np.ascontiguousarray(given), np.zeros(len(given), np.float32)
@@ -394,7 +402,7 @@ lives = st.lists(
 
 @hypothesis.given(lives)
 def test_plan_keeps_lives_apart(lives):
-  """Places that are needed at the same time share no element, and no array is larger than it has to be made."""
+  """Places that are needed at the same time share no element; sharing never costs."""
   places = [Place(n.size, n.dtype, str, first=n.first, last=n.first + n.length) for n in lives]
   sizes = plan(places)
   kind = lambda p: 'f32' if p.dtype == 'f32' else 'u8'  # noqa: E731
