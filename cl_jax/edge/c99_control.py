@@ -5,8 +5,8 @@ from __future__ import annotations
 from cl_jax.edge.arena import Place
 from cl_jax.edge.c99_block import Block
 from cl_jax.edge.c99_expr import ctype
-from cl_jax.edge.c99_fuse import strides_of
 from cl_jax.edge.c99_scope import Scope, linear
+from cl_jax.edge.c99_view import strides_of
 from cl_jax.edge.stablehlo import Op, captured
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cl_jax.edge.c99_math import TYPES
+from cl_jax.edge.c99_core import TYPES
 from cl_jax.edge.stablehlo import Op
 from cl_jax.errors import UserError
 

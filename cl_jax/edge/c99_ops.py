@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cl_jax.edge.c99_block import Block
 from cl_jax.edge.c99_expr import ctype
-from cl_jax.edge.c99_fuse import strides_of
 from cl_jax.edge.c99_scope import Scope, linear, times, total
+from cl_jax.edge.c99_view import strides_of
 from cl_jax.edge.stablehlo import Op, Value
 
 INDEX = """/* An index kept in [0, last]. */

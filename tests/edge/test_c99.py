@@ -15,7 +15,7 @@ from jax import lax
 from cl_jax.edge import stablehlo
 from cl_jax.edge.arena import Place, plan
 from cl_jax.edge.c99 import emit, emit_function
-from cl_jax.edge.c99_math import used
+from cl_jax.edge.c99_core import used
 from cl_jax.edge.learner import Flat, Leaf, describe, lower
 from cl_jax.errors import UserError
 from tests.edge.agent import Device, library, pointer
