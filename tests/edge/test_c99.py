@@ -303,16 +303,17 @@ def test_state_that_changes_places(tmp_path):
   """Leaves that are swapped, read after another was written, or scattered into while read."""
 
   def step(leaves, rows):
-    a, b, table, n = leaves
+    a, b, c, d, e, table, n = leaves
     (i,) = rows
-    table2 = table.at[i].set(table[(i + 1) % 6] + a[0])
-    return [b, a + b.T, table2, n + 1], (table[i] + table2[i]).sum() + (a @ b)[0, 0]
+    table2 = table.at[i].set(table[(i + 1) % 6] + a[0]).at[3:5].set(2 * table[2:4])
+    loss = (table[i] + table2[i]).sum() + (a @ b)[0, 0]
+    rolled = lax.dynamic_update_slice(table2, table2[1:4] + 1, (2, 0))
+    return [b, a + b.T, c.T + 1, e, d, rolled, n + 1], loss
 
-  shapes = ((3, 3), (3, 3), (6, 3))
-  state = tuple(Leaf(n, s, 'float32', 'float32') for n, s in zip('abc', shapes, strict=True))
+  shapes = (*[(3, 3)] * 5, (6, 3))
+  state = tuple(Leaf(n, s, 'float32', 'float32') for n, s in zip('abcdet', shapes, strict=True))
   state += (Leaf('n', (), 'int32', 'int32'),)
-  leaves = [floats(*s) for s in shapes] + [np.int32(3)]
-  leaves = [np.asarray(a) for a in leaves]
+  leaves = [np.asarray(a) for a in (*(floats(*s) for s in shapes), np.int32(3))]
   batch = (Leaf('i', (), 'int32', 'int32'),)
   flat = Flat(step, lambda leaves, rows: leaves[0] + rows[0], None, state, batch, (), leaves)
   device = Device(emit(flat, 'swap'), leaves, tmp_path)
