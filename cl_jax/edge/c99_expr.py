@@ -151,8 +151,14 @@ def elementwise(op: Op, args: list[str]) -> str:
   if name == 'compare':
     if op.attrs.get('compare_type') == 'TOTALORDER' and real:
       a, b = f'm_order({a})', f'm_order({b})'
-    elif a == b and not real:  # compilers warn about it
-      return '1' if op.attrs['comparison_direction'] in ('EQ', 'LE', 'GE') else '0'
+    elif not real:  # compilers warn about what is always true
+      way, zero = op.attrs['comparison_direction'], ('0', '0u', '0ULL')
+      if a == b:
+        return '1' if way in ('EQ', 'LE', 'GE') else '0'
+      if dtype[0] == 'u' and (way, b in zero) in (('GE', True), ('LT', True)):
+        return '1' if way == 'GE' else '0'
+      if dtype[0] == 'u' and (way, a in zero) in (('LE', True), ('GT', True)):
+        return '1' if way == 'LE' else '0'
     return f'(uint8_t)({a} {COMPARE[op.attrs["comparison_direction"]]} {b})'
   if name == 'convert':
     return convert(a, dtype, out)

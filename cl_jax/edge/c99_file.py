@@ -15,6 +15,26 @@ from cl_jax.edge.learner import Flat, Leaf
 
 MLIR = {'bool': 'i1', 'float32': 'f32', **{f'int{n}': f'i{n}' for n in (8, 16, 32, 64)}}
 MLIR |= {f'uint{n}': f'ui{n}' for n in (8, 16, 32, 64)}
+# What C, the functions' own parameters, and the kernels' loops call by name.
+RESERVED = {
+  's',
+  'arena',
+  'loss',
+  'logits',
+  'acc_l',
+  'acc_r',
+  'acc_x',
+  'left',
+  'right',
+  'take',
+  'held',
+}
+RESERVED |= {'run', 'lo', 'mid', 'hi', 'to', 'j'}
+RESERVED |= set(
+  'auto break case char const continue default do double else enum extern float for goto if inline int long '
+  'register restrict return short signed sizeof static struct switch typedef union unsigned void volatile '
+  'while'.split()
+)
 
 
 class Program(NamedTuple):
@@ -46,8 +66,10 @@ def identifiers(leaves: Sequence[Leaf]) -> list[str]:
   for leaf in leaves:
     base = re.sub(r'\W+', '_', leaf.name).strip('_') or 'x'
     base = base if base[0].isalpha() else f'x_{base}'
+    if base in RESERVED or re.fullmatch(r'(?:[a-z]|acc)\d\w*', base):
+      base += '_'
     name, k = base, 2
-    while name in names or name in ('s', 'arena', 'loss', 'logits'):
+    while name in names:
       name, k = f'{base}_{k}', k + 1
     names.append(name)
   return names
@@ -84,7 +106,8 @@ def source(
   """The whole C file."""
   sizes = arena_of(functions)
   lines = [
-    f'  {ctype(mlir(m))} {m}[{sizes[m]}];' for m in sorted(sizes, key=lambda m: (-width(m), m))
+    f'  {ctype(mlir(m))} {m}[{max(sizes[m], 1)}];'
+    for m in sorted(sizes, key=lambda m: (-width(m), m))
   ]
   code = '\n\n'.join([*helpers.values(), *(f.text for f in functions)])
   parts = [

@@ -13,7 +13,7 @@ import pytest
 
 from cl_jax.edge.c99 import FLAGS, Program
 
-SANITIZE = ('-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-g', '-O1')
+SANITIZE = ('-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-O0')
 
 # Reads the state, then batches until its input ends; writes the state. Whatever is read is kept in heap
 # blocks of exactly the right size, so that the address sanitizer sees one byte too far.

@@ -107,6 +107,7 @@ def test_elementwise_integers(tmp_path):
     ]
     casts = (
       c.astype(jnp.float32) / 255, (c.astype(jnp.float32) * 3 - 99).astype(jnp.uint8), c.astype(jnp.int8),
+      c >= 0, c < 0, 0 > c,
       c.astype(bool), (c > d).astype(jnp.int32), lax.bitcast_convert_type(a, jnp.float32) == 1,
       lax.clamp(-5, a, 9),
       lax.bitcast_convert_type(a, jnp.uint8), lax.bitcast_convert_type(c.reshape(3, 4), jnp.int32),
