@@ -162,8 +162,8 @@ def files(
   ]
   table = [f'const {name}_leaf {name}_leaves[{name.upper()}_LEAVES] = {{']
   for field, leaf, d in state:
-    size = math.prod(leaf.shape) * BYTES[d]
-    table.append(f'  {{"{leaf.name}", "{leaf.meaning}", offsetof({name}_state, {field}), {size}}},')
+    held = math.prod(leaf.shape) * BYTES[d]
+    table.append(f'  {{"{leaf.name}", "{leaf.meaning}", offsetof({name}_state, {field}), {held}}},')
   table.append('};')
   text = source(list(functions.values()), tables, helpers, f'#include "{name}.h"')
   text += '\n' + '\n'.join(table) + '\n'
