@@ -1,0 +1,1 @@
+"""Learners compiled ahead of time for small devices; see `c99`."""
