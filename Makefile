@@ -55,6 +55,7 @@ reproduce: $(VENV)/.test ## published tables, into results/published.csv; resume
 figures: $(VENV)/.demo ## draw the figures of docs/ from the files in results/
 	$(RUN) -m tools.figures --write $(ARGS)
 	$(RUN) -m tools.study --write
+	$(RUN) -m tools.edit --write
 
 docs: $(VENV)/.test ## write the generated tables of docs/, then check its links and run its examples
 	$(RUN) -m tools.method_table --write

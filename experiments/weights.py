@@ -1,10 +1,11 @@
-"""Pretrained weights on this machine: `python -m experiments.weights check PATH_OR_NAME...`, and `list`.
+"""Pretrained weights on this machine: `python -m experiments.weights check PATH_OR_NAME...`, `list`, `merge`.
 
 `check` loads each model, a directory, a file .gguf or .onnx or a name that `list` prints, and says what it
 is. What does not fit gets a line on stderr, the others are still checked, and the exit code is 2. Where a
 file SHA256SUMS lies beside the files of a model, those that it lists must have its digests, here and
 whenever they are loaded; --write-sums writes it. `list` prints the packages that carry a model and how to
-install them.
+install them. `merge WORKDIR --out=DIR` writes the language model that a finished run has left, adapters
+folded in, so that it can be edited or trained further.
 """
 
 from __future__ import annotations
@@ -59,10 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     '--write-sums', action='store_true', help=f'write {pretrained.SUMS} beside models that load'
   )
   commands.add_parser('list', help='the packages that carry a model')
+  merges = commands.add_parser(
+    'merge', help='the network at the end of a run as a directory to load'
+  )
+  merges.add_argument('run', type=Path, metavar='WORKDIR', help='of a language model, one seed')
+  merges.add_argument('--out', required=True, type=Path, metavar='DIR')
+  merges.add_argument('--data_dir', metavar='DIR', help='as of the run; default: CL_JAX_DATA')
   try:
     options = parser.parse_args(argv)
     if options.command == 'list':
       return show()
+    if options.command == 'merge':
+      from experiments.merge import merge  # what a run needs, and the other commands do not
+
+      merge(options.run, options.out, options.data_dir, print)
+      return checked(str(options.out), False)
     return max([checked(name, options.write_sums) for name in options.names])
   except UserError as error:
     return complaint(error)

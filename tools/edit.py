@@ -164,9 +164,9 @@ def traced() -> str:
   best = int(np.argmax(effect))
   how = f'{about["samples"]} samples of noise, window {about["window"]}'
   return (
-    f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {how}: p {average.clean:.3f} '
-    f'clean, {average.corrupted:.3f} corrupted. MLPs put back at the last subject token help most around '
-    f'layer {best} ({effect[best]:.3f}); the rule picks layers {tracing.layers_of(average)}.\n\n'
+    f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {how}: '
+    f'p {average.clean:.3f} clean, {average.corrupted:.3f} corrupted. MLPs put back at the last subject '
+    f'token help most around layer {best} ({effect[best]:.3f}); the rule picks layers {tracing.layers_of(average)}.\n\n'
     '![average indirect effects](figures/edit_trace.png)'
   )
 

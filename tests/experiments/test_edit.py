@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cl_jax.errors import UserError
 from cl_jax.models import causal, decoder
-from experiments import edit, edit_config, edit_run, edit_state, results
+from experiments import config, edit, edit_config, edit_run, edit_state, results, study
 
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk', 'Emil', 'Frieda')
 PLACES = ('Rome', 'Oslo', 'Lima')
@@ -225,6 +225,17 @@ def test_no_data_is_said(tmp_path, capsys, monkeypatch):
   monkeypatch.delenv('CL_JAX_DATA', raising=False)
   assert edit.main(['--config=configs/edit_counterfact.py', f'--workdir={tmp_path}']) == 2
   assert '--data_dir' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['edit_counterfact', 'edit_known', 'edit_zsre'])
+def test_every_cell_of_a_grid_is_a_configuration(name):
+  module, path, _ = study.found(f'configs/{name}.py')
+  for cell in module.CELLS:
+    resolved = edit_config.resolve(config.load(f'{path}:{cell}'))
+    word = cell.split(',')[0]
+    assert (resolved['label'], resolved['editor']) == (word, word.removesuffix('_l'))
+    assert resolved['editor'] in edit_config.names() and resolved['name'] == name
+    assert edit_run.mode(resolved) in (*cell.split(','), 'batch')
 
 
 def test_editors_are_found_by_module():

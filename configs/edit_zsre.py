@@ -1,0 +1,19 @@
+"""Answers of zsRE written into SmolLM2-135M, in the form of MEND: questions, their rephrasings, and others.
+
+  python -m experiments.edit --config=configs/edit_zsre.py:memit,100 --workdir=runs/zsre_memit
+  python -m experiments.edit --config=configs/edit_zsre.py --grid --workdir=runs/zsre
+
+There is no truth to compare with: what counts is the share of an answer's tokens that are the most probable
+ones. Words as in configs/edit_counterfact.py.
+"""
+
+from __future__ import annotations
+
+from configs import edit_counterfact
+from configs.edit_counterfact import EDITORS
+
+CELLS = tuple(f'{e},100' for e in EDITORS)
+
+
+def get_config(arg: str = 'memit,10') -> dict:
+  return edit_counterfact.get_config(arg, 'zsre')
