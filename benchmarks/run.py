@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.goals import Setup, ablation, gpu, process, scale, stream, vision
+from benchmarks.goals import Setup, ablation, editing, gpu, process, scale, stream, vision
 from benchmarks.measure import ROOT, Row, Unavailable, cores
 
 COLUMNS = (
@@ -51,6 +51,7 @@ GOALS = {
   'G13': ablation.g13,
   'G14': vision.g14,
   'G15': gpu.g15,
+  'G16': editing.g16,
 }
 
 

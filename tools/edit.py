@@ -166,7 +166,8 @@ def traced() -> str:
   return (
     f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {how}: '
     f'p {average.clean:.3f} clean, {average.corrupted:.3f} corrupted. MLPs put back at the last subject '
-    f'token help most around layer {best} ({effect[best]:.3f}); the rule picks layers {tracing.layers_of(average)}.\n\n'
+    f'token help most around layer {best} ({effect[best]:.3f}); the rule picks '
+    f'{tracing.layers_of(average)}.\n\n'
     '![average indirect effects](figures/edit_trace.png)'
   )
 
