@@ -5,8 +5,8 @@
 
 Words: an editor (rome, memit, pmet, alphaedit, finetune, finetune_l, lora, grace, wise, or none, which only
 asks), a number of edits, and how they come: all at once, or `sequential` in batches of a number that may
-follow (1), or `single`, each into the first model. Layers by causal tracing and a comparison of four windows
-on other edits (docs/editing.md).
+follow (1), or `single`, each into the first model. Layers and the weight of what was known before were
+compared on 20 other edits (docs/editing.md).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ CELLS = (
   *(f'{e},1000' for e in ('memit', 'alphaedit', 'pmet')),
   *(f'{e},1000,sequential,100' for e in ('memit', 'alphaedit')),
 )
-LAYERS = (4, 5, 6, 7, 8)
+LAYERS = (0, 1, 2, 3, 4)
 STEPS = 15
+COEF = 1000.0
 
 
 def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
@@ -37,8 +38,8 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
   recipe = {'steps': STEPS}
   own = {
     'rome': {'layer': LAYERS[2], 'recipe': {**recipe, 'clamp': 4.0}},
-    'memit': {'layers': LAYERS, 'recipe': recipe},
-    'pmet': {'layers': LAYERS, 'recipe': recipe},
+    'memit': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe},
+    'pmet': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe},
     'alphaedit': {'layers': LAYERS, 'recipe': recipe},
     'finetune': {'layers': (LAYERS[2],), 'batch': 32},
     'finetune_l': {'layers': (LAYERS[2],), 'batch': 32, 'norm': 5e-4},
@@ -54,6 +55,7 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
     'batch': batch,
     'apart': 'single' in words,
     'prefixes': 2,
+    'evaluate': {'edits': 50, 'blocks': 8},
     'editor': module,
     'label': editor,
     **({module: own} if editor != 'none' else {}),
