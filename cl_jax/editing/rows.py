@@ -180,12 +180,9 @@ def take(requests: Any, rows: Any) -> Any:
 
 
 def trimmed(rows: Rows, step: int = 4) -> Rows:
-  """The same rows without columns that are padding in all of them, but for less than `step`, so that few
-  shapes occur."""
-  heads, tails = (int((np.asarray(a) >= 0).sum(-1).max()) for a in (rows.head, rows.tail))
-  width = min(-(-heads // step) * step, rows.head.shape[-1])
-  head = rows.head[..., rows.head.shape[-1] - width :]
-  return rows._replace(head=head, tail=rows.tail[..., : -(-tails // step) * step])
+  """Tails without the columns that are padding in all rows, up to a multiple of `step`: few shapes occur."""
+  longest = int((np.asarray(rows.tail) >= 0).sum(-1).max())
+  return rows._replace(tail=rows.tail[..., : -(-longest // step) * step])
 
 
 def plain(rows: Rows) -> Rows:

@@ -102,7 +102,7 @@ def optimise(
       raise UserError(f'site {site!r} is not known: use {", ".join(SITES)}')
   if not 0 <= layer < config.depth:
     raise UserError(f'layer {layer} is not one of the {config.depth} of this model')
-  # Requests of like lengths go together, in arrays that are no longer than they need.
+  # Requests of like lengths go together, in arrays whose tails, which every step runs through, are short.
   lengths = np.asarray((requests.rewrite.tail >= 0).sum(-1).max(1))
   order = np.argsort(lengths, kind='stable')
   found = []
@@ -110,7 +110,7 @@ def optimise(
     # The last group is filled up with its own first requests, whose results are dropped.
     some = np.resize(order[lo : lo + width], min(width, len(order)))
     group = take(requests, some)
-    group = Requests(trimmed(group.rewrite), trimmed(group.essence))
+    group = group._replace(rewrite=trimmed(group.rewrite))
     floats = jax.tree.map(float, recipe._replace(steps=0))
     found.append(_group(config, p, layer, tuple(sites), recipe.steps, floats, group))
   back = jnp.asarray(np.argsort(order))

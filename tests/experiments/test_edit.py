@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from cl_jax.editing import evaluate
 from cl_jax.errors import UserError
 from cl_jax.models import causal, decoder
-from experiments import config, edit, edit_config, edit_run, edit_state, results, study
+from cl_jax.streams import corpora
+from experiments import (
+  config,
+  edit,
+  edit_config,
+  edit_run,
+  edit_state,
+  results,
+  run,
+  study,
+  weights,
+)
 
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk', 'Emil', 'Frieda')
 PLACES = ('Rome', 'Oslo', 'Lima')
@@ -160,6 +172,34 @@ def test_edited_model_can_be_edited_again(root, tmp_path):
   assert edit.main([*asked, f'--workdir={tmp_path}/b', f'--data_dir={root}', *rest]) == 0
   (one,), (two,) = results.read(tmp_path / 'a'), results.read(tmp_path / 'b')
   assert two['es'] == one['es'] and two['ns'] == one['ns']
+
+
+def test_what_a_run_has_learnt_can_be_edited(root, tmp_path, capsys):
+  """The merged model says of the test text what the run's matrix says of it."""
+  stages = tmp_path / 'stages'
+  words = {
+    'dataset': 'corpora:wiki+math', 'order': 'fixed', 'data.length': 8, 'data.test_per_task': None,
+    'iterations': 3,
+    'batch': 2, 'ends_batch': 2, 'chunk': 3, 'model.pretrained': root / 'model', 'optimizer.lr': 0.05,
+  }  # fmt: skip
+  fields = [f'--config.{k}={v}' for k, v in words.items()]
+  argv = [
+    '--config=configs/study_lm.py:lora,naive',
+    f'--workdir={stages}',
+    f'--data_dir={root}',
+    *fields,
+  ]
+  assert run.main(argv) == 0
+  (line,) = results.read(stages)
+  out = tmp_path / 'merged'
+  assert weights.main(['merge', str(stages), f'--out={out}', f'--data_dir={root}']) == 0
+  subject = edit_run.opened(str(out))
+  for task, name in enumerate(('wiki', 'math')):
+    blocks = corpora.blocks(root / f'text/corpora/{name}/test.txt', subject.file, 8)
+    found = evaluate.perplexity(subject.config, subject.backbone, blocks)
+    assert np.log(found) == pytest.approx(-line['R'][-1][task], abs=2e-5)
+  assert weights.main(['merge', str(tmp_path), f'--out={out}']) == 2
+  assert 'not the --workdir of a run' in capsys.readouterr().err
 
 
 def test_by_hand(root, capsys):
