@@ -379,24 +379,28 @@ def written(chosen, subject: Subject, exam: Exam, backbone, editor: Editor, seed
   some = [exam.edits[i] for i in at_most(exam.edits, about['written'])]
   references = evaluate.references(some, exam.known)
   for name, p in (('_before', subject.backbone), ('', backbone)):
-    ids = [go_on(subject, p, e.text, about['tokens'], seed) for e in some]
+    ids = go_on(subject, p, [e.text for e in some], about['tokens'], seed)
     texts = [e.text + subject.tokenizer.decode(i) for e, i in zip(some, ids, strict=True)]
     found[f'ge{name}'] = evaluate.fluency(ids)
     found[f'rs{name}'] = evaluate.consistency(texts, references)
   return rounded(found)
 
 
-def go_on(subject: Subject, backbone, prompt: str, steps: int, seed: int) -> list[int]:
-  ids = subject.tokenizer.encode(prompt, add_special_tokens=False).ids
-  # Padded on the left to one of a few lengths, so that few programs are compiled.
-  width = -(-len(ids) // 16) * 16
-  tokens = np.zeros((1, width), np.int32)
-  tokens[0, width - len(ids) :] = ids
-  mask = np.arange(width)[None] >= width - len(ids)
-  new = _continued(
-    subject.config, backbone, jnp.asarray(tokens), jnp.asarray(mask), steps, jax.random.key(seed)
-  )
-  return np.asarray(new[0]).tolist()
+def go_on(
+  subject: Subject, backbone, prompts: Sequence[str], steps: int, seed: int
+) -> list[list[int]]:
+  """The tokens that the model writes after each prompt, all at once."""
+  ids = [subject.tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
+  width = max(map(len, ids))
+  tokens = np.zeros((len(ids), width), np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for i, row in enumerate(ids):
+    tokens[i, width - len(row) :] = row
+    mask[i, width - len(row) :] = True
+  given = (jnp.asarray(tokens), jnp.asarray(mask))
+  return np.asarray(
+    _continued(subject.config, backbone, *given, steps, jax.random.key(seed))
+  ).tolist()
 
 
 _continued = jax.jit(causal.generate, static_argnums=(0, 4))
