@@ -79,13 +79,14 @@ def spread(
     site: 'state' (the residual stream) or 'feedforward' (what the MLP adds).
   """
   writes: list[Write] = []
+  now = backbone
   for layer in layers:
-    now = write.apply(backbone, writes)
     keys, reading = keys_of(config, now, requests.rewrite, layer, layers[-1])
     there = np.asarray(getattr(reading, site), np.float64)
     residual = (np.asarray(goal, np.float64) - there) * share(layers[-1] - layer + 1)
     left = solve(layer, np.asarray(keys, np.float64).T)
     writes.append(write.factors(left, residual, inside.KEY, layer, goal.dtype))
+    now = write.apply(now, writes[-1:])
   return writes
 
 

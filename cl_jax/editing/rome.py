@@ -41,9 +41,8 @@ def rome(
   def edit(backbone: Tree, state: Any, requests: Requests, key: Array):
     del key
     writes: list[Write] = []
-    losses, said = [], []
+    losses, said, now = [], [], backbone
     for n in range(len(requests.rewrite.head)):
-      now = write.apply(backbone, writes)
       one = take(requests, [n])
       target = optimise(config, now, one, layer, ('feedforward',), recipe, 1)
       found = read_all(config, now, one.rewrite, layer, layer)
@@ -55,6 +54,7 @@ def rome(
       )
       dtype = target.loss.dtype
       writes.append(write.factors(left[:, None], right[None], inside.KEY, layer, dtype))
+      now = write.apply(now, writes[-1:])
       losses.append(target.loss[0])
       said.append(target.log_p[0])
     return writes, state, {'loss': np.asarray(losses), 'log_p': np.asarray(said)}
