@@ -9,9 +9,10 @@ further to find what is salient, and never to be compared with figures of DINOv2
 block 11, whose class means tell classes apart better than those after the last. CIFAR-10 is the prepared
 subset of 10,000 and 1,000 images, in 5 tasks; Omniglot the 136 characters of small1 in 5 alphabets, 15 of
 20 drawings of each to learn from. `closed` and `head` learn from features that are computed once, of all
-images at 112 pixels; what trains the network sees 50 images a class at 56 pixels (words as in
+images at 112 pixels (the head's rate is one at which joint training comes near a linear probe, 72 % and 36 %
+instead of 65 and 19 at a tenth of it); what trains the network sees 50 images a class at 56 pixels (words as in
 configs/study_encoder.py), three passes, Adam, cosine.
-Not run yet as a whole.
+Closed forms and linear heads have been run, what trains the network not yet.
 """
 
 from configs import common
@@ -37,11 +38,11 @@ NAMES = {
   'random': 'full, random weights',
 }
 RATES = {
-  'closed': 1e-3, 'small': 1e-3, 'head': 1e-3, 'full': 3e-5, 'lora': 5e-4, 'adapter': 1e-3, 'peft': 1e-2,
+  'closed': 1e-3, 'small': 1e-3, 'head': 1e-2, 'full': 3e-5, 'lora': 5e-4, 'adapter': 1e-3, 'peft': 1e-2,
   'first': 5e-4, 'slow': 1e-5, 'random': 1e-3,
 }  # fmt: skip
 OWN_RATES = {'olora': 5e-4, 'ease': 1e-3}
-HEAD_RATE = 2e-3
+HEAD_RATE = 1e-2
 SHAPE = {'patch': 14, 'channels': 3, 'd': 384, 'depth': 11, 'heads': 6, 'ffn': 1536}  # of `random`
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
