@@ -269,6 +269,20 @@ def test_gdumb_predicts_with_norm_statistics_of_its_own_training():
   assert np.array_equal(learn.predict(moved, batch), learn.predict(state, batch))
 
 
+@pytest.mark.parametrize('lam', [None, 1e-9])
+def test_ranpac_answers_where_a_ridge_parameter_is_too_small(lam):
+  """A sum of rank 20 in 300 dimensions cannot be factorised with what few examples of a task find best."""
+  y = jnp.arange(20) % 4
+  x = 30.0 * jax.nn.one_hot(y, 6) + jax.random.normal(jax.random.key(0), (20, 6))
+  batch = Batch(x, y, jnp.ones(20), jnp.zeros(20, jnp.int32))
+  learn = learner(identity(4), optax.identity(), ranpac(4, 300, lam))
+  state = learn.init(jax.random.key(1), batch)
+  state, _ = learn.step(state, batch)
+  state = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
+  found = learn.predict(state, batch)
+  assert jnp.isfinite(found).all() and (found.argmax(-1) == y).mean() > 0.9
+
+
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10_000))
 @pytest.mark.parametrize('when', ['step', 'boundary'])

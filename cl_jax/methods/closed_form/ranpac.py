@@ -35,7 +35,8 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str 
     classes: size of the output layer.
     width: M; the paper has 10,000.
     lam: ridge parameter; None chooses it at each boundary from 10^-8 ... 10^8 by the squared error on
-      20 % of the finished task's examples after fitting the other 80 % (as the official code).
+      20 % of the finished task's examples after fitting the other 80 % (as the official code). It grows by
+      tens where the sum over all tasks cannot be factorised with it.
     when: 'step' learns from every batch. 'boundary' learns from the examples of the finished task, each
       once whatever the number of epochs, with the features of the network as it is then.
 
@@ -94,7 +95,15 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str 
     return lams[jnp.argmin(jax.lax.map(error, lams))]
 
   def solve(s, best):
-    return s._replace(head=ridge(s.gram, s.moment, best), lam=best)
+    """With the least 10^k best, k = 0, 1, ..., for which the sum over all tasks can be factorised in f32.
+
+    What is least for the examples of one task, a small part of a large sum, can be too little for all.
+    """
+
+    at = lambda lam: (ridge(s.gram, s.moment, lam), lam)  # noqa: E731
+    failed = lambda found: ~jnp.isfinite(found[0]).all() & (found[1] < 1e10)  # noqa: E731
+    head, lam = jax.lax.while_loop(failed, lambda found: at(10 * found[1]), at(best))
+    return s._replace(head=head, lam=lam)
 
   def boundary(s, params, batches, fwd, key):
     if when == 'step' and lam is not None:
