@@ -20,7 +20,7 @@ AGENT = r"""/* Reads the state, then calls until the input ends; writes results 
 #include "NAME.h"
 #include "port.h"
 
-static NAME_state state;
+static NAME_state agent_state;
 BUFFERS
 static float output[OUTPUTS];
 
@@ -31,21 +31,21 @@ int main(void) {
   uint64_t hash = 14695981039346656037u; /* FNV-1a of the leaves in order */
   if (!port_open()) return 4;
   for (int k = 0; k < PREFIX_LEAVES; k++)
-    if (!take((char *)&state + NAME_leaves[k].offset, NAME_leaves[k].bytes)) return 5;
+    if (!take((char *)&agent_state + NAME_leaves[k].offset, NAME_leaves[k].bytes)) return 5;
   while (port_read(&part, 1)) {
     if (part == 's') {
       if (!(TAKE_BATCH)) return 6;
-      NAME_step(&state, BATCH, output);
+      NAME_step(&agent_state, BATCH, output);
       port_write(output, sizeof output[0]);
     } else if (part == 'p') {
       if (!(TAKE_BATCH)) return 6;
-      NAME_predict(&state, BATCH, output);
+      NAME_predict(&agent_state, BATCH, output);
       port_write(output, LOGITS * sizeof output[0]);
 BOUNDARY
     } else return 7;
   }
   for (int k = 0; k < PREFIX_LEAVES; k++) {
-    const unsigned char *p = (const unsigned char *)&state + NAME_leaves[k].offset;
+    const unsigned char *p = (const unsigned char *)&agent_state + NAME_leaves[k].offset;
     for (size_t i = 0; i < NAME_leaves[k].bytes; i++) hash = (hash ^ p[i]) * 1099511628211u;
     port_write(p, NAME_leaves[k].bytes);
   }
@@ -229,7 +229,7 @@ def files(manifest: Mapping[str, Any]) -> dict[str, str]:
   if ends:
     boundary = (
       f"    }} else if (part == 'b') {{\n      if (!({takes['ends']})) return 6;\n"
-      f'      NAME_boundary(&state, {calls["ends"]});'
+      f'      NAME_boundary(&agent_state, {calls["ends"]});'
     )
   text = AGENT
   for key, value in (

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cl_jax.edge.c99 import FLAGS
 from cl_jax.errors import UserError
 
 

@@ -22,7 +22,7 @@ class Image(NamedTuple):
   Attributes:
     path: of the program.
     code_bytes: .text and .rodata of the learner's own object.
-    planned: {'state', 'arena'}: bytes as the object files and the linker have them.
+    held: {'state', 'arena'}: bytes as the linker has them; with an operating system, as the object files.
     ram_bytes: of the whole image, stack included; None with an operating system.
   """
 
@@ -72,11 +72,13 @@ def build(
   else:
     link = [*(['-static'] if '-static' in target.flags else []), *objects]
   _gcc(target, [*flags, *link, '-o', 'agent'], place)
-  held = symbols(target, place / 'agent')
+  held = {}
+  for path in [place / 'agent'] if target.bare else [place / 'agent.o', place / f'{name}.o']:
+    held |= symbols(target, path)
   return Image(
     place / 'agent',
     section_bytes(target, place / f'{name}.o', ('.text', '.rodata')),
-    {'state': held.get('state', 0), 'arena': held.get('arena', 0)},
+    {'state': held.get('agent_state', 0), 'arena': held.get('arena', 0)},
     section_bytes(target, place / 'agent', ('.stack', '.data', '.bss')) if target.bare else None,
   )
 
@@ -90,12 +92,12 @@ def _gcc(target: Target, words: list[str], place: Path) -> None:
   done = subprocess.run([target.compiler, *words], cwd=place, capture_output=True, text=True)
   if not done.returncode:
     return
-  over = re.findall(r"region `(\w+)' overflowed by (\d+) bytes", done.stderr)
+  over = re.findall(r"region `(\w+)' overflowed by (\d+) byte", done.stderr)
   if over:
     region, n = over[0]
     region = {'EXTERNAL': "the board's external memory"}.get(region, region)
     raise UserError(
-      f'{target.name}: the linker refuses the image: {region} overflowed by {int(n):,} bytes; give more, '
+      f'{target.name}: the linker refuses the image: {region} overflowed by {int(n):,} bytes: give more, '
       'or take a smaller memory, model or batch'
     )
   lines = [line for line in done.stderr.splitlines() if 'error' in line] or [done.stderr[:300]]
