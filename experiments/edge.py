@@ -1,8 +1,8 @@
 """Exports and verifies a list of learners: `python -m experiments.edge [--only=PATTERNS] [--workdir=DIR]`.
 
-The list is CELLS of configs/edge.py. Every learner goes to DIR/NAME for every target whose tools are installed, and
-its rows into results/edge.csv. With --install, what is missing of the cross compilers and emulators is installed
-by apt-get first, when that is possible.
+The list is CELLS of configs/edge.py. Every learner goes to DIR/NAME for every target whose tools are
+installed, and its rows into results/edge.csv. With --install, what is missing of the cross compilers and
+emulators is installed by apt-get first, when that is possible.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   there = read(path)
   kept = [new.pop((r['learner'], r['target']), r) for r in there]
   text = io.StringIO()
-  out = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+  out: Any = csv.DictWriter(text, COLUMNS, lineterminator='\n')
   out.writeheader()
   out.writerows([*kept, *new.values()])
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,8 @@ def table(rows: Sequence[Mapping[str, Any]], hashes: Mapping[str, str]) -> str:
   number = lambda v: f'{v:,}' if isinstance(v, int) else str(v) or '-'  # noqa: E731
   head = (
     f'{first["learner"]}: {first["steps"]} steps, state {number(first["state_bytes"])}, peak '
-    f'{number(first["peak_bytes"])} bytes (planned = measured), {number(first["macs_per_step"])} MACs a step, '
+    f'{number(first["peak_bytes"])} bytes (planned = measured), '
+    f'{number(first["macs_per_step"])} MACs a step, '
     f'energy {first["energy_uj_estimate"] or "-"} uJ (an estimate), accuracy {first["accuracy"] or "-"}'
   )
   names = ('target', 'integers', 'floats', 'state hash', 'code bytes', 'instructions/step')

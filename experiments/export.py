@@ -1,8 +1,8 @@
 """A learner for small devices: `python -m experiments.export --config=FILE[:ARG] --target=NAMES --out=DIR`.
 
 DIR gets C99 sources of step, prediction and boundary, an agent for every target, the initial state, the same
-functions as StableHLO, and manifest.json, which has names, shapes, bytes by role, MACs and the digest of every
-file. `python -m experiments.verify DIR` then compares it with JAX on every target.
+functions as StableHLO, and manifest.json, which has names, shapes, bytes by role, MACs and the digest of
+every file. `python -m experiments.verify DIR` then compares it with JAX on every target.
 
 A budget of --ram is checked by arithmetic first and, for Cortex-M targets, by the linker.
 """

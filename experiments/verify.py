@@ -1,8 +1,9 @@
 """Compares an exported learner with JAX: `python -m experiments.verify DIR --steps=50 [--targets=NAMES]`.
 
-The steps of the configuration's own stream are computed by JAX and by the exported program on every target, with
-a boundary half-way and a prediction at the end. Integers of the state (memory, labels, counters, keys) must be
-equal bit for bit, floats to 1e-5 of max(1, |x|), and the whole state must have the same hash on all targets.
+The steps of the configuration's own stream are computed by JAX and by the exported program on every target,
+with a boundary half-way and a prediction at the end. Integers of the state (memory, labels, counters, keys)
+must be equal bit for bit, floats to 1e-5 of max(1, |x|), and the whole state must have the same hash on all
+targets.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The program around a learner: one `agent.c` for every target, and a small port for each kind of machine.
 
 It reads the state's leaves, then calls until its input ends, and writes what they return and at last the
-leaves again. A call is a byte, 's' (step), 'b' (boundary) or 'p' (predict), and the arrays that it takes. Files
-come through the C library where there is one, through semihosting (a debugger's, or the emulator's) on a
-Cortex-M. Replace the port by a sensor and a flash driver and the same agent is an application.
+leaves again. A call is a byte, 's' (step), 'b' (boundary) or 'p' (predict), and the arrays that it takes.
+Files come through the C library where there is one, through semihosting (a debugger's, or the emulator's) on
+a Cortex-M. Replace the port by a sensor and a flash driver and the same agent is an application.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PORT = r"""/* What the agent asks of a machine. */
 #include <stddef.h>
 #include <stdint.h>
 
-/* Where a boundary's examples are: outside of the memory that is budgeted, if the machine has such a place. */
+/* Where a boundary's examples are: outside of the budget, if the machine has such a place. */
 #ifdef PORT_BARE
 #define PORT_EXTERNAL __attribute__((section(".bss.external")))
 #else
@@ -88,7 +88,7 @@ void port_write(const void *from, size_t n) { fwrite(from, 1, n, stdout); }
 void port_close(uint64_t hash) { fprintf(stderr, "hash %016llx\n", (unsigned long long)hash); }
 """
 
-CORTEX_M = r"""/* The port for a bare Cortex-M: start-up, and the files in.bin and out.bin through semihosting. */
+CORTEX_M = r"""/* The port for a bare Cortex-M: start-up; in.bin and out.bin through semihosting. */
 #include "port.h"
 
 extern uint32_t load_data, begin_data, end_data, begin_bss, end_bss, begin_stack, end_stack;

@@ -1,4 +1,4 @@
-"""Where a learner can go: compilers, flags, emulators. A new backend (IREE) adds rows of its own kind here."""
+"""Where a learner can go: compilers, flags, emulators. Another backend (IREE) adds rows of its own here."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Target(NamedTuple):
       load plugins count instructions: Debian's static qemu-user does not.
     arguments: of the emulator.
     packages: of Debian, that hold compiler and emulator.
-    external: address and bytes of memory outside of the budget, for a boundary's examples; None of a machine
-      with an operating system, () everything else is the board's too.
+    external: address and bytes of the board's memory outside of the budget, for a boundary's examples; None
+      of a machine with an operating system.
   """
 
   name: str

@@ -18,7 +18,7 @@ from experiments import edge, edge_rows, export, verify
 TINY = """
 from configs.common import words
 
-CELLS = ('er', 'task,hat')
+CELLS = ('er', 'task')
 
 def get_config(arg='er'):
   fields, methods = words(arg, 'class')
@@ -28,6 +28,7 @@ def get_config(arg='er'):
     'seeds': (3, 4),
     'data': {'examples_per_class': 8, 'test_per_task': 12, 'test_batch': 12},
     'batch': 4,
+    'epochs': 4,
     'ends_batch': 8,
     'model': {'name': 'mlp', 'sizes': (8,)},
     'optimizer': {'lr': 0.03},
@@ -86,7 +87,7 @@ def test_two_learners_equal_jax_on_this_machine(tiny, capsys):
   with rows.open(newline='') as file:
     table = list(csv.DictReader(file))
   assert [(r['learner'], r['target'], r['steps']) for r in table] == [
-    ('er', 'host', '6'), ('er', 'c99', '6'), ('hat', 'host', '8'), ('hat', 'c99', '8'),
+    ('er', 'host', '6'), ('er', 'c99', '6'), ('naive', 'host', '8'), ('naive', 'c99', '8'),
   ]  # fmt: skip
   for r in table:
     assert tuple(r) == edge_rows.COLUMNS
@@ -114,7 +115,7 @@ def test_accuracy_is_that_of_the_experiment(tiny, er):
   made = export.subject(resolved)
   mine = verify.accuracy_of(read, made)
   assert mine == pytest.approx(float(np.mean(record.R[-1])), abs=1e-6)
-  assert 0.2 < mine < 1
+  assert 0.15 < mine < 1  # better than chance
 
 
 def test_manifest(er):
