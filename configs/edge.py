@@ -6,7 +6,8 @@ Split Fashion-MNIST, 100 images a class, 5 tasks of two classes, batches of 8, M
 image five times, SGD 0.05, and 100 images of memory where there is one. Class-incremental, but for HAT and
 PackNet, which are told the task. `ncm`, `slda` and `ranpac` learn above a random layer that stays as it is,
 in one pass; `lora` adapts that layer by factors of rank 4. Those frozen weights are constants: they are in
-flash, not in RAM. `latent` keeps 400 times the 32 hidden units instead of images, `remind` 1,000 times eight bytes.
+flash, not in RAM. `latent` keeps 400 times the 32 hidden units instead of images, `remind` 1,000
+times eight bytes.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""Rows of results/edge.csv: read, replaced by learner and target, printed."""
+"""Rows of results/edge.csv: read, and replaced by learner and target."""
 
 from __future__ import annotations
 
@@ -38,28 +38,3 @@ def read(path: Path) -> list[dict[str, Any]]:
     if tuple(reader.fieldnames or ()) != COLUMNS:
       raise UserError(f'{path} has other columns than results/edge.csv: move it away')
     return list(reader)
-
-
-def table(rows: Sequence[Mapping[str, Any]], hashes: Mapping[str, str]) -> str:
-  """The rows of one learner as aligned text; what is the same on all targets comes above."""
-  if not rows:
-    return 'nothing was verified'
-  first = rows[0]
-  number = lambda v: f'{v:,}' if isinstance(v, int) else str(v) or '-'  # noqa: E731
-  head = (
-    f'{first["learner"]}: {first["steps"]} steps, state {number(first["state_bytes"])}, peak '
-    f'{number(first["peak_bytes"])} bytes (planned = measured), '
-    f'{number(first["macs_per_step"])} MACs a step, '
-    f'energy {first["energy_uj_estimate"] or "-"} uJ (an estimate), accuracy {first["accuracy"] or "-"}'
-  )
-  names = ('target', 'integers', 'floats', 'state hash', 'code bytes', 'instructions/step')
-  lines = [names] + [
-    (
-      r['target'], r['parity_int'], r['parity_float'], hashes[r['target']], number(r['code_bytes']),
-      number(r['instructions_per_step']),
-    )
-    for r in rows
-  ]  # fmt: skip
-  widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
-  body = ['  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-  return '\n'.join([head, *(f'  {line.rstrip()}' for line in body)])

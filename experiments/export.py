@@ -87,9 +87,13 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   manifest = export(resolved, wanted, budget, given.out, given.data_dir)
   print(summary(manifest, given.out), end='')
   read = artefact.read(given.out)
-  for target in wanted:
-    if target.bare:
-      print(linked(read, target), flush=True)
+  try:
+    for target in wanted:
+      if target.bare:
+        print(linked(read, target), flush=True)
+  except UserError:
+    (given.out / artefact.MANIFEST).unlink()  # what does not fit is no artefact
+    raise
   return 0
 
 

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--steps', type=int, default=50, help='training steps to compare (50)')
   add('--targets', metavar='NAMES', action='append', help='default: those of the export')
   add('--accuracy', action='store_true', help='the whole stream by the C99 program on this machine')
-  add('--write', metavar='FILE', type=Path, help='put rows into FILE, such as results/edge.csv')
+  add('--write', metavar='FILE', type=Path, nargs='?', const=Path('results/edge.csv'),
+      help='put rows into FILE (results/edge.csv)')  # fmt: skip
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   add('--debug', action='store_true', help='show tracebacks')
   argv = sys.argv[1:] if argv is None else list(argv)
@@ -111,7 +112,7 @@ def verify(
   if accuracy and not targets.absent(targets.TARGETS['host']):
     right = accuracy_of(read, made)
   rows = [row(manifest, v, steps, right, done) for v in done]
-  print('\n'.join([edge_rows.table(rows, {v.target: v.hash for v in done}), *lines]), flush=True)
+  print('\n'.join([table(rows, done), *lines]), flush=True)
   wrong = complaints(done, manifest)
   if wrong:
     raise Fault(f'{manifest["learner"]} in {read.folder}: {"; ".join(wrong)}')
@@ -289,6 +290,32 @@ def row(
     'steps': steps,
     'note': '; '.join(notes),
   }
+
+
+def table(rows: Sequence[Mapping[str, Any]], done: Sequence[Verified]) -> str:
+  """Aligned text; what is the same on all targets comes above."""
+  if not done:
+    return 'nothing was verified'
+  first = rows[0]
+  number = lambda v: f'{v:,}' if isinstance(v, int) else str(v or '-')  # noqa: E731
+  head = (
+    f'{first["learner"]}: {first["steps"]} steps; planned: state {number(first["state_bytes"])}, peak '
+    f'{number(first["peak_bytes"])} bytes; {number(first["macs_per_step"])} MACs a step, energy '
+    f'{first["energy_uj_estimate"] or "-"} uJ (an estimate), accuracy {first["accuracy"] or "-"}'
+  )
+  names = ('target', 'integers', 'floats', 'state hash', 'code', 'state + arena', 'image RAM',
+           'stack used', 'instructions/step')  # fmt: skip
+  lines = [names] + [
+    (
+      v.target, r['parity_int'], r['parity_float'], v.hash, number(v.image.code_bytes),
+      number(sum(v.image.held.values())), number(v.image.ram_bytes), number(v.stack),
+      number(v.instructions),
+    )
+    for r, v in zip(rows, done, strict=True)
+  ]  # fmt: skip
+  widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
+  body = ['  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+  return '\n'.join([head, *(f'  {line.rstrip()}' for line in body)])
 
 
 # --- accuracy after the whole stream ----------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 from cl_jax import durable
 from cl_jax.errors import UserError
 
-MANIFEST, STATE = 'manifest.json', 'state0.bin'
+MANIFEST, STATE, BUILD = 'manifest.json', 'state0.bin', 'build'
 FORMAT = 1
 
 
@@ -53,13 +53,16 @@ def fnv(data: bytes) -> str:
 def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, str | bytes]) -> dict:
   """Writes the files and last the manifest, with digests; returns it.
 
-  An artefact that is there is replaced; a directory with anything else in it is refused.
+  An artefact that is there is replaced, whole or not; a directory with anything else in it is refused.
   """
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--out: {folder} is not a directory')
-  there = folder.is_dir() and any(folder.iterdir())
-  if there and not (folder / MANIFEST).exists():
-    raise UserError(f'--out: {folder} holds other files: name a new or an empty directory')
+  ours = {*files, MANIFEST, BUILD}
+  if folder.is_dir() and not (folder / MANIFEST).exists():
+    if strange := sorted(p.name for p in folder.iterdir() if p.name not in ours):
+      raise UserError(
+        f'--out: {folder} holds other files ({strange[0]}): name a new or an empty directory'
+      )
   folder.mkdir(parents=True, exist_ok=True)
   (folder / MANIFEST).unlink(missing_ok=True)  # half an artefact is none
   table = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cl_jax.edge import agent
-from cl_jax.edge.artefact import Artefact
+from cl_jax.edge.artefact import BUILD, Artefact
 from cl_jax.edge.c99 import FLAGS
 from cl_jax.edge.targets import Target, absent
 from cl_jax.errors import UserError
@@ -49,7 +49,7 @@ def build(
     raise UserError(f'{target.name}: {reason}')
   manifest, source = artefact.manifest, artefact.folder.resolve()
   name = manifest['name']
-  place = artefact.folder / 'build' / target.name
+  place = artefact.folder / BUILD / target.name
   place.mkdir(parents=True, exist_ok=True)
   place = place.resolve()
   port = 'port_cortex_m' if target.bare else 'port_hosted'

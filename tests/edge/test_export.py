@@ -44,7 +44,7 @@ def need(*names: str) -> None:
   """Skips, with the reason, where a target has no tools here."""
   for name in names:
     if reason := targets.absent(targets.TARGETS[name]):
-      pytest.skip(f'{name}: {reason} on this machine')
+      pytest.skip(f'needs a cross compiler and an emulator: {name}: {reason}')
 
 
 def run(capsys, main, *argv) -> tuple[int, str, str]:
@@ -193,6 +193,18 @@ def test_the_linker_has_the_last_word(er):
     toolchain.build(read, BARE, ram=total - 1)
   with pytest.raises(UserError, match='FLASH overflowed'):
     toolchain.build(read, BARE, flash=4096)
+
+
+def test_an_export_that_the_linker_refuses_is_none(tiny, tmp_path, capsys):
+  need('cortex-m7')
+  out = tmp_path / 'out'
+  words = (f'--config={tiny}:naive', f'--out={out}', '--target=cortex-m7')
+  code, _, err = run(capsys, export.main, *words, '--flash=2K')
+  assert code == 2 and 'FLASH overflowed by' in err and err.count('\n') == 1
+  code, _, err = run(capsys, verify.main, out)
+  assert code == 2 and 'holds no exported learner' in err
+  code, stdout, err = run(capsys, export.main, *words, '--flash=64K')
+  assert code == 0 and 'linked' in stdout, err
 
 
 @pytest.fixture(scope='module')
