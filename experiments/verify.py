@@ -244,9 +244,9 @@ def complaints(done: Sequence[Verified], manifest: Mapping[str, Any]) -> list[st
       wrong.append(f'{v.target}: {v.image.held} bytes in the image, {planned} planned')
     if v.image.ram_bytes not in (None, needed):
       wrong.append(f'{v.target}: {v.image.ram_bytes} bytes of RAM in the image, {needed} planned')
-    if v.stack is not None and v.stack > manifest['ram_bytes']['stack']:
+    if v.stack is not None and v.stack >= manifest['ram_bytes']['stack']:
       wrong.append(
-        f'{v.target}: {v.stack} bytes of stack, {manifest["ram_bytes"]["stack"]} planned'
+        f'{v.target}: the stack of {v.stack} bytes was used up: export with more --stack'
       )
   hashes = {v.hash for v in done}
   if len(hashes) > 1:

@@ -18,6 +18,12 @@ from cl_jax.edge.toolchain import Image
 from cl_jax.errors import Fault, UserError
 
 TIMEOUT = 600.0
+# What `agent.c` and its ports return.
+EXITS = {
+  4: 'it cannot open its files, or has too small a stack', 5: 'its input ends within the state',
+  6: 'its input ends within a call', 7: 'its input holds an unknown call',
+  9: 'a fault of the processor, as by too small a stack',
+}  # fmt: skip
 
 # A plugin of QEMU's code generator. Debian has no header for it, so what is used of its interface is declared
 # here; a QEMU of another interface refuses the plugin, and nothing is counted.
@@ -117,7 +123,8 @@ def play(
   said = (done.stderr + (done.stdout if target.bare else b'')).decode(errors='replace')
   if done.returncode:
     tail = ' / '.join(said.strip().splitlines()[-3:])
-    raise Fault(f'{target.name}: the agent ended with code {done.returncode} ({tail})')
+    why = EXITS.get(done.returncode, 'a crash; on a bare target try more --stack')
+    raise Fault(f'{target.name}: the agent ended with code {done.returncode} ({why}; {tail})')
   out = (place / 'out.bin').read_bytes() if target.bare else done.stdout
   for name in ('in.bin', 'out.bin'):
     (place / name).unlink(missing_ok=True)

@@ -229,6 +229,15 @@ def test_every_target(name, verified):
     assert got.stack is not None and 100 < got.stack <= ram.STACK
 
 
+@pytest.mark.parametrize('stack', [136, 408])
+def test_too_small_a_stack_is_found(stack, tiny, tmp_path, capsys):
+  need('cortex-m7')
+  words = (f'--config={tiny}:er', '--target=cortex-m7', f'--out={tmp_path}', f'--stack={stack}')
+  assert run(capsys, export.main, *words)[0] == 0
+  code, _, err = run(capsys, verify.main, tmp_path, '--steps=2')
+  assert code == 3 and 'stack' in err
+
+
 def test_a_target_without_tools(er, capsys, monkeypatch):
   """Left out with its reason; a mistake only where it was named."""
   need('host')
