@@ -7,7 +7,8 @@ image five times, SGD 0.05, and 100 images of memory where there is one. Class-i
 PackNet, which are told the task. `ncm`, `slda` and `ranpac` learn above a random layer that stays as it is,
 in one pass; `lora` adapts that layer by factors of rank 4. Those frozen weights are constants: they are in
 flash, not in RAM. `latent` keeps 400 times the 32 hidden units instead of images, `remind` 1,000
-times eight bytes.
+times eight bytes. HAT's smax of 400 and a ridge parameter of 1 would amplify rounding beyond the tolerance of
+`verify`, in JAX itself as well; they are 50 and 100 here.
 """
 
 from configs import common
@@ -35,7 +36,8 @@ def get_config(arg: str = 'er') -> dict:
     'gdumb': {'capacity': 100},
     'ewc': {'coef': 10.0},
     'lwf': {'outputs': 'heads' if told else 'seen'},
-    'ranpac': {'width': 100, 'lam': 1.0},
+    'hat': {'smax': 50.0},
+    'ranpac': {'width': 100, 'lam': 100.0},
     'lora': {'rank': 4, 'alpha': 4.0, 'targets': 'l0/w'},
   }
   matching = {'derpp'} & set(methods)  # logits, also those of classes to come

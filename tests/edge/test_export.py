@@ -169,6 +169,8 @@ def test_wrong_code_is_found(copy, capsys):
   code, _, err = run(capsys, verify.main, copy, '--steps=4', '--targets=host')
   assert code == 3
   assert 'params/' in err and 'differs by' in err
+  own = float(err.split('JAX moves by ')[1].split()[0])  # what rounding explains is less
+  assert own < 1e-5
 
 
 def test_one_byte_too_few_is_refused(tiny, er, tmp_path, capsys):
