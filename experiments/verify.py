@@ -12,41 +12,18 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from cl_jax.edge import artefact, emulate, energy, parity, ram, targets, toolchain
-from cl_jax.edge.learner import Leaf
+from cl_jax.edge import artefact, emulate, parity, ram, targets, toolchain
 from cl_jax.errors import Fault, UserError
 from cl_jax.streams.take import take
-from experiments import cli, config, edge_rows, export
+from experiments import cli, config, edge_calls, edge_rows, export
 
 PROGRAM = 'experiments.verify'
 TOLERANCE = 1e-5
-
-
-class Verified(NamedTuple):
-  """What a target gave.
-
-  Attributes:
-    target: its name.
-    parity: of the state, against JAX.
-    logits: the largest difference of the prediction's.
-    hash: of the state.
-    image: see `toolchain.Image`.
-    instructions: of a step; None where they are not counted.
-    stack: bytes that were touched; None with an operating system.
-  """
-
-  target: str
-  parity: parity.Parity
-  logits: float
-  hash: str
-  image: toolchain.Image
-  instructions: int | None
-  stack: int | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +67,7 @@ def verify(
   write: Path | None = None,
   accuracy: bool = False,
   data_dir: str | None = None,
-) -> list[Verified]:
+) -> list[edge_rows.Verified]:
   """Verifies on every target that has its tools, prints a table, and writes rows.
 
   Raises:
@@ -100,8 +77,8 @@ def verify(
   manifest = read.manifest
   made = export.subject(config.tuples(manifest['config']), data_dir)
   same_learner(read, made)
-  calls = calls_of(made, steps)
-  want, logits = reference(made, calls)
+  calls = edge_calls.calls_of(made, steps)
+  want, logits = edge_calls.reference(made, calls)
   done, lines = [], []
   for target in wanted:
     if reason := targets.absent(target):
@@ -111,13 +88,13 @@ def verify(
   right = None
   if accuracy and not targets.absent(targets.TARGETS['host']):
     right = accuracy_of(read, made)
-  rows = [row(manifest, v, steps, right, done) for v in done]
-  print('\n'.join([table(rows, done), *lines]), flush=True)
+  rows = [edge_rows.row(manifest, v, steps, right, done) for v in done]
+  print('\n'.join([edge_rows.table(rows, done), *lines]), flush=True)
   wrong = complaints(done, manifest)
   if wrong:
     said = '; '.join(wrong)
-    if any(v.parity.error > TOLERANCE for v in done):
-      own = sensitivity(made, calls, want, manifest['state'])
+    if any(max(v.parity.error, v.logits) > TOLERANCE for v in done):
+      own = edge_calls.sensitivity(made, calls, want, manifest['state'])
       said += f' (JAX moves by {own:.1e} itself when last bits of the initial state change)'
     raise Fault(f'{manifest["learner"]} in {read.folder}: {said}')
   if write is not None and rows:
@@ -141,94 +118,13 @@ def same_learner(read: artefact.Artefact, made: export.Subject) -> None:
     )
 
 
-# --- the same calls in JAX and on a target ----------------------------------------------------------
-
-
-def rows_of(batch: Any, table: Sequence[Leaf]) -> list[np.ndarray]:
-  """A batch as the flat programs take it."""
-  leaves = jax.tree.leaves(batch)
-  return [np.asarray(a, leaf.dtype) for a, leaf in zip(leaves, table, strict=True)]
-
-
-def calls_of(made: export.Subject, steps: int) -> list[emulate.Call]:
-  """The first half of the steps from the first leg, its boundary, the rest from the second, a prediction."""
-  stream, flat = made.stream, made.flat
-  lengths = leg_steps(made)
-  half, calls = -(-steps // 2), []
-  last = min(1, len(lengths) - 1)
-  fetch = jax.jit(lambda rows, leg: take(stream, rows, leg))
-  for i in range(steps):
-    leg = 0 if i < half else last
-    at = i if i < half else i - half
-    batch = fetch(stream.index[leg, at % lengths[leg]], leg)
-    calls.append(('step', rows_of(batch, flat.batch)))
-    if i == half - 1 and flat.boundary is not None:
-      calls.append(('boundary', ends_of(made, 0)))
-  return [*calls, ('predict', tests_of(made)[0][0][0])]
-
-
-def leg_steps(made: export.Subject) -> list[int]:
-  stream = made.stream
-  if stream.steps is None:
-    return [stream.index.shape[1]] * len(stream.index)
-  return [int(n) for n in np.asarray(stream.steps)]
-
-
-def ends_of(made: export.Subject, leg: int) -> list[np.ndarray]:
-  stream = made.stream
-  ends = jax.vmap(lambda rows: take(stream, rows, leg))(stream.ends[leg])
-  return rows_of(ends, made.flat.ends)
-
-
-def reference(
-  made: export.Subject, calls: Sequence[emulate.Call]
-) -> tuple[list[Any], list[np.ndarray]]:
-  """(the final leaves, the logits of every prediction) as JAX computes them."""
-  flat = made.flat
-  step, predict = jax.jit(flat.step), jax.jit(flat.predict)
-  boundary = None if flat.boundary is None else jax.jit(flat.boundary)
-  leaves: list[Any] = list(flat.leaves)
-  logits = []
-  for part, rows in calls:
-    if part == 'step':
-      leaves, _ = step(leaves, rows)
-    elif part == 'boundary':
-      assert boundary is not None
-      leaves = boundary(leaves, rows)
-    else:
-      logits.append(np.asarray(predict(leaves, rows)).ravel())
-  return [np.asarray(a) for a in leaves], logits
-
-
-def sensitivity(
-  made: export.Subject,
-  calls: Sequence[emulate.Call],
-  want: Sequence[np.ndarray],
-  table: Sequence[Mapping[str, Any]],
-) -> float:
-  """How far JAX's final state moves when the last bit of about a half of the initial floats changes.
-
-  A method that amplifies rounding (a steep gate, an ill-conditioned solve) cannot agree better than that between
-  two programs that add in different orders.
-  """
-  draw = np.random.default_rng(0)
-
-  def nudged(a: np.ndarray) -> np.ndarray:
-    up = np.nextafter(a, np.inf) if a.dtype.kind == 'f' else a
-    return np.asarray(np.where(draw.integers(0, 2, a.shape), up, a), a.dtype)
-
-  other = made.flat._replace(leaves=[nudged(a) for a in made.flat.leaves])
-  again, _ = reference(made._replace(flat=other), calls)
-  return parity.compare(table, again, want).error
-
-
 def on_target(
   read: artefact.Artefact,
   target: targets.Target,
   calls: Sequence[emulate.Call],
   want: Sequence[np.ndarray],
   logits: Sequence[np.ndarray],
-) -> Verified:
+) -> edge_rows.Verified:
   """Builds and runs one target. Instructions are those beyond a run of the same calls without the steps."""
   manifest = read.manifest
   image = toolchain.build(read, target)
@@ -242,7 +138,7 @@ def on_target(
   got = artefact.unpack(played.state, manifest['state'])
   if artefact.fnv(played.state) != played.hash:
     raise Fault(f'{target.name}: the state that arrived is not the state that was hashed')
-  return Verified(
+  return edge_rows.Verified(
     target.name,
     parity.compare(manifest['state'], got, want),
     max(parity.difference(a, b) for a, b in zip(played.logits, logits, strict=True)),
@@ -253,7 +149,7 @@ def on_target(
   )
 
 
-def complaints(done: Sequence[Verified], manifest: Mapping[str, Any]) -> list[str]:
+def complaints(done: Sequence[edge_rows.Verified], manifest: Mapping[str, Any]) -> list[str]:
   """What is not as it must be."""
   wrong = []
   planned = {
@@ -266,6 +162,8 @@ def complaints(done: Sequence[Verified], manifest: Mapping[str, Any]) -> list[st
       wrong.append(f'{v.target}: integers differ in {", ".join(v.parity.differing[:3])}')
     if v.parity.error > TOLERANCE:
       wrong.append(f'{v.target}: {v.parity.worst} differs by {v.parity.error:.1e} > {TOLERANCE}')
+    if v.logits > TOLERANCE:
+      wrong.append(f'{v.target}: the prediction differs by {v.logits:.1e} > {TOLERANCE}')
     if v.image.held != planned:
       wrong.append(f'{v.target}: {v.image.held} bytes in the image, {planned} planned')
     if v.image.ram_bytes not in (None, needed):
@@ -280,104 +178,18 @@ def complaints(done: Sequence[Verified], manifest: Mapping[str, Any]) -> list[st
   return wrong
 
 
-def row(
-  manifest: Mapping[str, Any],
-  v: Verified,
-  steps: int,
-  right: float | None,
-  done: Sequence[Verified],
-) -> dict[str, Any]:
-  """The line of results/edge.csv."""
-  macs = manifest['macs']['step']
-  batch = sum(ram.leaf_bytes(leaf) for leaf in manifest['batch'])
-  estimate = energy.estimate(macs, manifest['state_bytes'] + manifest['arena_bytes'] + batch)
-  target = targets.TARGETS[v.target]
-  notes = [f'state {v.hash}']
-  if v.stack is not None:
-    notes.append(f'stack {v.stack}')
-  if v.instructions is None:
-    why = 'not emulated' if not target.emulators else 'this emulator loads no plugin'
-    notes.append(f'instructions not counted: {why}')
-  peers = {w.hash for w in done if w.target == 'host'}
-  if right is not None and v.target != 'host':
-    notes.append('accuracy by host')
-  return {
-    'learner': manifest['learner'],
-    'target': v.target,
-    'parity_int': 'bitwise' if not v.parity.differing else f'{len(v.parity.differing)} differ',
-    'parity_float': f'{max(v.parity.error, v.logits):.1e}',
-    'code_bytes': v.image.code_bytes,
-    'state_bytes': manifest['state_bytes'],
-    'peak_bytes': sum(manifest['ram_bytes'].values()),
-    'macs_per_step': macs,
-    'instructions_per_step': '' if v.instructions is None else v.instructions,
-    'energy_uj_estimate': '' if estimate.uj is None else f'{estimate.uj:.3g}',
-    'accuracy': '' if right is None or peers - {v.hash} else f'{right:.4f}',
-    'steps': steps,
-    'note': '; '.join(notes),
-  }
-
-
-def table(rows: Sequence[Mapping[str, Any]], done: Sequence[Verified]) -> str:
-  """Aligned text; what is the same on all targets comes above."""
-  if not done:
-    return 'nothing was verified'
-  first = rows[0]
-  number = lambda v: f'{v:,}' if isinstance(v, int) else str(v or '-')  # noqa: E731
-  head = (
-    f'{first["learner"]}: {first["steps"]} steps; planned: state {number(first["state_bytes"])}, peak '
-    f'{number(first["peak_bytes"])} bytes; {number(first["macs_per_step"])} MACs a step, energy '
-    f'{first["energy_uj_estimate"] or "-"} uJ (an estimate), accuracy {first["accuracy"] or "-"}'
-  )
-  names = ('target', 'integers', 'floats', 'state hash', 'code', 'state + arena', 'image RAM',
-           'stack used', 'instructions/step')  # fmt: skip
-  lines = [names] + [
-    (
-      v.target, r['parity_int'], r['parity_float'], v.hash, number(v.image.code_bytes),
-      number(sum(v.image.held.values())), number(v.image.ram_bytes), number(v.stack),
-      number(v.instructions),
-    )
-    for r, v in zip(rows, done, strict=True)
-  ]  # fmt: skip
-  widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
-  body = ['  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-  return '\n'.join([head, *(f'  {line.rstrip()}' for line in body)])
-
-
-# --- accuracy after the whole stream ----------------------------------------------------------------
-
-
-def tests_of(made: export.Subject) -> list[list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]]:
-  """For every task, batches of its test examples in the size that predict was exported for: (rows, y, w)."""
-  table, test = made.flat.batch, made.stream.test
-  B = table[-1].shape[0]
-  found = []
-  for t in range(made.stream.tasks):
-    own = jax.tree.map(lambda a, t=t: np.asarray(a[t]).reshape(-1, *np.shape(a)[3:]), test)
-    n = len(own.y)
-    parts = []
-    for lo in range(0, n, B):
-      at = np.arange(lo, lo + B)
-      part = jax.tree.map(lambda a, at=at, n=n: a[np.minimum(at, n - 1)], own)
-      part = part._replace(w=np.where(at < n, part.w, 0).astype(np.float32))
-      if part.w.any():
-        parts.append((rows_of(part, table), np.asarray(part.y), np.asarray(part.w)))
-    found.append(parts)
-  return found
-
-
 def accuracy_of(read: artefact.Artefact, made: export.Subject) -> float:
   """The mean accuracy over tasks after the whole stream, learnt and predicted by the C99 program here."""
   manifest, stream = read.manifest, made.stream
   host = targets.TARGETS['host']
   fetch = jax.jit(lambda rows, leg: take(stream, rows, leg))
   calls: list[emulate.Call] = []
-  for leg, n in enumerate(leg_steps(made)):
+  for leg, n in enumerate(edge_calls.leg_steps(made)):
     for i in range(n):
-      calls.append(('step', rows_of(fetch(stream.index[leg, i], leg), made.flat.batch)))
+      calls.append(('step', edge_calls.rows_of(fetch(stream.index[leg, i], leg), made.flat.batch)))
     if made.flat.boundary is not None:
-      calls.append(('boundary', ends_of(made, leg)))
-  tests = tests_of(made)
+      calls.append(('boundary', edge_calls.ends_of(made, leg)))
+  tests = edge_calls.tests_of(made)
   calls += [('predict', rows) for parts in tests for rows, _, _ in parts]
   image = toolchain.build(read, host)
   played = emulate.play(image, host, read.leaves, calls, manifest['outputs'])

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from cl_jax.edge import agent
+from cl_jax.edge import cortex_m
 from cl_jax.edge.artefact import BUILD, Artefact
 from cl_jax.edge.c99 import FLAGS
 from cl_jax.edge.targets import Target, absent
@@ -61,7 +61,7 @@ def build(
   objects = [f'{unit}.o' for unit in (name, 'agent', port)]
   if target.external is not None:
     budget = manifest['budget']
-    text = agent.script(
+    text = cortex_m.script(
       ram or budget['ram'] or BOARD,
       flash or budget['flash'] or BOARD,
       budget['stack'],
