@@ -301,3 +301,13 @@ def test_struct_and_energy():
   assert energy.estimate(0, 8).uj == pytest.approx(10e-6)
   assert energy.estimate(1, 0, 'int8').uj is None
   assert energy.estimate(1, 1, level='dram').uj is None
+
+
+def test_packages_are_named_where_they_cannot_be_installed(monkeypatch, capsys):
+  which = shutil.which
+  monkeypatch.setattr(shutil, 'which', lambda name: None if 'riscv' in name else which(name))
+  monkeypatch.setattr('os.geteuid', lambda: 1000)
+  edge.install(targets.find(['riscv64']))
+  out = capsys.readouterr().out
+  assert 'apt install gcc-riscv64-linux-gnu libc6-dev-riscv64-cross qemu-user' in out
+  assert out.count('\n') == 1
