@@ -61,10 +61,8 @@ docs: $(VENV)/.test ## write the generated tables of docs/, then check its links
 	$(RUN) -m tools.method_table --write
 	$(RUN) -m pytest -q tests/test_docs.py $(ARGS)
 
-edge: $(VENV)/.demo ## export learners to small devices (with the edge package)
-	@test -f cl_jax/edge/__init__.py || { echo 'make edge: this release has no cl_jax/edge; it comes with the edge package' >&2; exit 1; }
-	$(PIP) install $(PIP_ARGS) -e '.[edge]'
-	$(RUN) -m experiments.export $(ARGS)
+edge: $(VENV)/.demo ## learners as C99 on emulated devices against JAX, into results/edge.csv; ONLY=pattern picks some
+	$(RUN) -m experiments.edge --install $(if $(ONLY),--only='$(ONLY)') $(ARGS)
 
 clean: ## remove .venv, caches and build files; results/ and runs/ stay
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis site

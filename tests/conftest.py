@@ -35,7 +35,7 @@ hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'here')
 
 # With CL_JAX_REQUIRE_DATA=1 a skipped test fails, unless the reason it gives is the machine itself.
 REQUIRE = os.environ.get('CL_JAX_REQUIRE_DATA', '') not in ('', '0')
-OF_THE_MACHINE = re.compile(r'\b(GPU|TPU|accelerator|Slurm|root|Python 3)\b')
+OF_THE_MACHINE = re.compile(r'\b(GPU|TPU|accelerator|Slurm|root|Python 3|cross compiler)\b')
 
 
 def _insist(report) -> None:

@@ -1,0 +1,109 @@
+"""Exports and verifies a list of learners: `python -m experiments.edge [--only=PATTERNS] [--workdir=DIR]`.
+
+The list is CELLS of configs/edge.py. Every learner goes to DIR/NAME for every target whose tools are
+installed, and its rows into results/edge.csv. With --install, what is missing of the cross compilers and
+emulators is installed by apt-get first, when that is possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cl_jax.edge import artefact, ram, targets
+from cl_jax.errors import Fault, UserError
+from experiments import cli, config, export, verify
+
+PROGRAM = 'experiments.edge'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog=f'python -m {PROGRAM}',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--config', default='configs/edge.py', metavar='FILE', help='with CELLS, a list of words')
+  add('--only', default='*', metavar='PATTERNS', help="of the list, as in 'er* *hat'")
+  add('--workdir', type=Path, default=Path('runs/edge'), metavar='DIR', help='(runs/edge)')
+  add('--target', action='append', metavar='NAMES', help='(all)')
+  add('--steps', type=int, default=50, help='to compare (50)')
+  add('--write', type=Path, default=Path('results/edge.csv'), metavar='FILE', help='of the rows')
+  add('--install', action='store_true', help='missing Debian packages, as root')
+  add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
+  add('--debug', action='store_true', help='show tracebacks')
+  argv = sys.argv[1:] if argv is None else list(argv)
+  return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
+
+
+def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+  given = parser.parse_args(argv)
+  wanted = targets.find(given.target or list(targets.TARGETS))
+  if given.install:
+    install(wanted)
+  chosen = [
+    cell
+    for cell in cells(given.config)
+    if any(fnmatch.fnmatch(cell, p) for p in given.only.split())
+  ]
+  if not chosen:
+    raise UserError(f'--only={given.only} matches none of {", ".join(cells(given.config))}')
+  cli.devices(1)
+  failed = []
+  for cell in chosen:
+    folder = given.workdir / cell.replace(',', '-')
+    try:
+      resolved = config.resolve(config.load(f'{given.config}:{cell}'))
+      budget = {'ram': None, 'flash': None, 'stack': ram.STACK}
+      export.export(resolved, wanted, budget, folder, given.data_dir)
+      read = artefact.read(folder)
+      verify.verify(read, wanted, given.steps, given.write, True, given.data_dir)
+    except (UserError, Fault) as error:
+      failed.append(cell)
+      print(f'{cell}: {error}', file=sys.stderr, flush=True)
+  if failed:
+    raise Fault(f'{len(failed)} of {len(chosen)} learners failed: {", ".join(failed)}')
+  return 0
+
+
+def cells(source: str) -> tuple[str, ...]:
+  """CELLS of a configuration file."""
+  spec = importlib.util.spec_from_file_location('cells', source)
+  if not Path(source).is_file() or spec is None or spec.loader is None:
+    raise UserError(f'--config: there is no file {source}')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  found = getattr(module, 'CELLS', None)
+  if not found:
+    raise UserError(f'--config: {source} has no CELLS')
+  return tuple(found)
+
+
+def install(wanted: Sequence[targets.Target]) -> None:
+  """Installs the packages of what is missing where that is possible, and says so or what to do."""
+  missing = [t for t in wanted if targets.absent(t)]
+  packages = sorted({p for t in missing for p in t.packages})
+  if not packages:
+    return
+  if os.geteuid() or not shutil.which('apt-get'):
+    print(f'not installed, so some targets are left out; Debian: apt install {" ".join(packages)}')
+    return
+  print(f'apt-get install {" ".join(packages)} (cross compilers and emulators, once)', flush=True)
+  for words in (['update'], ['install', '-y', '--no-install-recommends', *packages]):
+    done = subprocess.run(['apt-get', '-qq', *words], capture_output=True, text=True)
+    if done.returncode:
+      print(f'apt-get {words[0]} failed: {done.stderr.strip()[:200]}; some targets are left out')
+      return
+
+
+if __name__ == '__main__':
+  sys.exit(main())

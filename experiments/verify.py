@@ -1,0 +1,205 @@
+"""Compares an exported learner with JAX: `python -m experiments.verify DIR --steps=50 [--targets=NAMES]`.
+
+The steps of the configuration's own stream are computed by JAX and by the exported program on every target,
+with a boundary half-way and a prediction at the end. Integers of the state (memory, labels, counters, keys)
+must be equal bit for bit, floats to 1e-5 of max(1, |x|), and the whole state must have the same hash on all
+targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cl_jax.edge import artefact, emulate, parity, ram, targets, toolchain
+from cl_jax.errors import Fault, UserError
+from cl_jax.streams.take import take
+from experiments import cli, config, edge_calls, edge_rows, export
+
+PROGRAM = 'experiments.verify'
+TOLERANCE = 1e-5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog=f'python -m {PROGRAM}',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('folder', metavar='DIR', type=Path, help='what experiments.export wrote')
+  add('--steps', type=int, default=50, help='training steps to compare (50)')
+  add('--targets', metavar='NAMES', action='append', help='default: those of the export')
+  add('--accuracy', action='store_true', help='the whole stream by the C99 program on this machine')
+  add('--write', metavar='FILE', type=Path, nargs='?', const=Path('results/edge.csv'),
+      help='put rows into FILE (results/edge.csv)')  # fmt: skip
+  add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
+  add('--debug', action='store_true', help='show tracebacks')
+  argv = sys.argv[1:] if argv is None else list(argv)
+  return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
+
+
+def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+  given = parser.parse_args(argv)
+  if given.steps < 1:
+    raise UserError(f'--steps must be at least 1; got {given.steps}')
+  read = artefact.read(given.folder)
+  wanted = targets.find(given.targets or read.manifest['targets'])
+  cli.devices(1)
+  verify(read, wanted, given.steps, given.write, given.accuracy, given.data_dir)
+  without = [t.name for t in wanted if targets.absent(t)]
+  if without and given.targets:
+    raise UserError(f'not verified: {", ".join(without)}; install the tools that are named above')
+  return 0
+
+
+def verify(
+  read: artefact.Artefact,
+  wanted: Sequence[targets.Target],
+  steps: int,
+  write: Path | None = None,
+  accuracy: bool = False,
+  data_dir: str | None = None,
+) -> list[edge_rows.Verified]:
+  """Verifies on every target that has its tools, prints a table, and writes rows.
+
+  Raises:
+    UserError: the artefact is of other source or data than there are now.
+    Fault: a target differs from JAX, from another target, or from the bytes that were planned.
+  """
+  manifest = read.manifest
+  made = export.subject(config.tuples(manifest['config']), data_dir)
+  same_learner(read, made)
+  calls = edge_calls.calls_of(made, steps)
+  want, logits = edge_calls.reference(made, calls)
+  done, lines = [], []
+  for target in wanted:
+    if reason := targets.absent(target):
+      lines.append(f'{target.name}: not verified: {reason}')
+      continue
+    done.append(on_target(read, target, calls, want, logits))
+  right = None
+  if accuracy and not targets.absent(targets.TARGETS['host']):
+    right = accuracy_of(read, made)
+  rows = [edge_rows.row(manifest, v, steps, right, done) for v in done]
+  print('\n'.join([edge_rows.table(rows, done), *lines]), flush=True)
+  wrong = complaints(done, manifest)
+  if wrong:
+    said = '; '.join(wrong)
+    if any(max(v.parity.error, v.logits) > TOLERANCE for v in done):
+      own = edge_calls.sensitivity(made, calls, want, manifest['state'])
+      said += f' (JAX moves by {own:.1e} itself when last bits of the initial state change)'
+    raise Fault(f'{manifest["learner"]} in {read.folder}: {said}')
+  if write is not None and rows:
+    edge_rows.write(write, rows)
+  return done
+
+
+def same_learner(read: artefact.Artefact, made: export.Subject) -> None:
+  """The configuration must still give the learner and the state that were exported."""
+  table = [(leaf['name'], tuple(leaf['shape']), leaf['dtype']) for leaf in read.manifest['state']]
+  now = [(leaf.name, tuple(leaf.shape), leaf.dtype) for leaf in made.flat.state]
+  if table != now:
+    raise UserError(
+      f'{read.folder} was exported by another version (the leaves of the state differ): export again'
+    )
+  apart = parity.compare(read.manifest['state'], read.leaves, made.flat.leaves)
+  if apart.differing or apart.error > TOLERANCE:
+    named = ', '.join((*apart.differing, apart.worst))
+    raise UserError(
+      f'{read.folder} holds another initial state than its configuration gives now ({named}): export again'
+    )
+
+
+def on_target(
+  read: artefact.Artefact,
+  target: targets.Target,
+  calls: Sequence[emulate.Call],
+  want: Sequence[np.ndarray],
+  logits: Sequence[np.ndarray],
+) -> edge_rows.Verified:
+  """Builds and runs one target. Instructions are those beyond a run of the same calls without the steps."""
+  manifest = read.manifest
+  image = toolchain.build(read, target)
+  play = lambda calls: emulate.play(image, target, read.leaves, calls, manifest['outputs'])  # noqa: E731
+  played = play(calls)
+  instructions = None
+  if played.instructions is not None:
+    rest = play([call for call in calls if call[0] != 'step'])
+    steps = len(played.losses)
+    instructions = round((played.instructions - (rest.instructions or 0)) / steps)
+  got = artefact.unpack(played.state, manifest['state'])
+  if artefact.fnv(played.state) != played.hash:
+    raise Fault(f'{target.name}: the state that arrived is not the state that was hashed')
+  return edge_rows.Verified(
+    target.name,
+    parity.compare(manifest['state'], got, want),
+    max(parity.difference(a, b) for a, b in zip(played.logits, logits, strict=True)),
+    played.hash,
+    image,
+    instructions,
+    played.stack,
+  )
+
+
+def complaints(done: Sequence[edge_rows.Verified], manifest: Mapping[str, Any]) -> list[str]:
+  """What is not as it must be."""
+  wrong = []
+  planned = {
+    'state': ram.struct_bytes(manifest['state']),
+    'arena': manifest['arena_bytes'],
+  }
+  needed = sum(manifest['ram_bytes'].values())
+  for v in done:
+    if v.parity.differing:
+      wrong.append(f'{v.target}: integers differ in {", ".join(v.parity.differing[:3])}')
+    if v.parity.error > TOLERANCE:
+      wrong.append(f'{v.target}: {v.parity.worst} differs by {v.parity.error:.1e} > {TOLERANCE}')
+    if v.logits > TOLERANCE:
+      wrong.append(f'{v.target}: the prediction differs by {v.logits:.1e} > {TOLERANCE}')
+    if v.image.held != planned:
+      wrong.append(f'{v.target}: {v.image.held} bytes in the image, {planned} planned')
+    if v.image.ram_bytes not in (None, needed):
+      wrong.append(f'{v.target}: {v.image.ram_bytes} bytes of RAM in the image, {needed} planned')
+    if v.stack is not None and v.stack >= manifest['ram_bytes']['stack']:
+      wrong.append(
+        f'{v.target}: the stack of {v.stack} bytes was used up: export with more --stack'
+      )
+  hashes = {v.hash for v in done}
+  if len(hashes) > 1:
+    wrong.append('targets differ: ' + ', '.join(f'{v.target} {v.hash}' for v in done))
+  return wrong
+
+
+def accuracy_of(read: artefact.Artefact, made: export.Subject) -> float:
+  """The mean accuracy over tasks after the whole stream, learnt and predicted by the C99 program here."""
+  manifest, stream = read.manifest, made.stream
+  host = targets.TARGETS['host']
+  fetch = jax.jit(lambda rows, leg: take(stream, rows, leg))
+  calls: list[emulate.Call] = []
+  for leg, n in enumerate(edge_calls.leg_steps(made)):
+    for i in range(n):
+      calls.append(('step', edge_calls.rows_of(fetch(stream.index[leg, i], leg), made.flat.batch)))
+    if made.flat.boundary is not None:
+      calls.append(('boundary', edge_calls.ends_of(made, leg)))
+  tests = edge_calls.tests_of(made)
+  calls += [('predict', rows) for parts in tests for rows, _, _ in parts]
+  image = toolchain.build(read, host)
+  played = emulate.play(image, host, read.leaves, calls, manifest['outputs'])
+  guesses = iter(a.reshape(manifest['logits']).argmax(-1) for a in played.logits)
+  per_task = []
+  for parts in tests:
+    hits = [(w * (next(guesses) == y), w) for _, y, w in parts]
+    per_task.append(sum(h.sum() for h, _ in hits) / sum(w.sum() for _, w in hits))
+  return float(np.mean(per_task))
+
+
+if __name__ == '__main__':
+  sys.exit(main())
