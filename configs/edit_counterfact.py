@@ -43,7 +43,7 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
     'alphaedit': {'layers': LAYERS, 'recipe': recipe},
     'finetune': {'layers': (LAYERS[2],), 'batch': 32},
     'finetune_l': {'layers': (LAYERS[2],), 'batch': 32, 'norm': 5e-4},
-    'lora': {'batch': 32},
+    'lora': {'batch': 32, 'rate': 5e-4},
     'grace': {'layer': 22},
     'wise': {'layer': 24},
   }[editor if editor != 'none' else 'memit']
