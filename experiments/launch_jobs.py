@@ -85,8 +85,13 @@ def outcome(job: Job) -> str:
 
 def mark(job: Job) -> str:
   """Changes with every checkpoint and every result."""
-  steps = sorted(f'{p.parent.name}/{p.name}' for p in job.folder.glob('checkpoints/*/*'))
-  return f'{" ".join(steps)} {len(results.done(job.folder))}'
+  return f'{" ".join(checkpoints(job))} {len(results.done(job.folder))}'
+
+
+def checkpoints(job: Job) -> list[str]:
+  """Those that are whole: a name with a dot in front is being written."""
+  found = (p for p in job.folder.glob('checkpoints/*/*') if p.name.isdecimal())
+  return sorted(f'{p.parent.name}/{p.name}' for p in found)
 
 
 def ended(job: Job, code: int, retries: int, words: str = '', final: bool = False) -> str:
@@ -137,7 +142,7 @@ def said(job: Job) -> str:
     return f'{times or "failed"} for good: {state["why"]}'
   if n:
     return f'waiting to be tried again, {times}: {state["why"]}'
-  return 'waiting to go on' if list(job.folder.glob('checkpoints/*/*')) else 'waiting'
+  return 'waiting to go on' if checkpoints(job) else 'waiting'
 
 
 # --- processes on this machine ----------------------------------------------------------------------

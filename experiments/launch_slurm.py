@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,11 +164,8 @@ class Task:
     # a run in training answers by saving its state at the end of the chunk.
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGUSR2, lambda signum, frame: os.kill(os.getpid(), signal.SIGTERM))
-    with (Path(self.folder) / 'log.txt').open('ab') as log:
-      for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(log.fileno(), stream.fileno())
-    code = perform(self.program, self.devices, Path(self.folder), self.argv)
+    with logging(Path(self.folder) / 'log.txt'):
+      code = perform(self.program, self.devices, Path(self.folder), self.argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, requeue)
     if code in ASKED and wanted():
@@ -180,6 +177,23 @@ class Task:
     import submitit  # pyright: ignore[reportMissingImports]
 
     return submitit.helpers.DelayedSubmission(self)
+
+
+@contextlib.contextmanager
+def logging(path: Path) -> Iterator[None]:
+  """Sends what this process and its libraries print to the end of a file, and then as before."""
+  with path.open('ab') as log:
+    kept = [(stream, os.dup(stream.fileno())) for stream in (sys.stdout, sys.stderr)]
+    for stream, _ in kept:
+      stream.flush()
+      os.dup2(log.fileno(), stream.fileno())
+    try:
+      yield
+    finally:
+      for stream, before in kept:
+        stream.flush()
+        os.dup2(before, stream.fileno())
+        os.close(before)
 
 
 def wanted() -> bool:
