@@ -59,7 +59,7 @@ def command(argv: list[str]) -> int:
     todo = [job for job in all_jobs if wanted & set(job.part.cells)]
     order = [c.sha256 for c in cells]
     follow(Launch(place, about['id'], order, wish, options, shown.say), todo)
-    lines = gathered(place, todo, order)
+    lines = gathered(place, order)
     if lines:
       print(tables.table(lines, options.sweep), flush=True)
       workdir.report(place, shown)

@@ -73,7 +73,7 @@ def follow(launch: Launch, todo: list[Job]) -> None:
       if stop():
         leave(launch, todo, stop())
       if look(launch, todo):
-        gathered(launch.place, todo, launch.order)
+        gathered(launch.place, launch.order)
       fill(launch, todo)
       if time.monotonic() - said >= pool.STATUS:
         said = time.monotonic()
@@ -98,11 +98,11 @@ def adopt(launch: Launch, todo: list[Job]) -> None:
       )
     entries = found
   for job in todo:
-    jobs.adopt(job)
     entry = launch_slurm.entry_of(entries, launch_slurm.name_of(launch.id, job))
     if not job.state['run'] and entry and entry.state not in launch_slurm.OVER:
       job.state['run'] = {'id': entry.id, 'name': entry.name}
       job.save()
+    jobs.adopt(job)
 
 
 def look(launch: Launch, todo: list[Job]) -> bool:
@@ -149,7 +149,8 @@ def fill(launch: Launch, todo: list[Job]) -> None:
 
 def leave(launch: Launch, todo: list[Job], signum: int) -> None:
   """Asks the processes on this machine to save and end, waits for them, and raises Interrupted."""
-  own = [j for j in todo if 'pid' in (j.state['run'] or ())]
+  here = socket.gethostname()
+  own = [j for j in todo if (j.state['run'] or {}).get('host') == here]
   queued = sum('id' in (j.state['run'] or ()) for j in todo)
   if own:
     launch.say(f'waiting until {len(own)} jobs have saved their state; Ctrl-C again kills them')
@@ -157,9 +158,7 @@ def leave(launch: Launch, todo: list[Job], signum: int) -> None:
     try:
       for job in own:
         jobs.signalled(job, ask)
-      while any(
-        jobs.code_of(j) is None for j in own if j.state['run']['host'] == socket.gethostname()
-      ):
+      while any(jobs.code_of(job) is None for job in own):
         time.sleep(LOOK['local'])
       break
     except KeyboardInterrupt:

@@ -16,12 +16,13 @@ from experiments.launch_jobs import Job
 from experiments.launch_plan import FILE
 
 
-def gathered(place: Path, todo: Sequence[Job], order: Sequence[str]) -> list[dict[str, Any]]:
-  """The lines of all jobs, in the order of the grid whatever ended first; kept in results.jsonl."""
+def gathered(place: Path, order: Sequence[str]) -> list[dict[str, Any]]:
+  """The lines of the cells in `order`, in which results.jsonl of all jobs is kept, whatever ended first."""
   rank = {sha: i for i, sha in enumerate(order)}
   at = lambda line: (rank.get(line['config_sha256'], len(rank)), line['seed'])  # noqa: E731
+  folders = sorted((place / 'jobs').iterdir())
   for name, read in ((results.FILE, results.read), (sweep.FAULTS, sweep.faults)):
-    lines = sorted((line for job in todo for line in read(job.folder)), key=at)
+    lines = sorted((line for folder in folders for line in read(folder)), key=at)
     if lines or (place / name).exists():
       durable.write(place / name, ''.join(json.dumps(line) + '\n' for line in lines))
   return [line for line in results.read(place) if line['config_sha256'] in rank]
