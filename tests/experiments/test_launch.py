@@ -364,13 +364,13 @@ def test_time_limits(text, minutes):
 def test_what_slurm_says_of_jobs(tmp_path, monkeypatch):
   squeue = tmp_path / 'squeue'
   squeue.write_text(
-    '#!/bin/sh\necho "3|cl_jax_0_000|FAILED|None"\necho "7|cl_jax_0_000|PENDING|Priority"\n'
+    '#!/bin/sh\necho "7|cl_jax_0_000|PENDING|Priority"\necho "3|cl_jax_0_000|FAILED|None"\n'
     'echo "8|cl_jax_0_001|CANCELLED|None"\necho "9|other|RUNNING|a|b"\n'
   )
   squeue.chmod(0o755)
   monkeypatch.setenv('PATH', str(tmp_path))
   found = launch_slurm.queue()
-  assert found is not None and [e.id for e in found] == ['3', '7', '8', '9']
+  assert found is not None and [e.id for e in found] == ['7', '3', '8', '9']
   entry = launch_slurm.entry_of(found, 'cl_jax_0_000', '3')
   assert entry is not None and entry.id == '7', (
     'the one in the queue is the job, also when resubmitted'
@@ -381,7 +381,7 @@ def test_what_slurm_says_of_jobs(tmp_path, monkeypatch):
   assert launch_slurm.entry_of(found, 'cl_jax_1_000', '3') is None, (
     'numbers start anew, names do not'
   )
-  timed = found[0]._replace(state='TIMEOUT')
+  timed = found[1]._replace(state='TIMEOUT')
   assert launch_slurm.end_of(timed, 137)[0] in launch_jobs.ASKED
   assert launch_slurm.end_of(None, 5) == (5, '', False)
   squeue.write_text('#!/bin/sh\nexit 1\n')
