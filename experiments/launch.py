@@ -17,12 +17,22 @@ from typing import Any
 import jax
 
 from cl_jax import durable
-from experiments import cli, launch_plan, launch_slurm, pool, results, show, tables, workdir
+from experiments import (
+  cli,
+  launch_part,
+  launch_plan,
+  launch_slurm,
+  pool,
+  results,
+  show,
+  tables,
+  workdir,
+)
 from experiments import launch_jobs as jobs
 from experiments.launch_follow import Launch, follow
 from experiments.launch_jobs import Job
 from experiments.launch_options import ABOUT, PROGRAM, Wish, wishes
-from experiments.launch_plan import FILE, Part
+from experiments.launch_part import FILE, Part
 from experiments.launch_status import gathered, status, verdict
 from experiments.options import Options, parse
 
@@ -47,7 +57,7 @@ def command(argv: list[str]) -> int:
   shown = show.make()
   if wish.plan:
     new = added(options, wish, cells, [], shown.say)
-    print(launch_plan.table([p for p, _ in new], [], wish.slurm.mem or ''))
+    print(launch_part.table([p for p, _ in new], [], wish.slurm.mem or ''))
     return 0
   fresh = not options.workdir.exists()
   with cli.network(options.offline), workdir.claimed(options.workdir) as place:
@@ -88,7 +98,7 @@ def prepared(
   about: dict[str, Any] = {'id': secrets.token_hex(4)}
   old: list[Part] = []
   if (place / FILE).exists():
-    about, old = launch_plan.load(place / FILE)
+    about, old = launch_part.load(place / FILE)
   new = added(options, wish, cells, old, shown.say)
   for part, source in new:
     folder = place.absolute() / 'jobs' / part.name
@@ -99,9 +109,9 @@ def prepared(
   about |= {'executor': wish.executor, 'command': options.command, 'sweep': options.sweep}
   about['cells'] = [c.sha256 for c in cells]
   if new or not (place / FILE).exists():
-    shown.say(launch_plan.table([p for p, _ in new], results.read(place), wish.slurm.mem or ''))
+    shown.say(launch_part.table([p for p, _ in new], results.read(place), wish.slurm.mem or ''))
   everything = [*old, *(p for p, _ in new)]
-  durable.write(place / FILE, launch_plan.dumped(about, everything))
+  durable.write(place / FILE, launch_part.dumped(about, everything))
   (place / 'slurm' / about['id']).mkdir(mode=0o700, parents=True, exist_ok=True)
   (place / 'slurm').chmod(0o700)
   return about, [jobs.read(p, place.absolute() / 'jobs' / p.name) for p in everything]

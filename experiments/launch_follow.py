@@ -15,6 +15,7 @@ from experiments import launch_jobs as jobs
 from experiments import launch_slurm, pool
 from experiments.launch_jobs import Job
 from experiments.launch_options import Wish
+from experiments.launch_part import many
 from experiments.launch_status import gathered, progress
 from experiments.options import Options
 from experiments.watch import Interrupted, Stop
@@ -66,7 +67,7 @@ def follow(launch: Launch, todo: list[Job]) -> None:
       launch.say(jobs.ended(job, 0, launch.wish.retries))
   over = sum(j.state['over'] for j in todo)
   running = sum(bool(j.state['run']) for j in todo)
-  launch.say(f'{len(todo)} jobs in {launch.place}: {over} over, {running} running already')
+  launch.say(f'{many(len(todo), "job")} in {launch.place}: {over} over, {running} running already')
   said = time.monotonic()
   with Stop().listening((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as stop:
     while not all(j.state['over'] for j in todo):

@@ -22,7 +22,7 @@ from typing import Any
 
 from cl_jax import durable
 from experiments import pool, results, sweep
-from experiments.launch_plan import Part
+from experiments.launch_part import Part
 
 BUSY = 75  # exit code: another process has the job already
 ASKED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))

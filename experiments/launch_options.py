@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from cl_jax.errors import UserError
-from experiments import launch_plan, launch_slurm
+from experiments import launch_part, launch_slurm
 
 PROGRAM = 'experiments.launch'
 ABOUT = """Runs a grid as jobs that resume, are tried again when they crash, and are adopted when the launcher
@@ -64,6 +64,6 @@ def wishes(argv: Sequence[str]) -> tuple[Wish, list[str]]:
   minutes = launch_slurm.minutes(v.time or '60')
   asked = launch_slurm.Resources(v.partition, minutes, v.gpus, v.cpus or 1, v.mem)
   if v.mem:
-    launch_plan.size(v.mem)
+    launch_part.size(v.mem)
   most = v.cells or sys.maxsize
   return Wish(v.executor, v.jobs, most, v.retries, v.cpus, asked, v.plan, v.status), rest

@@ -11,9 +11,9 @@ from typing import Any
 from cl_jax import durable
 from cl_jax.errors import UserError
 from experiments import launch_jobs as jobs
-from experiments import launch_plan, launch_slurm, results, show, sweep, tables
+from experiments import launch_part, launch_slurm, results, show, sweep, tables
 from experiments.launch_jobs import Job
-from experiments.launch_plan import FILE
+from experiments.launch_part import FILE
 
 
 def gathered(place: Path, order: Sequence[str]) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def status(place: Path) -> int:
   """Prints how every job stands, and the table so far; changes nothing."""
   if not (place / FILE).exists():
     raise UserError(f'--status={place}: there is no {FILE}; name the --workdir of a launch')
-  about, parts = launch_plan.load(place / FILE)
+  about, parts = launch_part.load(place / FILE)
   wanted = set(about['cells'])
   todo = [jobs.read(p, place.absolute() / 'jobs' / p.name) for p in parts if wanted & set(p.cells)]
   slurm = any('id' in (j.state['run'] or ()) for j in todo)
@@ -59,7 +59,7 @@ def status(place: Path) -> int:
     kind: sum(k == kind for k, _ in stands) for kind in ('done', 'running', 'waiting', 'failed')
   }
   left = sum(
-    launch_plan.seconds(j.part, lines)
+    launch_part.seconds(j.part, lines)
     for j, (k, _) in zip(todo, stands, strict=True)
     if k in ('running', 'waiting')
   )
