@@ -62,20 +62,33 @@ def expand(raw: Mapping[str, Any], axes: Mapping[str, Sequence]) -> list[dict[st
     raise UserError(
       'config.sweep is empty: name fields and values, as in --config.sweep="{\'optimizer.lr\': (0.1, 0.01)}"'
     )
+  check(axes)
+  cells = [cell_of(raw, values) for values in grid(axes)]
+  if len({config.sha256(c) for c in cells}) < len(cells):
+    raise UserError('config.sweep has cells that are the same: give every value once')
+  return cells
+
+
+def check(axes: Mapping[str, Sequence]) -> None:
+  """Raises UserError for an axis that is not a tuple of values, or cannot be one."""
   for dotted, values in axes.items():
     if not isinstance(values, tuple) or not values:
       raise UserError(f'config.sweep[{dotted!r}] must be a tuple of values; got {values!r}')
     if dotted.split('.')[0] in ('seeds', 'name', 'sweep'):
       raise UserError(f'config.sweep cannot vary {dotted}: every cell has the same')
-  cells = []
-  for cell in grid(axes):
-    own = dict(raw)
-    for dotted in sorted(cell, key=lambda d: d not in ('methods', 'model.name', 'optimizer.name')):
-      own = config.override(own, dotted, cell[dotted])
-    cells.append(config.resolve(own))
-  if len({config.sha256(c) for c in cells}) < len(cells):
-    raise UserError('config.sweep has cells that are the same: give every value once')
-  return cells
+
+
+def cell_of(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """The resolved configuration of one cell."""
+  return config.resolve(overridden(raw, values))
+
+
+def overridden(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """`raw` with the values of a cell; those that decide which fields there are come first."""
+  own = dict(raw)
+  for dotted in sorted(values, key=lambda d: d not in ('methods', 'model.name', 'optimizer.name')):
+    own = config.override(own, dotted, values[dotted])
+  return own
 
 
 def run(options: Options, cells: list[dict[str, Any]], place: Path, shown: show.Show) -> None:
