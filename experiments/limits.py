@@ -114,11 +114,14 @@ def rounded(config: Mapping[str, Any], frozen: Tree) -> dict[int, int]:
   """{bits: bytes of the frozen weights rounded to so many}; {} where `frozen_bits` does not apply."""
   if config['frozen_bits'] or not (config['model'].get('pretrained') and config['freeze']):
     return {}
-  try:
-    made = {b: jax.eval_shape(lambda w, b=b: quantise_tree(w, b), frozen) for b in (8, 4)}
-  except UserError:  # none of these weights can be rounded
-    return {}
-  return {b: budget.tree_bytes(tree) for b, tree in made.items()}
+  found = {}
+  for bits in (8, 4):
+    try:
+      made = jax.eval_shape(lambda w, bits=bits: quantise_tree(w, bits), frozen)
+    except UserError:  # these weights cannot be rounded to so many
+      continue
+    found[bits] = budget.tree_bytes(made)
+  return found
 
 
 def slots_within(
