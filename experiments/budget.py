@@ -25,6 +25,7 @@ from experiments import build, cli, config, limits, options, results
 
 PROGRAM = 'experiments.budget'
 LARGEST = 10
+HERE = Path(__file__).resolve().parent.parent
 NOTE = (
   'bytes read, written: the whole inputs and outputs of every equation, once each time it runs; nothing is '
   'fused or\nupdated in place. multiply-adds: matrix products and convolutions. energy: AN ESTIMATE from '
@@ -141,7 +142,7 @@ class Work:
       'macs': self.macs,
       'bytes_read': self.traffic.read,
       'bytes_written': self.traffic.written,
-      'unbounded_loops': list(self.traffic.unbounded),
+      'unbounded_loops': [line.removeprefix(f'{HERE}/') for line in self.traffic.unbounded],
       'energy_estimate': {name: guess(name) for name in profiles},
     }
 
