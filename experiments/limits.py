@@ -16,6 +16,13 @@ from experiments import capacity
 Make = Callable[..., 'Programs']
 
 
+WHAT = {
+  'state_bytes': 'the learner keeps {:,} bytes, frozen weights included',
+  'peak_bytes': 'a step of one run needs {:,} bytes at once',
+  'macs_per_step': 'a step takes {:,} multiply-adds',
+}
+
+
 class Programs(NamedTuple):
   """A learner's functions over shapes; see `build.programs`.
 
@@ -54,7 +61,7 @@ def check(config: Mapping[str, Any], frozen: Tree, make: Make) -> None:
   Raises:
     UserError: a figure is above its limit.
   """
-  limits = config['budget']
+  limits = dict.fromkeys(WHAT) | config.get('budget', {})  # artefacts of earlier versions have none
   if (limit := limits['state_bytes']) is not None:
     roles = budget.state_bytes(make().state, frozen)
     total = roles.pop('total')
@@ -76,13 +83,6 @@ def check(config: Mapping[str, Any], frozen: Tree, make: Make) -> None:
       roles |= {'temporary values': peak.temporary, 'batch': budget.tree_bytes(made.batch)}
       fits = peak_fits(config, make, limit, peak.peak)
       raise refusal('peak_bytes', limit, peak.peak, roles, fits)
-
-
-WHAT = {
-  'state_bytes': 'the learner keeps {:,} bytes, frozen weights included',
-  'peak_bytes': 'a step of one run needs {:,} bytes at once',
-  'macs_per_step': 'a step takes {:,} multiply-adds',
-}
 
 
 def refusal(

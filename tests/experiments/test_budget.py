@@ -259,6 +259,7 @@ def test_a_budget_without_limits_leaves_hashes_and_working_directories_as_they_w
   assert config.sha256(new) == config.sha256(old)
   limited = config.resolve({**RAW, 'budget': {'peak_bytes': 10**9}})
   assert config.sha256(limited) != config.sha256(old)
+  build.prepare(old)  # as `verify` does with the configuration of an earlier artefact
   workdir.remember(tmp_path, old)
   (tmp_path / 'checkpoints').mkdir()
   workdir.remember(tmp_path, new)
