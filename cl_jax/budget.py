@@ -1,17 +1,18 @@
-"""What a learner costs: bytes of state by role, exact FLOPs, passes per step."""
+"""What a learner costs: bytes of state by role, exact FLOPs, bytes moved, peak memory, passes per step."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core
+from jax.extend import core, source_info_util
 from jax.interpreters import partial_eval
 
 from cl_jax.learner import learner
@@ -46,6 +47,140 @@ def state_bytes(state: State, frozen: Tree = None) -> dict[str, int]:
     roles[f'method/{name}' if named else name] = tree_bytes(s)
   roles['loop'] = tree_bytes((state.key, state.step))
   return {**roles, 'total': sum(roles.values())}
+
+
+class Leaf(NamedTuple):
+  """One array that is kept: its path ('params/l0/w'), shape, dtype and bytes."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  bytes: int
+
+
+def leaves(state: State, frozen: Tree = None) -> list[Leaf]:
+  """Every array that `state_bytes` counts, the largest first; those of `frozen` are 'frozen/...'."""
+  found = []
+  for prefix, tree in (('frozen/', frozen), ('', state)):
+    for path, a in jax.tree_util.tree_flatten_with_path(tree)[0]:
+      name = prefix + jax.tree_util.keystr(path, simple=True, separator='/')
+      found.append(Leaf(name, tuple(a.shape), str(a.dtype), tree_bytes(a)))
+  return sorted(found, key=lambda leaf: (-leaf.bytes, leaf.name))
+
+
+def macs(f: Callable, *args) -> dict[str, int]:
+  """Multiply-adds of f(*args), half of its `flops`, by role.
+
+  Returns:
+    'forward', 'backward' (of a model in a scope of that name, see `scoped`), 'other', 'total'.
+  """
+  found = count(used(f, *args))
+  roles = {role: found[role] // 2 for role in ('forward', 'backward', 'other')}
+  return {**roles, 'total': sum(roles.values())}
+
+
+class Traffic(NamedTuple):
+  """Bytes that a program reads and writes.
+
+  Attributes:
+    read: the inputs of its equations.
+    written: the outputs of its equations.
+    unbounded: the source lines of its loops of unknown length, whose body counts once here and in
+      `flops`: with any, the figures are no bound.
+  """
+
+  read: int
+  written: int
+  unbounded: tuple[str, ...]
+
+  @property
+  def moved(self) -> int:
+    return self.read + self.written
+
+
+def traffic(f: Callable, *args) -> Traffic:
+  """Bytes read and written by f(*args), as its program is written.
+
+  Every equation reads its whole inputs and writes its whole outputs, as often as the loops around it run;
+  of the branches of a condition the dearest counts; constants written into the program are free. What a
+  compiler makes of it is not knowable from here: it fuses elementwise chains, updates the rows of a memory
+  in place, reads only those that are gathered, and a cache may fetch an operand more than once.
+  """
+  return _traffic(used(f, *args), 1)
+
+
+# Their programs say how two numbers become one: the equation itself moves the arrays.
+_COMBINERS = ('scatter', 'reduce', 'select_and')
+
+
+def _traffic(jaxpr: core.Jaxpr, times: int) -> Traffic:
+  read = written = 0
+  unbounded: list[str] = []
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    inner = [] if name.startswith(_COMBINERS) else subjaxprs(eqn)
+    if not inner:
+      read += times * sum(_bytes(v) for v in eqn.invars if not isinstance(v, core.Literal))
+      written += times * sum(map(_bytes, eqn.outvars))
+      continue
+    if name == 'while':
+      unbounded.append(source_info_util.summarize(eqn.source_info))
+    length = eqn.params.get('length', 1) if name == 'scan' else 1
+    parts = [_traffic(sub, times * length) for sub in inner]
+    unbounded += [line for part in parts for line in part.unbounded]
+    if name == 'cond':
+      parts = [max(parts, key=lambda part: part.moved)]
+    read += sum(part.read for part in parts)
+    written += sum(part.written for part in parts)
+  return Traffic(read, written, tuple(dict.fromkeys(unbounded)))
+
+
+def _bytes(var: Any) -> int:
+  """Of a variable's value; tokens and the like have none."""
+  return tree_bytes(var.aval) if hasattr(var.aval, 'dtype') else 0
+
+
+class Peak(NamedTuple):
+  """Bytes of a compiled program on the device at hand; `peak` is the sum of what there is at once.
+
+  Attributes:
+    arguments, results: those that the program uses.
+    shared: results that take the place of a donated argument.
+    temporary: what it needs besides.
+  """
+
+  arguments: int
+  results: int
+  shared: int
+  temporary: int
+
+  @property
+  def peak(self) -> int:
+    return self.arguments + self.results - self.shared + self.temporary
+
+
+def compiled(f: Callable, *args, donate: tuple[int, ...] = ()) -> Peak:
+  """Compiles f for these arguments (shapes are enough) and asks what memory it takes.
+
+  XLA's own 'peak' leaves temporary values out; this does not.
+
+  Args:
+    donate: which arguments it may overwrite, as a training step does its state.
+
+  Raises:
+    ValueError: the backend does not tell.
+  """
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Some donated buffers were not usable')
+    memory = jax.jit(f, donate_argnums=donate).lower(*args).compile().memory_analysis()
+  if memory is None:
+    raise ValueError(f'the backend {jax.default_backend()!r} does not tell what memory it needs')
+  return Peak(
+    memory.argument_size_in_bytes,
+    memory.output_size_in_bytes,
+    memory.alias_size_in_bytes,
+    memory.temp_size_in_bytes,
+  )
 
 
 def flops(f: Callable, *args) -> int:

@@ -123,6 +123,16 @@ def defaults() -> dict[str, Any]:
     # Bytes that all methods together may add to the state of plain fine-tuning: those with a `capacity` get
     # as many slots as fit, in place of their own number. None = as their `capacity` says.
     'budget_bytes': Maybe(int),
+    # Limits that a learner is refused above, before anything is trained; None = none. What
+    # `python -m experiments.budget` prints. They decide nothing about a run that fits.
+    'budget': {
+      # Every byte that is kept between steps, frozen weights included: a device holds them as well.
+      'state_bytes': Maybe(int),
+      # Arguments, results and temporary values of a step of one run, as compiled for the device at hand.
+      'peak_bytes': Maybe(int),
+      # Multiply-adds of a step, of matrix products and convolutions.
+      'macs_per_step': Maybe(int),
+    },
     # Which outputs compete: 'all', 'seen' (classes seen so far), 'current' (in training those of the task at
     # hand, at test those seen so far) or 'task' (those of the task at hand, which is told).
     'head': 'all',

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.models.quantised import quantise_tree
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
-from experiments import capacity, features, fields, optimizer
+from experiments import capacity, features, fields, limits, optimizer
 from experiments.chain import chain_of
 from experiments.config import dumps, find_model
 from experiments.streams import alike, streams
@@ -114,6 +115,7 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     config, seeds, group, weights, lambda hp, w: assemble(hp, w), assemble, make, frozen, slots
   )
   check(setup)
+  limits.check(slotted(setup), frozen, partial(programs, setup))
   return setup
 
 
@@ -139,6 +141,39 @@ def check(setup: Setup) -> None:
     raise UserError(
       f'config: {config["model"]["name"]} with {names} on {config["dataset"]} does not work: {text}'
     ) from error
+
+
+def slotted(setup: Setup) -> dict[str, Any]:
+  """The configuration with the capacities that it is built with."""
+  return {
+    **setup.config,
+    **{name: {**setup.config[name], capacity.SLOTS: n} for name, n in setup.slots.items()},
+  }
+
+
+def programs(
+  setup: Setup, own: Mapping[str, Any] | None = None, rows: int | None = None
+) -> limits.Programs:
+  """The learner's functions and the shapes they take; nothing is computed.
+
+  Args:
+    setup: of the learner.
+    own: a configuration whose methods take the place of its own.
+    rows: of a batch; None = as many as the stream has.
+  """
+  stream = setup.streams[0]
+  hp = hyper(setup.config, stream)
+  struct = lambda a, shape: jax.ShapeDtypeStruct(shape, a.dtype)  # noqa: E731
+  batch = jax.tree.map(lambda a: struct(a, (rows or a.shape[0], *a.shape[1:])), example(stream))
+  weights = jax.tree.map(lambda a: struct(a, a.shape), setup.weights)
+
+  def made(weights) -> Learner:
+    return setup.assemble(hp, weights, budget.scoped(setup.model(weights)), own)
+
+  state = jax.eval_shape(lambda w, b: made(w).init(jax.random.key(0), b), weights, batch)
+  return limits.Programs(
+    lambda w, s, b: made(w).step(s, b), lambda w, s, b: made(w).predict(s, b), weights, state, batch
+  )
 
 
 def example(stream: Stream) -> Batch:

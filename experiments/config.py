@@ -213,7 +213,13 @@ def dumps(config: Mapping[str, Any]) -> str:
 
 
 def sha256(config: Mapping[str, Any]) -> str:
-  return hashlib.sha256(dumps(config).encode()).hexdigest()
+  return hashlib.sha256(dumps(identity(config)).encode()).hexdigest()
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What tells a run from others: a `budget` without limits is left out, as before there was that field."""
+  limited = any(v is not None for v in config.get('budget', {}).values())
+  return {k: v for k, v in config.items() if k != 'budget' or limited}
 
 
 def tuples(node: Any) -> Any:

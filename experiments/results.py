@@ -129,17 +129,18 @@ def growth(setup: Setup) -> list[int]:
   Each is the total of the learner made for so many tasks: what methods allocate for tasks to come (columns,
   gates, encoders) is not there yet. The output layer and a memory of fixed capacity are whole from the start.
   """
-  stream = setup.streams[0]
-  hp, batch = hyper(setup.config, stream), abstract(example(stream))
-
-  def total(tasks: int) -> int:
-    own = setup.assemble(hp, setup.weights, tasks=tasks)
-    state = jax.eval_shape(own.init, jax.random.key(0), batch)
-    return budget.state_bytes(state, setup.frozen)['total']
-
-  if total(1) == total(stream.tasks):
+  tasks = setup.streams[0].tasks
+  if bytes_after(setup, 1)['total'] == bytes_after(setup, tasks)['total']:
     return []
-  return [total(t + 1) for t in range(stream.tasks)]
+  return [bytes_after(setup, t + 1)['total'] for t in range(tasks)]
+
+
+def bytes_after(setup: Setup, tasks: int) -> dict[str, int]:
+  """Bytes by role of the learner made for the first `tasks` tasks; see `growth`."""
+  stream = setup.streams[0]
+  own = setup.assemble(hyper(setup.config, stream), setup.weights, tasks=tasks)
+  state = jax.eval_shape(own.init, jax.random.key(0), abstract(example(stream)))
+  return budget.state_bytes(state, setup.frozen)
 
 
 def abstract(tree: Tree | Batch) -> Any:

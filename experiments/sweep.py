@@ -100,6 +100,10 @@ def run(options: Options, cells: list[dict[str, Any]], place: Path, shown: show.
     return
   groups = compile_groups([build.traced(cell) for cell in cells])
   cli.devices(max(sum(len(todo[i]) for i in g.members) for g in groups))
+  if any(v is not None for cell in cells for v in cell['budget'].values()) and len(groups) > 1:
+    for group in groups:  # no group is trained where another is above its budget
+      if any(todo[i] for i in group.members):
+        build.prepare(cells[group.members[0]], options.data_dir)
   for number, group in enumerate(groups, 1):
     members = [cells[i] for i in group.members]
     if not any(todo[i] for i in group.members):

@@ -48,7 +48,9 @@ def remember(workdir: Path, resolved: Mapping[str, Any]) -> None:
       there = json.loads(path.read_text())
     except ValueError as error:
       raise UserError(f'{path} is damaged ({error}): name another --workdir') from error
-    one, other = ({k: v for k, v in c.items() if k != 'sweep'} for c in (there, resolved))
+    one, other = (
+      {k: v for k, v in config.identity(c).items() if k != 'sweep'} for c in (there, resolved)
+    )
     differing = config.difference(one, other)
     if ('sweep' in there) != ('sweep' in resolved):
       differing = ['one is a sweep']

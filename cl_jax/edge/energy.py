@@ -42,6 +42,23 @@ MEMORY = {
 }  # fmt: skip
 
 
+class Profile(NamedTuple):
+  """A kind of device: the dtype of its multiply-adds, and the memory that their operands come from."""
+
+  dtype: str
+  level: str
+
+
+# The targets' memories have no figure that we have checked: their estimates are null until there is one.
+PROFILES = {
+  '45nm-cache': Profile('float32', 'cache_8KB'),
+  'cortex-m4': Profile('float32', 'sram_256KB'),
+  'cortex-m7': Profile('float32', 'sram_256KB'),
+  'cortex-a53': Profile('float32', 'dram'),
+  'cortex-a72': Profile('float32', 'dram'),
+}
+
+
 class Estimate(NamedTuple):
   """Microjoules, and between what they may lie; None where a constant is unknown."""
 

@@ -191,8 +191,8 @@ def curves(line: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def setting(line: Mapping[str, Any]) -> dict[str, Any]:
-  """The configuration without what is allowed to differ within a group."""
-  return {k: v for k, v in line['config'].items() if k not in ('seed', 'seeds')}
+  """The configuration without what is allowed to differ within a group; limits change nothing of a run."""
+  return {k: v for k, v in line['config'].items() if k not in ('seed', 'seeds', 'budget')}
 
 
 def identity(line: Mapping[str, Any]) -> str:

@@ -110,14 +110,16 @@ OTHER: dict[str, Any] = {
   'data.test_per_task': 7,
 }
 # Of the loop, another command, another data set or pretrained weights; tested with those (test_run,
-# test_framework, ...; the last two below).
+# test_framework, ...; the last two below). Limits refuse and change nothing (test_budget).
 ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep', 'frozen_bits'}
 ELSEWHERE |= {
   f'data.{f}'
   for f in ('length', 'tokenizer', 'train', 'test', 'domain', 'hold_out', 'image', 'template')
 }
 FIELDS = [
-  f for f in flat(config.resolve(RAW)) if f not in ELSEWHERE and not f.startswith('tuning.')
+  f
+  for f in flat(config.resolve(RAW))
+  if f not in ELSEWHERE and not f.startswith(('tuning.', 'budget.'))
 ]
 
 
