@@ -22,7 +22,8 @@ The first word says what is adapted:
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over a task's own
 classes) and, for another rate, a number. Recipe: three passes in batches of 30, Adam, a cosine to 0 in
-every task. What came out stands in docs/study.md: with seed 0 full,naive 54.9 %, closed,ncm 89.1 %.
+every task. What came out stands in docs/study.md: CLINC150 full,naive 51.3 %, closed,ncm 87.7 %
+of three orders; banking77 lora,naive 23.4 % (one order), closed,ncm 79.6 %.
 
 """
 
