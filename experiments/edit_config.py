@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
   'length': 64,  # tokens that a prompt and its target may have
   'prefixes': 3,  # texts by the model that prompts are put behind
   'prefix_tokens': 5,
-  'undo': True,  # keep the terms of every edit
+  'undo': True,  # keep the terms of every edit; False sums them up, and going on may differ in last bits
   'moments': {'corpus': 'wiki', 'tokens': 57344, 'block': 128},  # what E[k k^T] is measured on
   'editor': 'memit',  # a module of cl_jax.editing, or 'none': only ask
   'label': '',  # what tables call it; '' is the editor's name

@@ -114,6 +114,7 @@ def run(
     'seed': seed,
     'asked': len(exam.seen),
     'refused': [list(r) for r in exam.refused[:100]],
+    'refused_by_editor': about['full'],
     'before': rounded(evaluate.measures(exam.asked, before)),
     **rounded(evaluate.measures(exam.asked, after)),
     **matrix(about, exam),
@@ -173,7 +174,8 @@ def progress(
   if saved is None:
     begin = score(first, fresh, exam.asked)
     tell(f'before: {said(evaluate.measures(exam.asked, begin))}')
-    about: dict[str, Any] = dict.fromkeys(('done', 'edit_s', 'compile_s', 'state_bytes'), 0)
+    counted = ('done', 'full', 'edit_s', 'compile_s', 'state_bytes')
+    about: dict[str, Any] = dict.fromkeys(counted, 0)
     about |= {'config_sha256': sha, 'before': begin.tolist(), 'after': begin.tolist()}
     saved = edit_state.Saved(about | {'points': [], 'scores': [], 'log_p': []}, [], fresh)
   about, writes, state = saved
@@ -188,6 +190,7 @@ def progress(
       new, state = edited(editor, backbone, state, batch, jax.random.fold_in(key, lo), about)
       about['done'] = hi
       kept = new if alone else [*writes, *new]
+      kept = kept if chosen['undo'] else write.merged(kept)
       about['state_bytes'] = max(about['state_bytes'] if alone else 0, kept_bytes(state, kept))
       if alone:  # every batch is asked about in a model that has nothing else in it
         here = np.isin(exam.asked.edit, [j for j, i in enumerate(exam.seen) if lo <= i < hi])
@@ -197,7 +200,7 @@ def progress(
             about['after'][q] = float(v)
         state = fresh
       else:
-        writes = kept if chosen['undo'] else write.merged(kept)
+        writes = kept
         backbone = write.apply(backbone, new)
         if hi in marks:
           about['after'] = score(backbone, state, exam.asked).tolist()
@@ -225,6 +228,7 @@ def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: di
   if not np.isfinite(log_p).all() or not all(bool(jnp.isfinite(w.term).all()) for w in new):
     raise Fault(f'an edit after number {about["done"]} gave NaN; nothing of it was written')
   about['log_p'] += [round(float(v), 5) for v in log_p]
+  about['full'] += int(np.sum(report.get('refused', 0)))
   return new, state
 
 

@@ -148,6 +148,30 @@ def test_stopped_and_repeated_gives_the_same_bits(root, tmp_path, monkeypatch):
     assert one[name] == two[name], name
 
 
+def test_merged_terms_are_as_many_bytes_as_the_matrices(root, tmp_path):
+  config = 'configs/edit_counterfact.py:memit,4,sequential'
+  assert go(root, tmp_path / 'a', '--config.undo=False', config=config) == 0
+  assert go(root, tmp_path / 'b', config=config) == 0
+  (one,), (two,) = results.read(tmp_path / 'a'), results.read(tmp_path / 'b')
+  assert one['state_bytes'] == 2 * 24 * 16 * 4 and one['R'] == two['R']
+
+
+def test_a_full_codebook_refuses_and_says_so(root, tmp_path):
+  config = 'configs/edit_counterfact.py:grace,4'
+  own = ('--config.grace.layer=2', '--config.grace.capacity=2', '--config.grace.steps=2',
+         '--config.grace.eps=1e-6')  # fmt: skip
+  rest = [w for w in FAST if 'memit' not in w]
+  argv = [
+    f'--config={config}',
+    f'--workdir={tmp_path}',
+    f'--data_dir={root}',
+    f'--config.model={root}/model',
+  ]
+  assert edit.main([*argv, *rest, *own]) == 0
+  (line,) = results.read(tmp_path)
+  assert line['refused_by_editor'] == 2 and line['ge'] is None
+
+
 def test_saved_state_is_refused_when_tampered_with(root, tmp_path):
   state = {'a': np.ones(3, np.float32)}
   edit_state.save(tmp_path, edit_state.Saved({'config_sha256': 'x', 'done': 1}, [], state))
