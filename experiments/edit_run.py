@@ -221,7 +221,7 @@ def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: di
   clock = Clock()
   with clock.running():
     new, state, report = editor.edit(backbone, state, batch, key)
-    jax.block_until_ready([w.left for w in new])
+    jax.block_until_ready(([w.left for w in new], state))
   about['edit_s'] += clock.wall()
   about['compile_s'] += clock.compile_s
   log_p = np.asarray(report.get('log_p', ()), np.float64)
