@@ -90,12 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   given, left = parser.parse_known_args(argv)
-  overrides = []
-  for word in left:
-    name, equals, value = word.partition('=')
-    if not name.startswith('--config.') or not equals:
-      raise UserError(f'{word!r} is not understood: fields are set by --config.FIELD=VALUE')
-    overrides.append((name.removeprefix('--config.'), value))
+  overrides = options.fields_of(left)
   by_hand = [given.subject, given.prompt, given.target]
   if any(v is not None for v in by_hand):
     if None in by_hand:

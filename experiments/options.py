@@ -118,6 +118,21 @@ def parse(argv: Sequence[str], program: str, about: str) -> Options:
   )
 
 
+def fields_of(words: Sequence[str]) -> list[tuple[str, str]]:
+  """(dotted field, text) of words --config.FIELD=VALUE, of commands whose other words argparse has taken.
+
+  Raises:
+    UserError: another word.
+  """
+  found = []
+  for word in words:
+    name, equals, value = word.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise UserError(f'{word!r} is not understood: fields are set by --config.FIELD=VALUE')
+    found.append((name.removeprefix('--config.'), value))
+  return found
+
+
 def _width(text: str) -> int | None:
   if text in ('auto', 'measure'):
     return None if text == 'auto' else 0
