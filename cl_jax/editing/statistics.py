@@ -119,7 +119,8 @@ def moments(
     kept.sweep_up(path)
   if path is not None and path.exists():
     state = found(path, about)
-    tell(f'{path}: goes on at {int(state["tokens"])} tokens')
+    if int(state['next']) < len(blocks):
+      tell(f'{path}: goes on at {int(state["tokens"])} tokens')
   else:
     state = running.begun(config.ffn, len(layers), sketch)
   ends = {len(blocks) >> i for i in range(len(blocks).bit_length())}
