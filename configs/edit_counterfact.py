@@ -6,8 +6,8 @@
 Words: an editor (rome, memit, pmet, alphaedit, finetune, finetune_l, lora, grace, wise, or none, which only
 asks), a number of edits, and how they come: all at once, or `sequential` in batches of a number that may
 follow (1), or `single`, each into the first model. Layers and the weight of what was known before were
-compared on 20 other edits (docs/editing.md). What comes out, S of three seeds of 10 edits: rome 86.1, alphaedit
-83.6, memit 82.4, pmet 71.4, finetune 66.2; memit,100 84.5; before 29.7.
+compared on 20 other edits (docs/editing.md). What comes out, S of three seeds of 10 edits: rome 86.1,
+alphaedit 83.6, memit 82.4, pmet 71.4, finetune 66.2; memit,100 84.5; before 29.7.
 """
 
 from __future__ import annotations
