@@ -34,19 +34,13 @@ NOTE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog=f'python -m {PROGRAM}',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(PROGRAM, __doc__)
   add = parser.add_argument
   add('--config', metavar='FILE[:ARG]', help='as for experiments.run, with --config.FIELD=VALUE')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   add('--profile', metavar='NAME', help=f'of {", ".join(energy.PROFILES)} (all of them)')
   add('--json', action='store_true', help='print one JSON object instead')
   add('--plot', metavar='FILE.png', type=Path, help='bytes after each task, stacked by role')
-  add('--debug', action='store_true', help='show tracebacks')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 

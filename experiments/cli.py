@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -37,6 +38,18 @@ def guarded(program: str, command: Callable[[list[str]], int], argv: Sequence[st
     code, line = verdict(error)
     print(f'{program}: {" ".join(line.split())}', file=sys.stderr)
     return code
+
+
+def parser(program: str, about: str | None) -> argparse.ArgumentParser:
+  """The parser of a command whose words argparse reads; `about` is its module's docstring."""
+  made = argparse.ArgumentParser(
+    prog=f'python -m {program}',
+    description=about,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  made.add_argument('--debug', action='store_true', help='show tracebacks')
+  return made
 
 
 def verdict(error: BaseException) -> tuple[int, str]:

@@ -8,8 +8,6 @@ emulators is installed by apt-get first, when that is possible.
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,18 +17,13 @@ from pathlib import Path
 
 from cl_jax.edge import artefact, ram, targets
 from cl_jax.errors import Fault, UserError
-from experiments import cli, config, export, verify
+from experiments import cli, config, export, study, verify
 
 PROGRAM = 'experiments.edge'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog=f'python -m {PROGRAM}',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(PROGRAM, __doc__)
   add = parser.add_argument
   add('--config', default='configs/edge.py', metavar='FILE', help='with CELLS, a list of words')
   add('--only', default='*', metavar='PATTERNS', help="of the list, as in 'er* *hat'")
@@ -40,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--write', type=Path, default=Path('results/edge.csv'), metavar='FILE', help='of the rows')
   add('--install', action='store_true', help='missing Debian packages, as root')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
-  add('--debug', action='store_true', help='show tracebacks')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 
@@ -50,19 +42,14 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   wanted = targets.find(given.target or list(targets.TARGETS))
   if given.install:
     install(wanted)
-  chosen = [
-    cell
-    for cell in cells(given.config)
-    if any(fnmatch.fnmatch(cell, p) for p in given.only.split())
-  ]
-  if not chosen:
-    raise UserError(f'--only={given.only} matches none of {", ".join(cells(given.config))}')
+  module, path, _ = study.found(given.config)
+  chosen = study.chosen(module, given.only)
   cli.devices(1)
   failed = []
   for cell in chosen:
     folder = given.workdir / cell.replace(',', '-')
     try:
-      resolved = config.resolve(config.load(f'{given.config}:{cell}'))
+      resolved = config.resolve(config.load(f'{path}:{cell}'))
       budget = {'ram': None, 'flash': None, 'stack': ram.STACK}
       export.export(resolved, wanted, budget, folder, given.data_dir)
       read = artefact.read(folder)
@@ -73,19 +60,6 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   if failed:
     raise Fault(f'{len(failed)} of {len(chosen)} learners failed: {", ".join(failed)}')
   return 0
-
-
-def cells(source: str) -> tuple[str, ...]:
-  """CELLS of a configuration file."""
-  spec = importlib.util.spec_from_file_location('cells', source)
-  if not Path(source).is_file() or spec is None or spec.loader is None:
-    raise UserError(f'--config: there is no file {source}')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  found = getattr(module, 'CELLS', None)
-  if not found:
-    raise UserError(f'--config: {source} has no CELLS')
-  return tuple(found)
 
 
 def install(wanted: Sequence[targets.Target]) -> None:

@@ -14,7 +14,6 @@ One fact by hand, with what the model says before and after:
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import shlex
 import shutil
@@ -52,12 +51,7 @@ SAVE_EVERY = 60.0
 
 def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else list(argv)
-  parser = argparse.ArgumentParser(
-    prog=f'python -m {PROGRAM}',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(PROGRAM, __doc__)
   add = parser.add_argument
   add('--config', default='configs/edit_counterfact.py', metavar='FILE[:WORDS]')
   add('--workdir', metavar='DIR', type=Path, help='results.jsonl, and what is needed to go on')
@@ -72,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     type=Path,
     help='write the edited model there, to be loaded by name',
   )
-  add('--debug', action='store_true', help='show tracebacks')
   add(
     '--trace',
     type=int,
@@ -198,10 +191,7 @@ def traced(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str
 def grid(given: argparse.Namespace, argv: Sequence[str]) -> int:
   """Every cell as a process."""
   module, path, words = study.found(given.config)
-  patterns = given.only.split()
-  cells = [c for c in module.CELLS if any(fnmatch.fnmatch(c, p) for p in patterns)]
-  if not cells:
-    raise UserError(f'--only={given.only} matches no cell; there are {"  ".join(module.CELLS)}')
+  cells = study.chosen(module, given.only)
   folder = given.workdir or Path('runs') / Path(path).stem
   folder.mkdir(parents=True, exist_ok=True)
   keep = [w for w in argv if w.startswith(('--config.', '--data_dir=', '--save_every='))]

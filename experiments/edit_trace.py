@@ -52,8 +52,11 @@ def trace(
   }
   found: list[dict[str, Any]] = []
   if file.exists():
-    before = json.loads(file.read_text())
-    found = before.pop('facts')
+    try:
+      before = json.loads(file.read_text())
+      found = before.pop('facts')
+    except (ValueError, KeyError, AttributeError) as error:
+      raise UserError(f'{file} is damaged ({error}): remove it to begin anew') from error
     if {k: before.get(k) for k in about} != about:
       raise UserError(f'{file} is of another model or other facts: name another --workdir')
   for record, prompt in facts[len(found) :]:
@@ -69,12 +72,12 @@ def trace(
     tell(
       f'{len(found)}/{len(facts)}  {record["prompt"]}  p {float(one.clean):.3f} -> {float(one.corrupted):.3f}'
     )
-  average = tracing.average(*read(file))
+  prompts, traces = read(file)
+  average = tracing.average(prompts, traces)
   print(
     f'layers for MEMIT, by the largest effect of 5 at the last subject token: {tracing.layers_of(average)}'
   )
   durable.replace(folder / 'average.png', lambda f: f.write(figures.averages(average, WINDOW)))
-  prompts, traces = read(file)
   first = found[0]
   drawn = figures.traces(prompts[0], traces[0], first['words'], first['answer'], WINDOW)
   durable.replace(folder / 'first.png', lambda f: f.write(drawn))

@@ -45,12 +45,7 @@ class Subject(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog=f'python -m {PROGRAM}',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(PROGRAM, __doc__)
   add = parser.add_argument
   add('--config', metavar='FILE[:ARG]', help='as for experiments.run; the first seed is exported')
   add('--target', action='append', metavar='NAMES', help=f'of {", ".join(targets.TARGETS)} (host)')
@@ -59,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--flash', metavar='BYTES', help='the same for code and constants')
   add('--stack', metavar='BYTES', default='4K', help='of it, for the stack (4K)')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
-  add('--debug', action='store_true', help='show tracebacks')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 

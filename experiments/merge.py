@@ -8,14 +8,11 @@ from pathlib import Path
 
 import jax
 
-from cl_jax import checkpoint
 from cl_jax.errors import UserError
 from cl_jax.lowrank import merged
 from cl_jax.models import decoder, pretrained
 from cl_jax.types import overlay
-from experiments import build, config, run, streams
-from experiments.chain import chain_of
-from experiments.job import blank, spread
+from experiments import config, run, streams
 
 
 def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], None]) -> None:
@@ -40,17 +37,11 @@ def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], No
     raise UserError(
       f'{place}: only runs of a pretrained language model (decoder, tokens) can be merged'
     )
-  setup = build.prepare(resolved, data_dir, tell)[0]
-  job = run.job(setup, place, config.sha256(resolved))
-  restored = checkpoint.restore(job.folder, blank(job, spread(job), 0), job.sha256, tell)
-  if restored is None:
+  end = run.end_of(resolved, place, data_dir, tell)
+  if end is None:
     raise UserError(f'{place} has no checkpoint: run the experiment again to its end')
-  state = restored.tree.state
-  stream = setup.streams[0]
-  hp = build.hyper(resolved, stream)
-  method = chain_of(resolved, stream, hp, setup.model(setup.weights).wires)
-  variables = overlay(setup.weights['frozen'], state.params)
-  variables = merged(method, state.method, variables)
+  variables = overlay(end.setup.weights['frozen'], end.state.params)
+  variables = merged(end.method, end.state.method, variables)
   extra = sorted(variables.keys() - {'backbone'})
   if extra:
     raise UserError(f'{place}: {", ".join(extra)} cannot be folded into the weights of the network')

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from cl_jax import checkpoint
 from cl_jax.errors import UserError
+from cl_jax.types import Method, State, Tree
 from configs.common import defaults
 from experiments import build, cli, config, engine, results, rules, show, tables, workdir
-from experiments.job import Job
+from experiments.chain import chain_of
+from experiments.job import Job, blank, spread
 from experiments.options import Options, parse
 from experiments.watch import Stop
 
@@ -58,6 +61,38 @@ def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]
       results.append(place, results.lines(work, outcome, options.command))
   (place / 'fault.json').unlink(missing_ok=True)
   return [line for line in results.read(place) if line['config_sha256'] == sha]
+
+
+class End(NamedTuple):
+  """A run of one seed at its end.
+
+  Attributes:
+    setup: of its program.
+    folder: of its checkpoints.
+    state: the last one.
+    hp: its floats.
+    method: the chain of its methods, for the hooks that read a state.
+  """
+
+  setup: build.Setup
+  folder: Path
+  state: State
+  hp: Tree
+  method: Method
+
+
+def end_of(
+  resolved: dict[str, Any], place: Path, data_dir: str | None, tell: Callable[[str], None]
+) -> End | None:
+  """The run of one seed in the directory `place`; None where its checkpoint is not there any more."""
+  setup = build.prepare(resolved, data_dir, tell)[0]
+  of = job(setup, place, config.sha256(resolved))
+  restored = checkpoint.restore(of.folder, blank(of, spread(of), 0), of.sha256, tell)
+  if restored is None:
+    return None
+  hp = build.hyper(resolved, setup.streams[0])
+  method = chain_of(resolved, setup.streams[0], hp, setup.model(setup.weights).wires)
+  return End(setup, of.folder, restored.tree.state, hp, method)
 
 
 def job(setup: build.Setup, place: Path, sha: str) -> Job:

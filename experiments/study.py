@@ -37,8 +37,6 @@ from cl_jax.report.tables import markdown, tables, text
 from cl_jax.streams import corpora
 from cl_jax.types import Batch, Forward, Tree
 from experiments import build, cli, config, features, results, run, show, streams, workdir
-from experiments.chain import chain_of
-from experiments.job import blank, spread
 from experiments.options import Options, parse
 from experiments.pool import Work, default_workers, processes
 
@@ -73,10 +71,7 @@ def command(options: argparse.Namespace) -> int:
   study, path, words = found(options.config)
   if options.seeds < 1 or (options.workers is not None and options.workers < 1):
     raise UserError('--seeds and --workers must be at least 1')
-  patterns = options.only.split()
-  cells = [c for c in study.CELLS if any(fnmatch.fnmatch(c, p) for p in patterns)]
-  if not cells:
-    raise UserError(f'--only={options.only} matches no cell; there are {"  ".join(study.CELLS)}')
+  cells = chosen(study, options.only)
   folder = options.workdir or Path('runs') / Path(path).stem
   work = [
     planned(path, words, cell, seed, folder, options.data_dir)
@@ -102,6 +97,18 @@ def found(source: str) -> tuple[ModuleType, str, tuple[str, ...]]:
   if not hasattr(module, 'CELLS'):
     raise UserError(f'--config: {path} has no CELLS and is no study; use experiments.run for it')
   return module, os.path.relpath(path), tuple(w for w in words.split(',') if w)
+
+
+def chosen(module: ModuleType, only: str) -> list[str]:
+  """The CELLS of a configuration that one of the patterns matches, which are separated by spaces.
+
+  Raises:
+    UserError: none is.
+  """
+  found = [c for c in module.CELLS if any(fnmatch.fnmatch(c, p) for p in only.split())]
+  if not found:
+    raise UserError(f'--only={only} matches no cell; there are {"  ".join(module.CELLS)}')
+  return found
 
 
 def planned(
@@ -168,16 +175,12 @@ def measure(
   and after, 'held_out': {corpus: [before, after]}}.
   """
   resolved = options.config
-  setup = build.prepare(resolved, options.data_dir, tell)[0]
-  job = run.job(setup, place, config.sha256(resolved))
-  restored = checkpoint.restore(job.folder, blank(job, spread(job), 0), job.sha256, tell)
-  if restored is None:
+  end = run.end_of(resolved, place, options.data_dir, tell)
+  if end is None:
     tell(f'{place} has no checkpoint any more: what moved is not measured')
     return
-  state, stream = restored.tree.state, setup.streams[0]
-  hp = build.hyper(resolved, stream)
-  model = setup.model(setup.weights)
-  method = chain_of(resolved, stream, hp, model.wires)
+  setup, state, hp, method = end.setup, end.state, end.hp, end.method
+  stream, model = setup.streams[0], setup.model(setup.weights)
   flat = jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[3:]), stream.test.x)
   real = np.flatnonzero(np.asarray(stream.test.w).reshape(-1) > 0)
   rows = real[np.linspace(0, len(real) - 1, min(ROWS, len(real))).astype(int)]
@@ -202,7 +205,7 @@ def measure(
     measured = partial(jax.jit(total), setup.weights)
     said['held_out'] = unseen(options, measured, (start, state), held_out)
   durable.write(place / DRIFT, json.dumps(said) + '\n')
-  shutil.rmtree(job.folder, ignore_errors=True)
+  shutil.rmtree(end.folder, ignore_errors=True)
 
 
 def seen(model, method, setup, state, x: Tree, tell: Callable[[str], None]) -> np.ndarray:

@@ -27,12 +27,7 @@ TOLERANCE = 1e-5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog=f'python -m {PROGRAM}',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.parser(PROGRAM, __doc__)
   add = parser.add_argument
   add('folder', metavar='DIR', type=Path, help='what experiments.export wrote')
   add('--steps', type=int, default=50, help='training steps to compare (50)')
@@ -41,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--write', metavar='FILE', type=Path, nargs='?', const=Path('results/edge.csv'),
       help='put rows into FILE (results/edge.csv)')  # fmt: skip
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
-  add('--debug', action='store_true', help='show tracebacks')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 
