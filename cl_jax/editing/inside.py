@@ -5,7 +5,7 @@ Positions are columns of `Rows`: head, then tail. The column of the subject's la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -43,14 +43,14 @@ def begin(config: Config, p: Tree, rows: Rows, tap=no_tap) -> tuple[Array, Place
   return tap('embed', h, 0), place
 
 
-def checked(config: Config, layers: Sequence[int]) -> tuple[int, ...]:
+def checked(config: Config, layers: Collection[int]) -> tuple[int, ...]:
   """The layers, ascending.
 
   Raises:
     UserError: none, one twice, or not of this model.
   """
   found = tuple(sorted(set(layers)))
-  if not found or len(found) != len(tuple(layers)):
+  if not found or len(found) != len(layers):
     raise UserError(f'layers to edit must be different ones and at least one, not {tuple(layers)}')
   if found[0] < 0 or found[-1] >= config.depth:
     raise UserError(f'layers {found}: this model has layers 0 to {config.depth - 1}')

@@ -124,11 +124,8 @@ def ascending(config: Config, layers: Sequence[int], moments: Moments) -> tuple[
   Raises:
     UserError: none, not ascending, not of this model, or without moments of the right size.
   """
-  layers = tuple(layers)
-  if not layers or list(layers) != sorted(set(layers)):
-    raise UserError(f'layers to edit must be ascending and at least one, not {layers}')
-  if layers[0] < 0 or layers[-1] >= config.depth:
-    raise UserError(f'layers {layers}: this model has layers 0 to {config.depth - 1}')
+  if inside.checked(config, layers) != tuple(layers):
+    raise UserError(f'layers to edit must be ascending, not {tuple(layers)}')
   for layer in layers:
     if layer not in moments:
       raise UserError(f'there is no E[kk^T] of layer {layer}; there is of {sorted(moments)}')
@@ -136,4 +133,4 @@ def ascending(config: Config, layers: Sequence[int], moments: Moments) -> tuple[
       raise UserError(
         f'E[kk^T] of layer {layer} is {moments[layer].shape}, keys of this model have {config.ffn} units'
       )
-  return layers
+  return tuple(layers)

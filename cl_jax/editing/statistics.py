@@ -106,7 +106,7 @@ def moments(
     UserError: layers or tokens that the model does not have; or a file of another model, text, shape or
       precision, or one that is damaged.
   """
-  blocks, layers = checked(config, blocks), chosen(config, layers)
+  blocks, layers = checked(config, blocks), inside.checked(config, {int(i) for i in layers})
   if batch < 1 or sketch < 0 or sketch > config.ffn:
     raise UserError(
       f'batch must be at least 1 and sketch between 0 and {config.ffn}, not {batch} and {sketch}'
@@ -188,16 +188,6 @@ def checked(config: Config, blocks: np.ndarray) -> np.ndarray:
       'use its own tokenizer'
     )
   return blocks.astype(np.int32)
-
-
-def chosen(config: Config, layers: Sequence[int]) -> tuple[int, ...]:
-  """The layers, ascending, each once."""
-  picked = tuple(sorted({int(i) for i in layers}))
-  if not picked or picked[0] < 0 or picked[-1] >= config.depth:
-    raise UserError(
-      f'layers {list(picked)}: name at least one of this model, which has 0 to {config.depth - 1}'
-    )
-  return picked
 
 
 def collected(ffn: int, layers: tuple[int, ...], state: dict[str, np.ndarray]) -> Collected:

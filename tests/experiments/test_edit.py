@@ -255,7 +255,7 @@ def test_by_hand(root, capsys):
     (('--config.editor=rom',), 'did you mean rome'),
     (('--config.edits=9',), 'there are 6 in counterfact'),
     (('--config.data=facts',), 'counterfact'),
-    (('--config.memit.layers=(3,9)',), 'which has 0 to 3'),
+    (('--config.memit.layers=(3,9)',), 'layers 0 to 3'),
     (('--config.moments.tokens=100000',), 'tokens'),
     (('--config.batch=7',), 'more than config.edits'),
     (('--confg.batch=7',), 'not understood'),
