@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import time
@@ -20,7 +19,7 @@ from cl_jax.editing.rows import Edit
 from cl_jax.editing.write import Editor
 from cl_jax.errors import Fault, UserError
 from cl_jax.models import causal, decoder, pretrained
-from cl_jax.streams import cache, corpora
+from cl_jax.streams import cache, corpora, load
 from cl_jax.streams import edits as edit_streams
 from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.types import Tree
@@ -52,10 +51,7 @@ def opened(name: str) -> Subject:
 
 
 def data_root(data_dir: str | None) -> Path:
-  root = data_dir or os.environ.get('CL_JAX_DATA')
-  if not root:
-    raise UserError('--data_dir (or CL_JAX_DATA) must name the folder above edit/ and text/')
-  return Path(root)
+  return load.root_of(data_dir, 'for edit/ and text/')
 
 
 class Exam(NamedTuple):

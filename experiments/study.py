@@ -34,7 +34,7 @@ from cl_jax.errors import UserError
 from cl_jax.loop import evaluate
 from cl_jax.report import lines as report_lines
 from cl_jax.report.tables import markdown, tables, text
-from cl_jax.streams import corpora
+from cl_jax.streams import corpora, load
 from cl_jax.types import Batch, Forward, Tree
 from experiments import build, cli, config, features, results, run, show, streams, workdir
 from experiments.options import Options, parse
@@ -238,7 +238,7 @@ def unseen(
   `measured(state, batch)` gives f32[2], the sum and the number of tokens.
   """
   data = options.config['data']
-  root = Path(options.data_dir or os.environ['CL_JAX_DATA']) / 'text/corpora'
+  root = load.root_of(options.data_dir, 'for text/corpora') / 'text/corpora'
   tokenizer = Path(streams.tokenizer(options.config))
   found = {}
   for name in names:

@@ -168,14 +168,21 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
 
 
 def _root(name: str, data_dir: str | Path | None) -> Path:
+  near = difflib.get_close_matches(name, SHIPPED, 2, 0.6)
+  shipped = f' (did you mean {" or ".join(near)}?)' if near else ''
+  shipped = f'{name} is not one of the shipped datasets {", ".join(SHIPPED)}{shipped}'
+  return root_of(data_dir, f'{shipped}; to look for it elsewhere')
+
+
+def root_of(data_dir: str | Path | None, why: str) -> Path:
+  """The data directory, above tfds/, text/ and edit/: `data_dir`, or what CL_JAX_DATA says.
+
+  Raises:
+    UserError: neither is given (`why` begins the message), or it is not there.
+  """
   root = data_dir or os.environ.get('CL_JAX_DATA')
   if not root:
-    near = difflib.get_close_matches(name, SHIPPED, 2, 0.6)
-    shipped = f' (did you mean {" or ".join(near)}?)' if near else ''
-    raise UserError(
-      f'{name} is not one of the shipped datasets {", ".join(SHIPPED)}{shipped}; to look '
-      'for it elsewhere pass --data_dir or set CL_JAX_DATA'
-    )
+    raise UserError(f'{why} pass --data_dir or set CL_JAX_DATA')
   root = Path(root).expanduser()
   if not root.is_dir():
     raise UserError(
