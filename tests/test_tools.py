@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from tools import figures, licences, method_table, pages
+from tools import figures, licences, method_table, pages, pictures
 
 NOTICE = """x
 
@@ -95,9 +99,40 @@ def test_results_become_tables_and_pictures(tmp_path):
   assert '| class | ewc | lambda 1e9 | acc | 19.9 ± 0.1 | 20.1 ± 0.2 | 5 | a/b |' in table
   assert table.count('###') == 2
   assert '| 3.5 | 3.0 to 4.0 | 1 / 3.5 s | 5 |' in figures.bench([BENCH])
-  pictures = []
-  for i in range(2):
-    for draw, row in ((figures.draw_published, PUBLISHED), (figures.draw_bench, BENCH)):
-      draw([row, row], tmp_path / f'{draw.__name__}{i}.png')
-    pictures.append([p.read_bytes() for p in sorted(tmp_path.glob(f'*{i}.png'))])
-  assert pictures[0] == pictures[1] and pictures[0][0][:4] == b'\x89PNG'
+  place = lambda folder: [tmp_path / folder / f'{name}.png' for name in ('published', 'bench')]  # noqa: E731
+  script = (
+    'from pathlib import Path\n'
+    'from tools.figures import draw_bench, draw_published\n'
+    f'one, two = {[str(p) for p in place("there")]}\n'
+    f'draw_published({[PUBLISHED] * 2}, Path(one), "of (this)")\n'
+    f'draw_bench({[BENCH] * 2}, Path(two), "of (this)")\n'
+  )
+  # Another process with another order of sets, and with settings of its own.
+  (tmp_path / 'matplotlibrc').write_text('font.size: 30\naxes.facecolor: red\npdf.compression: 0\n')
+  other = {**os.environ, 'PYTHONHASHSEED': '7', 'MATPLOTLIBRC': str(tmp_path / 'matplotlibrc')}
+  subprocess.run([sys.executable, '-c', script], cwd=pictures.ROOT, env=other, check=True)
+  one, two = place('here')
+  figures.draw_published([PUBLISHED] * 2, one, 'of (this)')
+  figures.draw_bench([BENCH] * 2, two, 'of (this)')
+  kinds = {'png': b'\x89PNG', 'pdf': b'%PDF'}
+  for here, there in zip(place('here'), place('there'), strict=True):
+    for form, magic in kinds.items():
+      drawn = here.with_suffix(f'.{form}').read_bytes()
+      assert drawn == there.with_suffix(f'.{form}').read_bytes()
+      assert drawn.startswith(magic) and b'Date' not in drawn and b'atplotlib' not in drawn
+
+
+def test_a_figure_of_other_data_is_noticed(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(pictures, 'ROOT', tmp_path)
+  monkeypatch.setattr(pictures, 'FIGURES', tmp_path)
+  source = tmp_path / 'study'
+  source.mkdir()
+  (source / 'a.jsonl').write_text('1')
+  (source / 'b.jsonl').write_text('2')
+  with pictures.drawn(tmp_path / 'x.png', pictures.stamp(source), 2, 1) as (_, axis):
+    axis.plot([0, 1])
+  assert pictures.check({'x': source}) == 0
+  (source / 'b.jsonl').write_text('3')
+  assert pictures.check({'x': source}) == 1
+  assert 'x.png' in (said := capsys.readouterr().err) and 'x.pdf' in said
+  assert pictures.check({'never_drawn': source}) == 1

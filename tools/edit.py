@@ -24,8 +24,10 @@ from cl_jax.editing import tracing
 from cl_jax.report import tracing as maps
 from cl_jax.report.tables import size
 from experiments.edit_trace import read as read_trace
-from tools.figures import FAINT, FIGURES, RESULTS, ROOT, markdown
+from tools.figures import FAINT, RESULTS, markdown
 from tools.pages import fill, update
+from tools.pictures import FIGURES, FORMS, ROOT, check, drawn, stamp
+from tools.pictures import shown as picture
 
 MAKER = 'tools/edit.py'
 PAGE, TABLE = ROOT / 'docs/editing.md', RESULTS / 'edit.csv'
@@ -117,8 +119,12 @@ def part(groups: dict[tuple, Lines], name: str) -> str:
     return f'Not run yet: results/edit/{name} is not there.'
   first = next(iter(groups.values()))[0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
-  picture = [f'![what is left over the edits](figures/edit_{name}.png)'] if curves(groups) else []
-  return '\n\n'.join((start(groups), table(groups), f'On {where}.', *picture))
+  command = f'`{first["command"]}`; each run has its own in its line, with its configuration'
+  config = f'configs/edit_{name}.py'
+  beneath = (f'results/edit/{name}', command, f'[{config}](../{config})')
+  left = 'what is left over the edits'
+  pictures = [picture(f'edit_{name}', left, *beneath)] if curves(groups) else []
+  return '\n\n'.join((start(groups), table(groups), f'On {where}.', *pictures))
 
 
 def curves(groups: dict[tuple, Lines]) -> dict[str, Lines]:
@@ -126,33 +132,22 @@ def curves(groups: dict[tuple, Lines]) -> dict[str, Lines]:
   return {f'{k[1]}, {k[4]} at a time': v for k, v in groups.items() if k[3] == 'sequential'}
 
 
-def draw(groups: dict[tuple, Lines], path: Path) -> None:
+def draw(groups: dict[tuple, Lines], path: Path, source: str) -> None:
   """Efficacy, paraphrase, neighbourhood and their mean over the number of edits, a line an editor."""
-  import matplotlib
-
-  matplotlib.use('agg')
-  import matplotlib.pyplot as plt
-
-  figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), sharey=True, layout='constrained')
-  for name, lines in curves(groups).items():
-    points = [c['edits'] for c in lines[0]['curve']]
-    for axis, (key, title) in zip(
-      axes,
-      (('s', 'S'), ('es', 'efficacy'), ('ps', 'paraphrase'), ('ns', 'neighbourhood')),
-      strict=True,
-    ):
-      found = [[c.get(key) for c in line['curve']] for line in lines]
-      rows = np.array(found, float)
-      axis.plot(points, 100 * np.nanmean(rows, 0), marker='o', markersize=3, label=name)
-      axis.set(title=title, xlabel='edits', ylim=(0, 102))
-      axis.grid(color=FAINT, linewidth=0.5)
-  axes[0].set_ylabel('%')
-  figure.legend(
-    *axes[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8
-  )
-  figure.savefig(path, dpi=110, metadata={'Software': None})
-  plt.close(figure)
-  print(f'{path.name} drawn')
+  parts = (('s', 'S'), ('es', 'efficacy'), ('ps', 'paraphrase'), ('ns', 'neighbourhood'))
+  with drawn(path, source, 12, 3.2, len(parts)) as (figure, axes):
+    for name, lines in curves(groups).items():
+      points = [c['edits'] for c in lines[0]['curve']]
+      for axis, (key, title) in zip(axes, parts, strict=True):
+        found = [[c.get(key) for c in line['curve']] for line in lines]
+        rows = np.array(found, float)
+        axis.plot(points, 100 * np.nanmean(rows, 0), marker='o', markersize=3, label=name)
+        axis.set(title=title, xlabel='edits', ylim=(0, 102))
+        axis.grid(color=FAINT, linewidth=0.5)
+    axes[0].set_ylabel('%')
+    figure.legend(
+      *axes[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8
+    )
 
 
 def traced() -> str:
@@ -168,7 +163,13 @@ def traced() -> str:
     f'p {average.clean:.3f} clean, {average.corrupted:.3f} corrupted. MLPs put back at the last subject '
     f'token help most around layer {best} ({effect[best]:.3f}); the rule picks '
     f'{tracing.layers_of(average)}.\n\n'
-    '![average indirect effects](figures/edit_trace.png)'
+    + picture(
+      'edit_trace',
+      'average indirect effects',
+      'results/edit/trace/trace.json',
+      f'`{about["command"]}`',
+      '[experiments/edit_trace.py](../experiments/edit_trace.py)',
+    )
   )
 
 
@@ -194,21 +195,31 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--write', action='store_true', help='write them instead of comparing')
   write = parser.parse_args().write
-  found = read()
+  found, sources = read(), {}
   text = PAGE.read_text()
   for name, groups in found.items():
     text = fill(text, f'{MAKER} {name}', part(groups, name))
-    if write and curves(groups):
-      draw(groups, FIGURES / f'edit_{name}.png')
+    if curves(groups):
+      sources[f'edit_{name}'] = source = RESULTS / 'edit' / name
+      if write:
+        draw(groups, FIGURES / f'edit_{name}.png', stamp(source))
   text = fill(text, f'{MAKER} trace', traced())
   trace = RESULTS / 'edit/trace/trace.json'
-  if write and trace.exists():
-    average = tracing.average(*read_trace(trace))
-    drawn = maps.averages(average, json.loads(trace.read_text())['window'])
-    durable.replace(FIGURES / 'edit_trace.png', lambda f: f.write(drawn))
+  if trace.exists():
+    sources['edit_trace'] = trace
+    if write:
+      draw_trace(trace)
   if write and not TABLE.exists():
     TABLE.write_text('')
-  return update({PAGE: text, TABLE: summary(found)}, write, 'figures')
+  return update({PAGE: text, TABLE: summary(found)}, write, 'figures') | check(sources)
+
+
+def draw_trace(trace: Path) -> None:
+  average, window = tracing.average(*read_trace(trace)), json.loads(trace.read_text())['window']
+  for form in FORMS:
+    image = maps.averages(average, window, form=form, source=stamp(trace))
+    durable.replace(FIGURES / f'edit_trace.{form}', lambda f, image=image: f.write(image))
+  print('edit_trace drawn')
 
 
 if __name__ == '__main__':

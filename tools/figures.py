@@ -11,14 +11,14 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
 from tools.pages import fill, update
+from tools.pictures import FIGURES, ROOT, check, drawn, shown, stamp
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
-FIGURES = ROOT / 'docs/figures'
 MAKER = 'tools/figures.py'
 OURS, THEIRS, FAINT = '#0072b2', '#d55e00', '#c8c8c8'
 
@@ -63,7 +63,15 @@ def published(rows: Sequence[Row]) -> str:
     ]
     head = ('scenario', 'method', 'setting', 'metric', 'published', 'ours, 95 %', 'seeds', 'note')
     parts += [f'### {table}', markdown(head, cells)]
-  parts.append('![published figures and ours](figures/published.png)')
+  parts.append(
+    shown(
+      'published',
+      'published figures and ours',
+      'results/published.csv',
+      '`make reproduce`; each row there has its own',
+      '`experiments/published/`',
+    )
+  )
   return '\n\n'.join(parts)
 
 
@@ -85,9 +93,8 @@ def bench(rows: Sequence[Row]) -> str:
   ]
   head = ('work', 'against', 'metric', 'ratio', 'range', 'ours / theirs', 'runs')
   where = sorted({f'{r["versions"]}; {r["device"]}; {r["date"]}' for r in rows})
-  return '\n\n'.join(
-    (markdown(head, cells), *where, '![ratios](figures/bench.png)'),
-  )
+  picture = shown('bench', 'ratios', 'results/bench.csv', '`make bench`', '`benchmarks/`')
+  return '\n\n'.join((markdown(head, cells), *where, picture))
 
 
 def demo() -> str:
@@ -101,11 +108,11 @@ def number(text: str) -> float:
   return float(text) if text else 0.0
 
 
-def draw_published(rows: Sequence[Row], path: Path) -> None:
+def draw_published(rows: Sequence[Row], path: Path, source: str) -> None:
   """Ours (with interval) beside the paper's value, a line for each accuracy that was run."""
   done = [r for r in rows if r['ours'] and r['published'] and r['metric'] == 'acc']
   names = [f'{r["table"]} {r["scenario"]}: {r["method"]}, {r["setting"]}' for r in done]
-  with canvas(len(done), path) as axis:
+  with canvas(len(done), path, source) as axis:
     for y, r in enumerate(done):
       axis.plot([float(r['published']), float(r['ours'])], [y, y], color=FAINT, zorder=0)
     for column, error, colour, label, marker in (
@@ -124,44 +131,28 @@ def draw_published(rows: Sequence[Row], path: Path) -> None:
     axis.set(yticks=range(len(done)), yticklabels=names, xlabel='accuracy, %')
 
 
-def draw_bench(rows: Sequence[Row], path: Path) -> None:
+def draw_bench(rows: Sequence[Row], path: Path, source: str) -> None:
   """Median ratio and range, on a logarithmic axis, with the line where both are equal."""
   names = [f'{r["work"]}, {r["metric"]}: {r["against"]}' for r in rows]
   middle = [float(r['ratio_median']) for r in rows]
   low = [m - number(r['ratio_min']) for m, r in zip(middle, rows, strict=True)]
   high = [number(r['ratio_max']) - m for m, r in zip(middle, rows, strict=True)]
-  with canvas(len(rows), path) as axis:
+  with canvas(len(rows), path, source) as axis:
     axis.axvline(1.0, color=FAINT, zorder=0)
     axis.errorbar(middle, range(len(rows)), xerr=[low, high], fmt='o', color=OURS, label='ratio')
     axis.set_xscale('log')
     axis.set(yticks=range(len(rows)), yticklabels=names, xlabel='ratio (more is better)')
 
 
-class canvas:
-  """An axis with a line of text for each of n entries, saved as PNG without a date in it."""
-
-  def __init__(self, n: int, path: Path):
-    import matplotlib
-
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-
-    self.path, self.plt = path, plt
-    self.figure, self.axis = plt.subplots(figsize=(9, 1.2 + 0.24 * n), layout='constrained')
-
-  def __enter__(self):
-    return self.axis
-
-  def __exit__(self, failed, *_):
-    if not failed:
-      self.axis.invert_yaxis()
-      self.axis.grid(axis='x', color=FAINT, linewidth=0.5)
-      self.axis.margins(y=0.02)
-      self.figure.legend(loc='outside lower right', frameon=False, ncols=2)
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      self.figure.savefig(self.path, dpi=110, metadata={'Software': None})
-      print(f'{self.path.name} drawn')
-    self.plt.close(self.figure)
+@contextmanager
+def canvas(n: int, path: Path, source: str):
+  """An axis with a line of text for each of n entries; see `pictures.drawn`."""
+  with drawn(path, source, 9, 1.2 + 0.24 * n) as (figure, axis):
+    yield axis
+    axis.invert_yaxis()
+    axis.grid(axis='x', color=FAINT, linewidth=0.5)
+    axis.margins(y=0.02)
+    figure.legend(loc='outside lower right', frameon=False, ncols=2)
 
 
 def pages() -> dict[Path, str]:
@@ -177,14 +168,11 @@ def main() -> int:
   parser = argparse.ArgumentParser(description='tables and figures from the files in results/')
   parser.add_argument('--write', action='store_true', help='write them instead of comparing')
   write = parser.parse_args().write
-  if write:
-    for rows, draw, name in (
-      (read('published.csv'), draw_published, 'published.png'),
-      (read('bench.csv'), draw_bench, 'bench.png'),
-    ):
-      if rows:
-        draw(rows, FIGURES / name)
-  return update(pages(), write, 'figures')
+  drawing = {'published': draw_published, 'bench': draw_bench}
+  sources = {n: p for n in drawing if (p := RESULTS / f'{n}.csv').exists()}
+  for name, source in sources.items() if write else ():
+    drawing[name](read(source.name), FIGURES / f'{name}.png', stamp(source))
+  return update(pages(), write, 'figures') | check(sources)
 
 
 if __name__ == '__main__':

@@ -19,8 +19,10 @@ import numpy as np
 from cl_jax import metrics
 from cl_jax.report.tables import size
 from experiments.study import cell_of
-from tools.figures import FAINT, FIGURES, OURS, RESULTS, ROOT, THEIRS, canvas, markdown
+from tools.figures import FAINT, OURS, RESULTS, THEIRS, canvas, markdown
 from tools.pages import fill, update
+from tools.pictures import FIGURES, ROOT, check, drawn, stamp
+from tools.pictures import shown as picture
 
 MAKER = 'tools/study.py'
 PAGE = ROOT / 'docs/study.md'
@@ -137,7 +139,7 @@ def is_language(cells: Sequence[Cell]) -> bool:
   return cells[0].lines[0].get('metric') == 'log_likelihood'
 
 
-def draw(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
+def draw(cells: Sequence[Cell], names: dict[str, str], path: Path, source: str) -> None:
   """Accuracy at the end beside accuracy when new, a line a cell: the distance is what was lost."""
   if is_language(cells):
     scale, label = 1.0, 'log-likelihood of a token, nats'
@@ -145,7 +147,7 @@ def draw(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
     scale, label = 100.0, 'accuracy, %'
   ordered = sorted(cells, key=lambda c: -float(np.mean(c.values('acc'))))
   text = []
-  with canvas(len(ordered), path) as axis:
+  with canvas(len(ordered), path, source) as axis:
     for y, c in enumerate(ordered):
       adapted, _, method = c.words.partition(',')
       text.append(f'{names[adapted]}: {method}')
@@ -166,38 +168,33 @@ def draw(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
     axis.set(yticks=range(len(text)), yticklabels=text, xlabel=label, ylim=(-0.5, len(text) - 0.5))
 
 
-def draw_budget(cells: Sequence[Cell], names: dict[str, str], path: Path) -> None:
+def draw_budget(cells: Sequence[Cell], names: dict[str, str], path: Path, source: str) -> None:
   """Accuracy against the bytes beside the frozen network; the front is what nothing beats at its size."""
   import matplotlib
-
-  matplotlib.use('agg')
-  import matplotlib.pyplot as plt
 
   scale = 1.0 if is_language(cells) else 100.0
   known = [c for c in cells if 'joint' not in c.words and not c.words.startswith('random')]
   points = [(c.beside, scale * float(np.mean(c.values('acc'))), c) for c in known]
-  figure, axis = plt.subplots(figsize=(9, 5), layout='constrained')
-  colours = dict(zip(names, plt.get_cmap('tab20').colors, strict=False))  # type: ignore[attr-defined]
+  palette: Any = matplotlib.colormaps['tab20']
+  colours = dict(zip(names, palette.colors, strict=False))
   best, front = -np.inf, []
   for x, y, c in sorted(points, key=lambda p: (p[0], -p[1])):
     if y > best:
       best = y
       front.append((x, y, c))
-  for kind, name in names.items():
-    own = [(x, y) for x, y, c in points if c.words.split(',')[0] == kind]
-    if own:
-      axis.scatter(*zip(*own, strict=True), s=28, color=colours[kind], label=name)
-  axis.step([f[0] for f in front], [f[1] for f in front], where='post', color=FAINT, zorder=0)
-  for x, y, c in front:
-    axis.annotate(c.words, (x, y), (4, 5), textcoords='offset points', fontsize=8)
-  axis.set_xscale('log')
-  what = 'log-likelihood, nats' if scale == 1.0 else 'accuracy over all tasks at the end, %'
-  axis.set(xlabel='bytes kept beside the frozen network', ylabel=what)
-  axis.grid(color=FAINT, linewidth=0.5)
-  figure.legend(loc='outside right upper', frameon=False, fontsize=8)
-  figure.savefig(path, dpi=110, metadata={'Software': None})
-  plt.close(figure)
-  print(f'{path.name} drawn')
+  with drawn(path, source, 9, 5) as (figure, axis):
+    for kind, name in names.items():
+      own = [(x, y) for x, y, c in points if c.words.split(',')[0] == kind]
+      if own:
+        axis.scatter(*zip(*own, strict=True), s=28, color=colours[kind], label=name)
+    axis.step([f[0] for f in front], [f[1] for f in front], where='post', color=FAINT, zorder=0)
+    for x, y, c in front:
+      axis.annotate(c.words, (x, y), (4, 5), textcoords='offset points', fontsize=8)
+    axis.set_xscale('log')
+    what = 'log-likelihood, nats' if scale == 1.0 else 'accuracy over all tasks at the end, %'
+    axis.set(xlabel='bytes kept beside the frozen network', ylabel=what)
+    axis.grid(color=FAINT, linewidth=0.5)
+    figure.legend(loc='outside right upper', frameon=False, fontsize=8)
 
 
 def part(folder: str) -> str:
@@ -208,11 +205,15 @@ def part(folder: str) -> str:
   made = language(cells, names) if is_language(cells) else table(cells, names)
   first = cells[0].lines[0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
+  runs = sum(len(c.lines) for c in cells)
+  command = f'`{first["command"]}`; each of the {runs} runs has its own in its line, with its configuration'
+  config = f'configs/{STUDIES[folder]}.py'
+  beneath = (f'results/study/{folder}', command, f'[{config}](../{config})')
   pictures = (
-    f'![accuracy when new and at the end](figures/study_{folder}.png)\n\n'
-    f'![accuracy against bytes](figures/study_{folder}_bytes.png)'
+    picture(f'study_{folder}', 'accuracy when new and at the end', *beneath),
+    picture(f'study_{folder}_bytes', 'accuracy against bytes', *beneath),
   )
-  return '\n\n'.join((made, f'On {where}.', pictures))
+  return '\n\n'.join((made, f'On {where}.', *pictures))
 
 
 def page() -> str:
@@ -226,13 +227,17 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--write', action='store_true', help='write them instead of comparing')
   write = parser.parse_args().write
-  for folder, module in STUDIES.items() if write else ():
-    cells = read(RESULTS / 'study' / folder)
-    if cells:
+  sources = {}
+  for folder, module in STUDIES.items():
+    cells, source = read(RESULTS / 'study' / folder), RESULTS / 'study' / folder
+    if not cells:
+      continue
+    sources |= {f'study_{folder}': source, f'study_{folder}_bytes': source}
+    if write:
       names = importlib.import_module(f'configs.{module}').NAMES
-      draw(cells, names, FIGURES / f'study_{folder}.png')
-      draw_budget(cells, names, FIGURES / f'study_{folder}_bytes.png')
-  return update({PAGE: page()}, write, 'figures')
+      draw(cells, names, FIGURES / f'study_{folder}.png', stamp(source))
+      draw_budget(cells, names, FIGURES / f'study_{folder}_bytes.png', stamp(source))
+  return update({PAGE: page()}, write, 'figures') | check(sources)
 
 
 if __name__ == '__main__':

@@ -294,7 +294,7 @@ def named(g: Group) -> str:
 
 @contextmanager
 def canvas(theme: Theme, width: float, height: float):
-  """An empty figure of so many inches, and the function that turns it into PNG bytes.
+  """An empty figure of so many inches, and the function that turns it into the bytes of a PNG or PDF.
 
   Nothing of the machine's own matplotlib settings comes in, no date and no version goes out.
   """
@@ -310,6 +310,7 @@ def canvas(theme: Theme, width: float, height: float):
     matplotlib.rcParams.update(
       {
         'font.size': 10,
+        'pdf.fonttype': 42,  # TrueType: journals refuse matplotlib's own type 3
         'figure.facecolor': theme.paper,
         'savefig.facecolor': theme.paper,
         'axes.facecolor': theme.paper,
@@ -330,9 +331,22 @@ def canvas(theme: Theme, width: float, height: float):
     fig = Canvas(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(fig)
 
-    def png() -> bytes:
+    def image(form: str = 'png', source: str = '') -> bytes:
       out = io.BytesIO()
-      fig.savefig(out, format='png', dpi=144, metadata={'Software': None}, bbox_inches='tight')
+      about = metadata(form, source)
+      fig.savefig(out, format=form, dpi=144, metadata=about, bbox_inches='tight')
       return out.getvalue()
 
-    yield fig, png
+    yield fig, image
+
+
+def metadata(form: str, source: str = '') -> dict[str, str | None]:
+  """What a file says of itself: no date and no version, so that equal figures are equal files.
+
+  Args:
+    form: 'png' or 'pdf'.
+    source: what it was drawn from, as text.
+  """
+  if form == 'pdf':
+    return {'CreationDate': None, 'Creator': None, 'Producer': None, 'Subject': source or None}
+  return {'Software': None, 'Source': source or None}

@@ -35,10 +35,18 @@ def traces(
   return maps_of(maps, names, float(trace.corrupted), f'p({answer.strip()})', about, window, theme)
 
 
-def averages(found: Average, window: int, theme: Theme = LIGHT) -> bytes:
-  """The average indirect effect by role of the token (downwards) and layer, as PNG bytes."""
+def averages(
+  found: Average, window: int, theme: Theme = LIGHT, form: str = 'png', source: str = ''
+) -> bytes:
+  """The average indirect effect by role of the token (downwards) and layer, as the bytes of a PNG or PDF.
+
+  Args:
+    window: what `tracing.trace` was given.
+    form, source: see `figures.metadata`.
+  """
   about = f'p: {float(found.clean):.3f} clean, {float(found.corrupted):.3f} corrupted, on average'
-  return maps_of(found.effect, ROLES, 0.0, 'average indirect effect', about, window, theme)
+  what = 'average indirect effect'
+  return maps_of(found.effect, ROLES, 0.0, what, about, window, theme, form, source)
 
 
 def maps_of(
@@ -49,10 +57,12 @@ def maps_of(
   about: str,
   window: int,
   theme: Theme,
+  form: str = 'png',
+  source: str = '',
 ) -> bytes:
   """A row of heat maps f[3, layers, tokens], each with its own scale; white, in its middle, is no effect."""
   depth = maps.shape[1]
-  with canvas(theme, 11.0, 1.25 + 0.24 * len(names)) as (fig, png):
+  with canvas(theme, 11.0, 1.25 + 0.24 * len(names)) as (fig, image_of):
     axes = fig.subplots(1, len(KINDS), sharey=True)
     fig.suptitle(about, fontsize=10)
     for ax, values, title in zip(axes, maps, TITLES, strict=True):
@@ -78,4 +88,4 @@ def maps_of(
       bar.ax.tick_params(labelsize=7)
     axes[0].set_yticks(range(len(names)), names)
     bar.set_label(what, fontsize=8)
-    return png()
+    return image_of(form, source)
