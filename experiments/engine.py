@@ -37,12 +37,17 @@ class Outcome(NamedTuple):
   faults: dict[int, dict[str, Any]]
 
 
+def ignore(job: Job, record: Record, faults: Mapping[int, Any]) -> None:
+  """The `leg` of a command that does nothing more at the end of a leg."""
+
+
 def train(
   job: Job,
   save_every: float,
   stop: Callable[[], int],
   show: Any,
   tolerant: bool = False,
+  leg: Callable[[Job, Record, Mapping[int, Any]], None] = ignore,
 ) -> Outcome:
   """Runs the job to its end, from its latest checkpoint.
 
@@ -51,6 +56,7 @@ def train(
     stop: () -> the number of the signal that asks to stop, or 0.
     show: see `experiments.show`.
     tolerant: go on with the other runs when the loss of one is not finite.
+    leg: (job, record, faults) -> None, called at the end of every leg, when its checkpoint is there.
 
   Raises:
     Fault: a loss or a parameter is not finite; the last good state is in the checkpoints.
@@ -70,6 +76,7 @@ def train(
     show.say(
       f'{job.name}: going on from {place_of(resume, job.streams[0])} (checkpoint {found.step})'
     )
+    leg(job, resume.record, faults)  # a process may have ended between its checkpoint and this
   finite = jax.jit(lambda params: all_finite(params, plan.n, plan.lift is not None))
   lengths = np.stack([leg_steps(s) for s in job.streams])
   longest = lengths.max(axis=0)
@@ -127,6 +134,8 @@ def train(
             at = max(p.leg - 1, 0) if ended else p.leg
             fault(int(run), {'what': 'a parameter', 'leg': at, 'value': 'not finite'})
         save(p)
+      if ended:
+        leg(job, p.record, faults)
       show.step(steps_done(p, longest), describe(p, job, ended))
       if signum and not finished:
         name = signal.Signals(signum).name

@@ -26,7 +26,7 @@ from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
 from cl_jax.types import Learner, State, Stream, Tree
 from configs.common import SEPARATE
-from experiments import build, cli, config, engine, results, show, tables, workdir
+from experiments import build, cli, config, engine, results, scalars, show, tables, workdir
 from experiments.build import hyper
 from experiments.job import all_finite
 from experiments.options import Options, parse
@@ -74,10 +74,15 @@ def command(argv: list[str]) -> int:
   if options.config['tuning']['patience'] and options.config['iterations'] is not None:
     raise UserError('config.tuning.patience counts epochs: leave config.iterations out')
   shown = show.make()
-  with cli.network(options.offline), workdir.claimed(options.workdir) as place:
+  with (
+    cli.network(options.offline),
+    workdir.claimed(options.workdir) as place,
+    scalars.opened(options.writers, place) as out,
+  ):
     try:
       workdir.remember(place, options.config)
       lines = run(options, place, shown)
+      out.lines(lines)
     finally:
       shown.close()
     print(tables.table(lines), flush=True)

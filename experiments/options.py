@@ -26,6 +26,7 @@ OPTIONS = """\
   --save_every=SECONDS     between checkpoints inside a task (60)
   --width=N                runs computed at once on a device: a number, `auto` (1 on a CPU, all elsewhere)
                            or `measure`, the fastest of a few by a short measurement that is kept (auto)
+  --writers=NAME[,NAME]    accuracies and costs also to tensorboard (DIR/tensorboard), wandb (offline)
   --offline                make any attempt to reach the network an error
   --debug                  show tracebacks and the libraries' own messages
 exit codes: 0 done; 2 your mistake (one line says which); 3 stopped by NaN or a fault, the last good
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     sweep: {dotted field: values}.
     workdir, data_dir, save_every, width, offline, debug: the flags; a width of 0 is `measure`.
     command: the line itself.
+    writers: see `experiments.scalars`.
   """
 
   config: dict[str, Any]
@@ -54,6 +56,7 @@ class Options(NamedTuple):
   offline: bool
   debug: bool
   command: str
+  writers: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], program: str, about: str) -> Options:
@@ -115,6 +118,7 @@ def parse(argv: Sequence[str], program: str, about: str) -> Options:
     values.offline,
     values.debug,
     f'python -m {program} ' + ' '.join(map(shlex.quote, argv)),
+    tuple(values.writers),
   )
 
 
@@ -147,6 +151,7 @@ def _flags(program: str) -> flags.FlagValues:
   flags.DEFINE_string('data_dir', None, '', flag_values=values)
   flags.DEFINE_float('save_every', 60.0, '', flag_values=values)
   flags.DEFINE_string('width', 'auto', '', flag_values=values)
+  flags.DEFINE_list('writers', '', '', flag_values=values)
   flags.DEFINE_bool('offline', False, '', flag_values=values)
   flags.DEFINE_bool('debug', False, '', flag_values=values)
   flags.DEFINE_bool('help', False, '', flag_values=values)

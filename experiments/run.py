@@ -11,7 +11,7 @@ from cl_jax import checkpoint
 from cl_jax.errors import UserError
 from cl_jax.types import Method, State, Tree
 from configs.common import defaults
-from experiments import build, cli, config, engine, results, rules, show, tables, workdir
+from experiments import build, cli, config, engine, results, rules, scalars, show, tables, workdir
 from experiments.chain import chain_of
 from experiments.job import Job, blank, spread
 from experiments.options import Options, parse
@@ -32,10 +32,15 @@ def command(argv: list[str]) -> int:
   if options.sweep:
     raise UserError('config.sweep holds a grid: use python -m experiments.sweep')
   shown = show.make()
-  with cli.network(options.offline), workdir.claimed(options.workdir) as place:
+  with (
+    cli.network(options.offline),
+    workdir.claimed(options.workdir) as place,
+    scalars.opened(options.writers, place) as out,
+  ):
     try:
       workdir.remember(place, options.config)
-      finished = run(options, place, shown)
+      finished = run(options, place, shown, out.leg)
+      out.lines(finished)
     finally:
       shown.close()
     print(tables.table(finished), flush=True)
@@ -43,8 +48,10 @@ def command(argv: list[str]) -> int:
   return 0
 
 
-def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]:
-  """The lines of all seeds, of this process and of those before it."""
+def run(
+  options: Options, place: Path, shown: show.Show, leg: Callable[..., None] = engine.ignore
+) -> list[dict[str, Any]]:
+  """The lines of all seeds, of this process and of those before it; `leg` is for `engine.train`."""
   resolved = options.config
   sha = config.sha256(resolved)
   if {(sha, seed) for seed in resolved['seeds']} <= results.done(place):
@@ -57,7 +64,7 @@ def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]
         continue
       work = job(setup, place, sha)._replace(width=options.width)
       with Stop().listening() as stop:
-        outcome = engine.train(work, options.save_every, stop, shown)
+        outcome = engine.train(work, options.save_every, stop, shown, leg=leg)
       results.append(place, results.lines(work, outcome, options.command))
   (place / 'fault.json').unlink(missing_ok=True)
   return [line for line in results.read(place) if line['config_sha256'] == sha]

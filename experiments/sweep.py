@@ -18,7 +18,7 @@ from cl_jax import durable
 from cl_jax.errors import Fault, UserError
 from cl_jax.report.lines import flat
 from cl_jax.sweep import compile_groups, grid
-from experiments import build, cli, config, engine, results, show, tables, workdir
+from experiments import build, cli, config, engine, results, scalars, show, tables, workdir
 from experiments.job import Job
 from experiments.options import Options, parse
 from experiments.watch import Stop
@@ -37,14 +37,19 @@ def command(argv: list[str]) -> int:
   options = parse(argv, PROGRAM, ABOUT)
   cells = expand(options.raw, options.sweep)
   shown = show.make()
-  with cli.network(options.offline), workdir.claimed(options.workdir) as place:
+  with (
+    cli.network(options.offline),
+    workdir.claimed(options.workdir) as place,
+    scalars.opened(options.writers, place) as out,
+  ):
     try:
       workdir.remember(place, {**options.config, 'sweep': options.sweep})
-      run(options, cells, place, shown)
+      run(options, cells, place, shown, out)
     finally:
       shown.close()
     wanted = {config.sha256(cell) for cell in cells}
     lines = [line for line in results.read(place) if line['config_sha256'] in wanted]
+    out.lines(lines)
     print(tables.table(lines, options.sweep), flush=True)
     workdir.report(place, shown)
   if lost := [f for f in faults(place) if f['config_sha256'] in wanted]:
@@ -91,7 +96,9 @@ def overridden(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
   return own
 
 
-def run(options: Options, cells: list[dict[str, Any]], place: Path, shown: show.Show) -> None:
+def run(
+  options: Options, cells: list[dict[str, Any]], place: Path, shown: show.Show, out: scalars.Scalars
+) -> None:
   todo, kept = remaining(cells, place), len(cells) * len(cells[0]['seeds'])
   left = sum(map(len, todo.values()))
   if left < kept:
@@ -115,7 +122,7 @@ def run(options: Options, cells: list[dict[str, Any]], place: Path, shown: show.
       if not work.seeds:
         continue
       with Stop().listening() as stop:
-        outcome = engine.train(work, options.save_every, stop, shown, tolerant=True)
+        outcome = engine.train(work, options.save_every, stop, shown, True, out.leg)
       results.append(place, results.lines(work, outcome, options.command))
       note(place, work, outcome)
 
