@@ -20,7 +20,7 @@ print(*sorted(after - before - set(sys.stdlib_module_names) - {'cl_jax'}))
 """
 EXTRAS = (
   'orbax tensorflow_datasets array_record grain ml_collections matplotlib rich tokenizers '
-  'safetensors torch transformers submitit'
+  'safetensors torch transformers submitit tensorboardX wandb'
 ).split()
 
 

@@ -206,7 +206,9 @@ def part(folder: str) -> str:
   first = cells[0].lines[0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
   runs = sum(len(c.lines) for c in cells)
-  command = f'`{first["command"]}`; each of the {runs} runs has its own in its line, with its configuration'
+  command = (
+    f'`{first["command"]}`; each of the {runs} runs has its own in its line, with its configuration'
+  )
   config = f'configs/{STUDIES[folder]}.py'
   beneath = (f'results/study/{folder}', command, f'[{config}](../{config})')
   pictures = (

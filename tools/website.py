@@ -2,12 +2,14 @@
 
 Pages of docs/ link to files beside docs/ (`../cl_jax/types.py`), so that they can be read in the
 repository. On the site such a link leads to a page made of that file: for a module of cl_jax the reference,
-which mkdocstrings makes of its docstrings; for Markdown and notebooks their text; for another file its
-content. Pages of Markdown may link on. mkdocs then checks the links as it does all others.
+which mkdocstrings makes of its docstrings; for Markdown and notebooks their text; for other Python its code.
+Files of another kind are copied. Pages of Markdown may link on. mkdocs then checks the links as it does all
+others.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -17,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs'
 LINK = re.compile(r'(\]\()([^)\s#:]+)(?=[)#])')
 FENCE = re.compile(r'^```.*?^```$', re.MULTILINE | re.DOTALL)
-LANGUAGES = {'.py': 'python', '.json': 'json', '.cff': 'yaml', '.yml': 'yaml'}
 
 
 def modules() -> list[Path]:
@@ -32,7 +33,7 @@ def uri(path: Path) -> str:
   if place.parts[0] == 'cl_jax' and path.suffix == '.py':
     stem = 'index' if path.stem == '__init__' else path.stem
     return f'reference/{place.with_name(stem).as_posix()}.md'
-  return place.as_posix() + ('' if path.suffix in ('.md', '.png') else '.md')
+  return f'{place.as_posix()}.md' if path.suffix == '.py' else place.as_posix()
 
 
 def linked(path: Path) -> list[Path]:
@@ -54,6 +55,12 @@ def outside() -> list[Path]:
   return sorted(p for p in found - set(modules()) if not p.is_relative_to(DOCS))
 
 
+@functools.cache
+def sources() -> dict[str, Path]:
+  """{name on the site: page of Markdown}."""
+  return {uri(p): p for p in (*DOCS.rglob('*.md'), *outside()) if p.suffix == '.md'}
+
+
 def content(path: Path) -> str:
   """The Markdown of a file that is not in docs/."""
   if path.suffix == '.md':
@@ -64,7 +71,7 @@ def content(path: Path) -> str:
     return f'# {name}\n\n::: {name}\n'
   if place.parts[0] == 'notebooks':
     return notebook(path.read_text())
-  return f'# {place}\n\n````{LANGUAGES.get(path.suffix, "text")}\n{path.read_text()}````\n'
+  return f'# {place}\n\n````python\n{path.read_text()}````\n'
 
 
 def notebook(text: str) -> str:
@@ -101,6 +108,7 @@ def tree(paths: list[Path]) -> list[Any]:
 
 
 def on_config(config: Any) -> Any:
+  sources.cache_clear()  # mkdocs serve builds again and again
   section = next(e['Reference'] for e in config.nav if isinstance(e, dict) and 'Reference' in e)
   section += tree(modules())
   return config
@@ -110,7 +118,8 @@ def on_files(files: Any, config: Any) -> Any:
   from mkdocs.structure.files import File, InclusionLevel
 
   for path in (*outside(), *modules()):
-    what = {'abs_src_path': str(path)} if path.suffix == '.png' else {'content': content(path)}
+    page = path.suffix in ('.md', '.py')
+    what = {'content': content(path)} if page else {'abs_src_path': str(path)}
     made: Any = File.generated(config, uri(path), **what, inclusion=InclusionLevel.NOT_IN_NAV)
     files.append(made)
   return files
@@ -118,8 +127,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
   """Links that are right in the repository become those that are right on the site."""
-  here = next((p for p in (*outside(), *DOCS.rglob('*.md')) if uri(p) == page.file.src_uri), None)
-  if here is None or here.suffix != '.md':
+  here = sources().get(page.file.src_uri)
+  if here is None:
     return markdown
 
   def moved(link: re.Match[str]) -> str:
