@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import griffe
+import griffe  # pyright: ignore[reportMissingImports]
 
 KEPT = re.compile(
   r'`[^`]*`|^\s*\*+|\*', re.MULTILINE

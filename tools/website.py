@@ -115,7 +115,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-  from mkdocs.structure.files import File, InclusionLevel
+  from mkdocs.structure.files import File, InclusionLevel  # pyright: ignore[reportMissingImports]
 
   for path in (*outside(), *modules()):
     page = path.suffix in ('.md', '.py')

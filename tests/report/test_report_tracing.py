@@ -22,11 +22,11 @@ def one(maps=MAPS, theme=LIGHT):
   return tracing.traces(PROMPT, trace, WORDS, ' $Paris$', 10, theme)
 
 
-def average(theme=LIGHT):
+def average(theme=LIGHT, **form):
   effect = np.random.default_rng(1).uniform(-0.1, 0.4, (3, 12, 6))
   effect[..., 1] = np.nan
   found = Average(0.8, 0.2, effect, np.array([4, 0, 4, 4, 9, 4]))
-  return tracing.averages(found, 10, theme)
+  return tracing.averages(found, 10, theme, **form)
 
 
 @pytest.mark.parametrize('theme', [LIGHT, DARK], ids=['light', 'dark'])
@@ -37,6 +37,13 @@ def test_figures_are_pngs_and_always_the_same_bytes(draw, theme):
   width, height = struct.unpack('>II', png[16:24])
   assert 800 < width < 2500 and 200 < height < 1000 and len(png) < 300_000
   assert draw(theme=theme) == png
+
+
+def test_a_pdf_is_always_the_same_bytes_and_names_its_source():
+  pdf = average(form='pdf', source='of this')
+  assert pdf.startswith(b'%PDF') and b'(of this)' in pdf and b'Date' not in pdf
+  assert average(form='pdf', source='of this') == pdf
+  assert b'of this' in average(source='of this')
 
 
 def test_padding_is_not_drawn_and_every_number_is():
