@@ -24,6 +24,7 @@ from experiments import (
   launch_slurm,
   pool,
   results,
+  scalars,
   show,
   tables,
   workdir,
@@ -53,6 +54,8 @@ def command(argv: list[str]) -> int:
   jax.config.update('jax_platforms', 'cpu')  # an accelerator is for the jobs
   if wish.executor == 'slurm' and not wish.plan:
     launch_slurm.check()
+  for name in options.writers:
+    scalars.module_of(name)
   cells = launch_plan.cells(options.raw, options.sweep)
   shown = show.make()
   if wish.plan:

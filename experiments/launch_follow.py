@@ -48,6 +48,7 @@ class Launch(NamedTuple):
       f'--save_every={o.save_every}',
       *([f'--data_dir={Path(o.data_dir).absolute()}'] if o.data_dir else []),
       *([] if o.width is None else [f'--width={o.width or "measure"}']),
+      *([f'--writers={",".join(o.writers)}'] if o.writers else []),
       *(['--offline'] if o.offline else []),
       *(['--debug'] if o.debug else []),
     ]

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import results, run, scalars, show
+from experiments import launch, results, run, scalars, show
+from experiments.launch_follow import Launch
+from experiments.options import parse
 from tests.experiments.conftest import lines
 
 Points = list[tuple[str, str, int | None, float]]  # run, tag, step (None of wandb's summary), value
@@ -161,8 +163,20 @@ def test_a_missing_extra_is_one_line(call, tiny, tmp_path, monkeypatch, name, mo
   assert done.code == 2 and len(done.err.splitlines()) == 1
   assert f'--writers={name} needs {module}' in done.line and f"'cl_jax[{name}]'" in done.line
   assert not (tmp_path / 'checkpoints').exists()
+  done = call(launch.main, f'--config={tiny}', f'--workdir={tmp_path}', f'--writers={name}')
+  assert done.code == 2 and f'--writers={name} needs {module}' in done.line
   done = call(run.main, f'--config={tiny}', f'--workdir={tmp_path}', '--writers=tensorbored')
   assert done.code == 2 and 'only tensorboard and wandb' in done.line
+
+
+def test_jobs_of_a_launch_have_the_writers_too(tiny, tmp_path):
+  words = [f'--config={tiny}', f'--workdir={tmp_path}', '--writers=tensorboard,wandb']
+  own = Launch(tmp_path, '', [], None, parse(words, 'experiments.launch', ''), print)  # pyright: ignore
+  argv = own.argv(SimpleNamespace(folder=tmp_path))  # pyright: ignore
+  assert parse([f'--config={tiny}', *argv[1:]], 'experiments.run', '').writers == (
+    'tensorboard',
+    'wandb',
+  )
 
 
 def test_tensorboard_reads_its_own_events_back(tmp_path):
