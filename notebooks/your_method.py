@@ -13,10 +13,11 @@
 # %% [markdown]
 # # Write your own method
 #
-# A method is a few pure functions over its own state. Here one is written from nothing: a *prototype anchor*. At
-# the end of every task the mean feature of each of its classes is kept (one row a class, no images); later the
-# network is pulled to go on placing the kept prototypes where its output layer finds them. Then it is composed with
-# experience replay, and switched on and off inside one compiled program. Takes about half a minute.
+# A method is a few pure functions over its own state. Here one is written from nothing: a *prototype
+# anchor*. At the end of every task the mean feature of each of its classes is kept (one row a class, no
+# images); later the network is pulled to go on placing the kept prototypes where its output layer finds
+# them. Then it is composed with experience replay, and switched on and off inside one compiled program.
+# Takes about half a minute.
 #
 # Open this file as a notebook with jupytext (`jupytext --to ipynb notebooks/your_method.py`).
 
@@ -30,7 +31,7 @@ import optax
 
 from cl_jax import Method, chain, gated, learner, streams
 from cl_jax.methods.replay.er import er
-from cl_jax.metrics import summary
+from cl_jax.metrics import accuracy
 from cl_jax.models.mlp import mlp
 from cl_jax.sweep import sweep
 
@@ -45,7 +46,8 @@ SMOKE = bool(os.environ.get('CL_JAX_SMOKE'))  # set by the tests: fewer steps
 # - `loss` adds a term to the loss of every step;
 # - `boundary` runs when a task has ended, with its examples.
 #
-# `needs` says what the scenario must tell. A stream without boundaries refuses the method before the first step.
+# `needs` says what the scenario must tell. A stream without boundaries refuses the method before the
+# first step.
 
 
 # %%
@@ -79,8 +81,8 @@ def prototypes(coef, classes):
 # %% [markdown]
 # ## An experiment with it
 #
-# `gated(switch, method)` switches a method by a number that may differ between mapped runs: all four combinations, and
-# two seeds of each, are one program.
+# `gated(switch, method)` switches a method by a number that may differ between mapped runs: all four
+# combinations, and two seeds of each, are one program.
 
 # %%
 train, test = streams.dataset('fashion_mnist_small')
@@ -102,17 +104,17 @@ keys = jax.random.split(jax.random.key(0), len(cells))
 found = sweep(build, cells, keys, stream)
 
 # %%
-names, accuracy = [], []
+names, values = [], []
 for i, (p, r) in enumerate(combinations):
-  runs = [summary(record.R, record.start) for _, record in found[2 * i : 2 * i + 2]]
+  runs = [100 * accuracy(record.R) for _, record in found[2 * i : 2 * i + 2]]
   names.append(' + '.join(n for n, on in (('prototypes', p), ('replay', r)) if on) or 'naive')
-  accuracy.append([100 * m['acc'] for m in runs])
-  print(f'{names[-1]:21} accuracy {accuracy[-1][0]:.1f} and {accuracy[-1][1]:.1f} %')
+  values.append(runs)
+  print(f'{names[-1]:21} accuracy {runs[0]:.1f} and {runs[1]:.1f} %')
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.5), layout='constrained')
-for i, values in enumerate(accuracy):
-  axis.plot(values, [i] * len(values), 'o', color='#0072b2')
+for i, pair in enumerate(values):
+  axis.plot(pair, [i] * len(pair), 'o', color='#0072b2')
 axis.set(
   yticks=range(len(names)), yticklabels=names, xlabel='accuracy after five tasks, %', xlim=(0, 100)
 )
@@ -120,7 +122,7 @@ axis.grid(axis='x', color='#dddddd')
 plt.show()
 
 # %% [markdown]
-# Prototypes alone cannot help much here: the features below them move. That is what the figure says, and what makes
-# methods that keep features on top of a frozen network (`ncm`, `slda`, `ranpac`) and methods that rehearse (`er`) two
-# different answers. CONTRIBUTING.md shows what turns such a sketch into a method of the library: a file, a
-# contract test that finds it by itself, a parity test and a configuration.
+# Prototypes alone cannot help much here: the features below them move. That is what the figure says, and
+# what makes methods that keep features on top of a frozen network (`ncm`, `slda`, `ranpac`) and methods
+# that rehearse (`er`) two different answers. CONTRIBUTING.md shows what turns such a sketch into a method
+# of the library: a file, a contract test that finds it by itself, a parity test and a configuration.
