@@ -78,9 +78,12 @@ FLASH = r"""/* Flash memory in a file, and a power supply that can fail. Replace
 #include "port.h"
 #include "slots.h"
 
-static uint32_t left = 0xffffffff; /* bytes until the power goes */
+static uint32_t left; /* bytes until the power goes */
 
-int flash_open(void) { return port_flash_open(&left); }
+int flash_open(void) {
+  left = 0xffffffff;
+  return port_flash_open(&left);
+}
 
 void flash_read(uint32_t at, void *to, size_t n) { port_fetch(at, to, n); }
 

@@ -81,7 +81,14 @@ def build(
       target.external,
     )
     (place / 'link.ld').write_text(text)
-    link = ['-nostdlib', '-T', 'link.ld', f'-Wl,--gc-sections,-Map={program}.map', *objects, '-lgcc']
+    link = [
+      '-nostdlib',
+      '-T',
+      'link.ld',
+      f'-Wl,--gc-sections,-Map={program}.map',
+      *objects,
+      '-lgcc',
+    ]
   else:
     link = [*(['-static'] if '-static' in target.flags else []), *objects]
   _gcc(target, [*flags, *link, '-o', program], place)

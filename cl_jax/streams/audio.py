@@ -49,9 +49,7 @@ def spoken_digit(root: Path) -> tuple[Arrays, Arrays]:
   return pair[0], pair[1]
 
 
-def log_mel(
-  samples: np.ndarray, rate: int, frames: int = FRAMES, bands: int = BANDS
-) -> np.ndarray:
+def log_mel(samples: np.ndarray, rate: int, frames: int = FRAMES, bands: int = BANDS) -> np.ndarray:
   """The clip i16[n] as u8[frames, bands, 1], whatever its length.
 
   Power in triangular bands that are even on the mel scale (Davis & Mermelstein 1980), Hann windows of 25 ms
