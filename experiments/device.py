@@ -2,9 +2,9 @@
 
 The learner of a configuration is exported within --ram, put on the emulated device with its first state in
 flash, and learns from the configuration's stream, saving every few calls. Then the same with a power cut at
-several moments of a save, and with a supply that fails in every boot: each time the device must find the older
-state, go on from where that had come to, and end with the state of the run that was never interrupted, bit for
-bit. With --whole also the whole stream and the test clips: what the device answers against JAX.
+several moments of a save, and with a supply that fails in every boot: each time the device must find the
+older state, go on from where that had come to, and end with the state of the run that was never interrupted,
+bit for bit. With --whole also the whole stream and the test examples: what the device answers, against JAX.
 """
 
 from __future__ import annotations

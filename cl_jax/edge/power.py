@@ -1,4 +1,4 @@
-"""A device that is switched on and off: boots of `device.c` with a flash and a power supply that are files."""
+"""A device that is switched on and off: boots of `device.c` whose flash and power supply are files."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A state in flash that survives a power cut: two slots, a sequence number and a CRC, in C and in Python.
 
 A save erases and writes the slot that does not hold the newest whole state: first the state, then, as its
-seal, a header with the CRC-32 of both. Wherever the power goes, the other slot is untouched; a torn one has no
-CRC that fits and is passed over. Nothing is copied in RAM. The C is what the device runs; `pack` makes its
+seal, a header with the CRC-32 of both. Wherever the power goes, the other slot is untouched; a torn one has
+no CRC that fits and is passed over. Nothing is copied in RAM. The C is what the device runs; `pack` makes its
 first flash, `newest` reads one on this machine.
 """
 
@@ -48,16 +48,20 @@ static uint32_t seal(const slots_header *h, const void *state) {
   return crc32(crc32(0, h, offsetof(slots_header, crc)), state, h->bytes);
 }
 
-static uint32_t size_of_slot(size_t n) { return (SLOTS_AHEAD + n + SLOTS_PAGE - 1) / SLOTS_PAGE * SLOTS_PAGE; }
+static uint32_t size_of_slot(size_t n) {
+  return (uint32_t)((SLOTS_AHEAD + n + SLOTS_PAGE - 1) / SLOTS_PAGE * SLOTS_PAGE);
+}
+
+static int ours(const slots_header *h, size_t n) { return h->kind == SLOTS_KIND && h->bytes == n; }
 
 /* Reads the newest whole state; 0 where neither slot holds one. */
 int slots_load(slots *s, void *state, size_t n) {
   slots_header h[2];
   for (uint32_t k = 0; k < 2; k++) flash_read(k * size_of_slot(n), &h[k], sizeof h[k]);
-  const uint32_t newer = h[0].kind != SLOTS_KIND || (h[1].kind == SLOTS_KIND && h[1].sequence > h[0].sequence);
+  const uint32_t newer = !ours(&h[0], n) || (ours(&h[1], n) && h[1].sequence > h[0].sequence);
   for (uint32_t i = 0; i < 2; i++) {
     const uint32_t k = newer ^ i;
-    if (h[k].kind != SLOTS_KIND || h[k].bytes != n) continue;
+    if (!ours(&h[k], n)) continue;
     flash_read(k * size_of_slot(n) + SLOTS_AHEAD, state, n);
     if (seal(&h[k], state) != h[k].crc) continue; /* torn */
     s->header = h[k];

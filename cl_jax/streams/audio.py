@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def spoken_digit(root: Path) -> tuple[Arrays, Arrays]:
     samples, offsets, take = parts['samples'], parts['offsets'], parts['take']
     label, speaker = parts['label'].astype(np.int32), parts['speaker'].astype(np.int32)
     names, rate = tuple(map(str, parts['speaker_names'])), int(parts['rate'])
-  except (KeyError, OSError, ValueError) as error:
+  except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(f'{path} cannot be read as spoken digits ({error})') from error
   x = np.stack([log_mel(samples[a:b], rate) for a, b in zip(offsets, offsets[1:], strict=False)])
   digits = tuple(map(str, range(int(label.max()) + 1)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cl_jax.edge import artefact, emulate, power, ram, slots, targets, toolchain
+from cl_jax.edge.c99 import emit
 from cl_jax.errors import Fault
 from experiments import config, device, edge_calls, export
 
@@ -133,3 +134,11 @@ def test_mistakes_are_one_line(words, message, tiny, tmp_path, capsys):
   code = device.main([f'--config={tiny}', f'--out={tmp_path / "out"}', *words])
   err = capsys.readouterr().err
   assert code == 2 and message in err and err.count('\n') == 1
+
+
+def test_a_memory_of_bytes_is_changed_in_place(tiny):
+  """Its rows travel as signed bytes; the casts around them are no copies of the whole memory."""
+  raw = config.load(f'{tiny}:er')
+  flat = export.subject(config.resolve({**raw, 'er': {'capacity': 400, 'draw': 2}})).flat
+  manifest = emit(flat).manifest
+  assert manifest['arena_bytes'] < 60_000 < 401 * 784
