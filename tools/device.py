@@ -103,7 +103,8 @@ def cuts(found: Sequence[Line]) -> str:
     f'{STREAMS[f["scenario"]].capitalize()}, seed {f["seed"]}, the whole stream on the {f["target"]}: '
     f'{f["calls"]:,} steps, the power cut once; accuracy {100 * np.mean(f["accuracy"]):.2f} %, in JAX '
     f'{100 * np.mean(f["accuracy_jax"]):.2f} %; memory, labels, counters and keys equal bit for bit, floats '
-    f'to {f["float_error"]:.0e}; {f["ram_linked"]:,} of {f["ram_budget"]:,} bytes of RAM planned and '
+    f'to {f["float_error"]:.0e} (JAX moves by {f["jax_moves"]:.0e} itself when last bits of its initial '
+    f'state change); {f["ram_linked"]:,} of {f["ram_budget"]:,} bytes of RAM planned and '
     f'linked, {f["stack_used"]:,} of stack touched, {f["code_bytes"]:,} of code.'
     for f in whole
   ]

@@ -33,8 +33,8 @@ def spoken_digit(root: Path) -> tuple[Arrays, Arrays]:
       'speaker_names, take and rate of the Free Spoken Digit Dataset'
     )
   try:
-    with np.load(path, allow_pickle=False) as file:
-      parts = {key: file[key] for key in file.files}
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
+      parts = {key: stored[key] for key in stored.files}
     samples, offsets, take = parts['samples'], parts['offsets'], parts['take']
     label, speaker = parts['label'].astype(np.int32), parts['speaker'].astype(np.int32)
     names, rate = tuple(map(str, parts['speaker_names'])), int(parts['rate'])
