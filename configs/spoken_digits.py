@@ -16,7 +16,7 @@ covariance, above 128 random units that are constants in flash. Accuracies and b
 
 from configs import common
 
-CELLS = ('class,er', 'class,er_ace', 'class,slda', 'class,ncm', 'class,naive', 'class,joint')
+CELLS = ('class,er', 'class,slda', 'class,ncm', 'class,naive', 'class,joint')
 CELLS += ('domain,er', 'domain,slda', 'domain,naive', 'domain,joint')
 CLOSED = ('ncm', 'slda')
 
@@ -26,9 +26,11 @@ def get_config(arg: str = 'class,er') -> dict:
   fields, methods = common.words(arg, 'class')
   base = fields['base'] or fields['scenario']
   closed, joint = bool({*CLOSED} & {*methods}), fields['scenario'] == 'joint'
+  # Each the best on held-out training clips.
+  rate = 0.1 if joint else 0.2 if methods else 0.01
   slda = 'slda' in methods
   replay = {'capacity': 750, 'draw': 30}
-  arguments = {'er': replay, 'er_ace': replay, 'slda': {'shrinkage': 0.01}}
+  arguments = {'er': replay, 'slda': {'shrinkage': 0.01}}
   return {
     **fields,
     'name': 'spoken_digits',
@@ -49,7 +51,7 @@ def get_config(arg: str = 'class,er') -> dict:
       'std': (0.25,),
     },
     'freeze': ('.*',) if closed else (),
-    'optimizer': {'name': 'sgd', 'lr': 0.1 if joint else 0.2},
+    'optimizer': {'name': 'sgd', 'lr': rate},
     'head': 'all' if base == 'domain' or closed else 'seen',
     'methods': methods,
     **{m: arguments[m] for m in methods if m in arguments},

@@ -26,7 +26,10 @@ from cl_jax.errors import Fault, UserError
 from experiments import cli, config, edge_calls, export, options, results
 
 PROGRAM = 'experiments.device'
-TOLERANCE = 1e-5  # of floats, where JAX itself does not move further when last bits change
+TOLERANCE = 1e-5  # of floats, after the short run
+# Of the accuracy after a whole stream. Rounding differs between programs, and a ReLU whose input is within
+# rounding of 0 can be on in one and off in the other: from then on they are two runs that are close.
+NEAR = 0.01
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,16 +120,23 @@ def cuts(
   print(f'{target.name}: {memory["ram_planned"]:,} bytes of RAM planned{linked}', flush=True)
   table = read.manifest['state']
   n, kind = ram.struct_bytes(table), slots.kind(table)
-  flash, stream = (
-    slots.pack(table, read.leaves),
-    emulate.stream_of(edge_calls.calls_of(made, steps)),
-  )
+  calls = edge_calls.calls_of(made, steps)
+  flash, stream = slots.pack(table, read.leaves), emulate.stream_of(calls)
   plain = power.boot(image, target, flash, stream)
   last = slots.newest(plain.flash, kind, n)
   assert last is not None
   if artefact.fnv(slots.leaves_of(table, last.state)) != plain.hash:
     raise Fault(f'{target.name}: the saved state is not the one that was hashed')
-  print(f'never cut: {last.sequence - 1} saves, state {plain.hash}', flush=True)
+  apart = parity.compare(table, leaves(read, last), edge_calls.reference(made, calls)[0])
+  if apart.differing or apart.error > TOLERANCE:
+    raise Fault(
+      f'{target.name}: {", ".join(apart.differing[:3]) or apart.worst} differs from JAX by {apart.error:.1e}'
+    )
+  print(
+    f'never cut: {last.sequence - 1} saves, state {plain.hash}; against JAX integers bitwise, floats '
+    f'{apart.error:.1e}',
+    flush=True,
+  )
 
   def same(what: str, boots: Sequence[power.Boot]) -> dict[str, Any]:
     end = boots[-1]
@@ -152,12 +162,14 @@ def cuts(
   done.append(
     same('every second save of a boot', power.lasting(image, target, flash, stream, supply))
   )
-  return {**memory, 'stack_used': plain.stack, 'steps': steps, 'every': every, 'hash': plain.hash,
-          'cuts': done}  # fmt: skip
+  return {
+    **memory, 'stack_used': plain.stack, 'float_error': apart.error, 'steps': steps, 'every': every,
+    'hash': plain.hash, 'cuts': done,
+  }  # fmt: skip
 
 
 def stream(read: artefact.Artefact, made: export.Subject, target: targets.Target) -> dict[str, Any]:
-  """The whole stream with the power cut once, half-way, and the test clips; against JAX."""
+  """The whole stream with the power cut once, half-way, and the test examples; Fault where JAX differs."""
   image, _ = built(read, target, 100)
   manifest, table = read.manifest, read.manifest['state']
   calls, tests = edge_calls.whole(made)
@@ -172,7 +184,6 @@ def stream(read: artefact.Artefact, made: export.Subject, target: targets.Target
   )  # fmt: skip
   took = time.monotonic() - started
   want, logits = edge_calls.reference(made, calls)
-  moved, _ = edge_calls.reference(edge_calls.nudged(made), calls)
   out = np.frombuffer(boots[-1].out, '<f4')
   predicted = list(out[len(out) - len(logits) * manifest['outputs'] :].reshape(len(logits), -1))
   here, there = (
@@ -180,23 +191,28 @@ def stream(read: artefact.Artefact, made: export.Subject, target: targets.Target
   )
   end = slots.newest(boots[-1].flash, slots.kind(table), n)
   assert end is not None
-  state = artefact.unpack(slots.leaves_of(table, end.state), table)
-  apart, own = parity.compare(table, state, want), parity.compare(table, moved, want).error
+  apart = parity.compare(table, leaves(read, end), want)
   print(
     f'whole stream: {len(learnt)} calls and {len(logits)} predictions in {took:.0f} s of emulation, '
     f'{len(boots)} boots (power cut once); accuracy {np.mean(here):.4f}, in JAX {np.mean(there):.4f}; '
-    f'integers {"differ" if apart.differing else "bitwise"}, floats {apart.error:.1e} (JAX moves by '
-    f'{own:.1e} itself when last bits of the initial state change); state {boots[-1].hash}',
+    f'integers {"differ" if apart.differing else "bitwise"}, floats {apart.error:.1e}; state '
+    f'{boots[-1].hash}',
     flush=True,
   )
   if apart.differing:
     raise Fault(f'{target.name}: integers differ from JAX in {", ".join(apart.differing[:3])}')
-  if apart.error > max(TOLERANCE, 10 * own):
-    raise Fault(f'{target.name}: {apart.worst} differs from JAX by {apart.error:.1e}')
+  if abs(np.mean(here) - np.mean(there)) > NEAR:
+    raise Fault(f'{target.name}: the accuracy differs from JAX by more than {NEAR}')
   return {
-    'calls': len(learnt), 'accuracy': here, 'accuracy_jax': there, 'float_error': apart.error,
-    'jax_moves': own, 'boots': len(boots), 'end_hash': boots[-1].hash, 'emulation_s': round(took, 1),
+    'calls': len(learnt), 'accuracy': here, 'accuracy_jax': there, 'float_error_end': apart.error,
+    'boots': len(boots), 'end_hash': boots[-1].hash, 'emulation_s': round(took, 1),
   }  # fmt: skip
+
+
+def leaves(read: artefact.Artefact, saved: slots.Saved) -> list[np.ndarray]:
+  """The leaves of a state that was saved."""
+  table = read.manifest['state']
+  return artefact.unpack(slots.leaves_of(table, saved.state), table)
 
 
 if __name__ == '__main__':

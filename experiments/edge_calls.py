@@ -108,19 +108,15 @@ def sensitivity(
   A method that amplifies rounding (a steep gate, an ill-conditioned solve) cannot agree better than that
   between two programs that add in different orders.
   """
-  again, _ = reference(nudged(made), calls)
-  return parity.compare(table, again, want).error
-
-
-def nudged(made: export.Subject) -> export.Subject:
-  """The same with the last bit of about a half of the initial floats changed."""
   draw = np.random.default_rng(0)
 
-  def moved(a: np.ndarray) -> np.ndarray:
+  def nudged(a: np.ndarray) -> np.ndarray:
     up = np.nextafter(a, np.inf) if a.dtype.kind == 'f' else a
     return np.asarray(np.where(draw.integers(0, 2, a.shape), up, a), a.dtype)
 
-  return made._replace(flat=made.flat._replace(leaves=[moved(a) for a in made.flat.leaves]))
+  other = made.flat._replace(leaves=[nudged(a) for a in made.flat.leaves])
+  again, _ = reference(made._replace(flat=other), calls)
+  return parity.compare(table, again, want).error
 
 
 def tests_of(made: export.Subject) -> Tests:

@@ -26,7 +26,6 @@ NAMES = {
   'joint': 'all at once, the bound',
   'naive': 'fine-tuning',
   'er': 'experience replay',
-  'er_ace': 'ER-ACE',
   'slda': 'streaming LDA, 128 random units',
   'ncm': 'nearest class mean',
 }
@@ -100,12 +99,12 @@ def cuts(found: Sequence[Line]) -> str:
   ]  # fmt: skip
   parts = [markdown(head, rows)]
   parts += [
-    f'{STREAMS[f["scenario"]].capitalize()}, seed {f["seed"]}, the whole stream on the {f["target"]}: '
-    f'{f["calls"]:,} steps, the power cut once; accuracy {100 * np.mean(f["accuracy"]):.2f} %, in JAX '
-    f'{100 * np.mean(f["accuracy_jax"]):.2f} %; memory, labels, counters and keys equal bit for bit, floats '
-    f'to {f["float_error"]:.0e} (JAX moves by {f["jax_moves"]:.0e} itself when last bits of its initial '
-    f'state change); {f["ram_linked"]:,} of {f["ram_budget"]:,} bytes of RAM planned and '
-    f'linked, {f["stack_used"]:,} of stack touched, {f["code_bytes"]:,} of code.'
+    f'{STREAMS[f["scenario"]].capitalize()}, seed {f["seed"]}, on the {f["target"]}: after {f["steps"]} '
+    f'steps memory, labels, counters and keys equal JAX bit for bit, floats to {f["float_error"]:.0e}. After '
+    f'the whole stream, {f["calls"]:,} steps with the power cut once, the first are still equal; accuracy '
+    f'{100 * np.mean(f["accuracy"]):.2f} %, in JAX {100 * np.mean(f["accuracy_jax"]):.2f} %. RAM: '
+    f'{f["ram_linked"]:,} bytes linked, {f["ram_planned"]:,} planned, of {f["ram_budget"]:,}; '
+    f'{f["stack_used"]:,} of stack touched; {f["code_bytes"]:,} of code.'
     for f in whole
   ]
   return '\n\n'.join(parts)

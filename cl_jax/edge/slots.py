@@ -189,7 +189,7 @@ def struct_of(state: Sequence[Mapping[str, Any]], leaves: Sequence[np.ndarray]) 
   out = bytearray()
   for at, a in zip(offsets(state), leaves, strict=True):
     out += bytes(at - len(out)) + packed([a])
-  return bytes(out.ljust(struct_bytes(list(state)), b'\0'))
+  return bytes(out.ljust(struct_bytes(state), b'\0'))
 
 
 def leaves_of(state: Sequence[Mapping[str, Any]], block: bytes) -> bytes:
