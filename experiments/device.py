@@ -169,7 +169,12 @@ def cuts(
 
 
 def stream(read: artefact.Artefact, made: export.Subject, target: targets.Target) -> dict[str, Any]:
-  """The whole stream with the power cut once, half-way, and the test examples; Fault where JAX differs."""
+  """The whole stream with the power cut once, half-way, and the test examples.
+
+  Raises:
+    Fault: another state than this machine's program has, which is never cut; other integers or accuracy than
+      JAX.
+  """
   image, _ = built(read, target, 100)
   manifest, table = read.manifest, read.manifest['state']
   calls, tests = edge_calls.whole(made)
@@ -191,6 +196,11 @@ def stream(read: artefact.Artefact, made: export.Subject, target: targets.Target
   )
   end = slots.newest(boots[-1].flash, slots.kind(table), n)
   assert end is not None
+  host = targets.TARGETS['host']
+  if not targets.absent(host):  # never cut, on this machine
+    plain = emulate.play(toolchain.build(read, host), host, read.leaves, calls, manifest['outputs'])
+    if plain.hash != boots[-1].hash:
+      raise Fault(f'{target.name}: state {boots[-1].hash}, and {plain.hash} of the host, never cut')
   apart = parity.compare(table, leaves(read, end), want)
   print(
     f'whole stream: {len(learnt)} calls and {len(logits)} predictions in {took:.0f} s of emulation, '
