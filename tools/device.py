@@ -101,7 +101,7 @@ def cuts(found: Sequence[Line]) -> str:
   parts += [
     f'{STREAMS[f["scenario"]].capitalize()}, seed {f["seed"]}, on the {f["target"]}: after {f["steps"]} '
     f'steps memory, labels, counters and keys equal JAX bit for bit, floats to {f["float_error"]:.0e}. After '
-    f'the whole stream, {f["calls"]:,} steps with the power cut once, the first are still equal, and all of the '
+    f'the whole stream, {f["calls"]:,} steps with the power cut once, the first are still equal, and the whole '
     f'state is that of the same program on the host, never cut; accuracy '
     f'{100 * np.mean(f["accuracy"]):.2f} %, in JAX {100 * np.mean(f["accuracy_jax"]):.2f} %. RAM: '
     f'{f["ram_linked"]:,} bytes linked, {f["ram_planned"]:,} planned, of {f["ram_budget"]:,}; '
