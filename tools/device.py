@@ -82,8 +82,8 @@ def count(n: int | None) -> str:
   return NONE if n is None else f'{n:,}'
 
 
-def cuts(found: Sequence[Line]) -> str:
-  """What the device did in each power cut, and the whole stream on it."""
+def cuts(lines: Sequence[Line], found: Sequence[Line]) -> str:
+  """What the device did in each power cut, and the whole stream on it beside the run of that seed."""
   whole = [f for f in found if 'accuracy' in f]
   if not whole:
     return 'Not run yet: results/spoken_digits/device.jsonl holds no whole stream.'
@@ -97,24 +97,42 @@ def cuts(found: Sequence[Line]) -> str:
     )
     for c in first['cuts']
   ]  # fmt: skip
-  parts = [markdown(head, rows)]
-  parts += [
-    f'{STREAMS[f["scenario"]].capitalize()}, seed {f["seed"]}, on the {f["target"]}: after {f["steps"]} '
-    f'steps memory, labels, counters and keys equal JAX bit for bit, floats to {f["float_error"]:.0e}. After '
-    f'the whole stream, {f["calls"]:,} steps with the power cut once, the first are still equal, and the whole '
-    f'state is that of the same program on the host, never cut; accuracy '
-    f'{100 * np.mean(f["accuracy"]):.2f} %, in JAX {100 * np.mean(f["accuracy_jax"]):.2f} %. RAM: '
-    f'{f["ram_linked"]:,} bytes linked, {f["ram_planned"]:,} planned, of {f["ram_budget"]:,}; '
-    f'{f["stack_used"]:,} of stack touched; {f["code_bytes"]:,} of code.'
-    for f in whole
-  ]
-  return '\n\n'.join(parts)
+  runs = {
+    (stream_of(line['config']), line['method'], line['seed']): line['acc']
+    for line in lines
+    if line['scenario'] != 'joint'
+  }
+  return '\n\n'.join((
+    markdown(head, rows),
+    f'That is {NAMES[first["learner"]]}, {STREAMS[first["scenario"]]}, {first["steps"]} steps with a save '
+    f'every {first["every"]} calls. The whole stream, with the power cut in one save:',
+    learnt(whole, runs),
+  ))  # fmt: skip
+
+
+def learnt(whole: Sequence[Line], runs: Mapping[tuple, float]) -> str:
+  """A row a whole stream on the device."""
+  head = (
+    'stream', 'method', 'seed', 'calls', 'accuracy, device', 'JAX, step by step', 'JAX, `experiments.run`',
+    'RAM linked', 'planned', 'of', 'stack touched', 'code', 'state at the end',
+  )  # fmt: skip
+  percent = lambda values: f'{100 * np.mean(values):.2f} %'  # noqa: E731
+  rows = []
+  for f in whole:
+    run = runs.get((f['scenario'], f['learner'], f['seed']))
+    rows.append((
+      STREAMS[f['scenario']], NAMES[f['learner']], str(f['seed']), count(f['calls']), percent(f['accuracy']),
+      percent(f['accuracy_jax']), NONE if run is None else percent(run), count(f['ram_linked']),
+      count(f['ram_planned']), count(f['ram_budget']), count(f['stack_used']), count(f['code_bytes']),
+      f['end_hash'],
+    ))  # fmt: skip
+  return markdown(head, rows)
 
 
 def page() -> str:
   lines, found = read('results.jsonl'), read('device.jsonl')
   text = fill(PAGE.read_text(), f'{MAKER} accuracies', accuracies(lines, found))
-  return fill(text, f'{MAKER} cuts', cuts(found))
+  return fill(text, f'{MAKER} cuts', cuts(lines, found))
 
 
 def main() -> int:

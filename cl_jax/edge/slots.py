@@ -21,7 +21,9 @@ from cl_jax.edge.c99_file import MLIR
 from cl_jax.edge.ram import struct_bytes
 
 HEADER = struct.Struct('<5I')  # as `slots_header` in C
-AHEAD = 32  # bytes of a slot before its state
+AHEAD = (
+  32  # bytes of a slot before its state: a word of flash, so that the seal is a write of its own
+)
 PAGE = 4096  # a slot is whole pages of so many bytes: flash is erased by pages
 
 SOURCE = r"""/* Two slots in flash: the state of a save that was cut short is never the only one. */
