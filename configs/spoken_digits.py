@@ -9,7 +9,8 @@ tasks of two, drawn by the seed; `domain` brings the speakers one after the othe
 draws. Every clip comes once, two at a time, and nobody tells which task it belongs to.
 
 `er` learns an MLP 160-64-10 with 750 clips in memory, 30 of them rehearsed with every two new ones: with
-weights, gradients, activations, stack and the code that saves, as many as fit. `joint` is the bound: the same
+weights, gradients, activations, stack and the code that saves, as many as fit. Of words the last 75 each, of
+speakers a sample of all. `joint` is the bound: the same
 network, all clips at once, 20 times. `ncm` and `slda` keep no clips: a mean a word, and for `slda` one
 covariance, above 128 random units that are constants in flash. Accuracies and bytes: docs/edge.md.
 """
@@ -27,9 +28,11 @@ def get_config(arg: str = 'class,er') -> dict:
   base = fields['base'] or fields['scenario']
   closed, joint = bool({*CLOSED} & {*methods}), fields['scenario'] == 'joint'
   # Each the best on held-out training clips.
-  rate = 0.1 if joint else 0.2 if methods else 0.01
+  rate = 0.1 if joint else 0.01 if not methods else 0.2 if closed or base == 'domain' else 0.15
   slda = 'slda' in methods
-  replay = {'capacity': 750, 'draw': 30}
+  # A ring keeps words apart, and would keep the last speaker's clips alone.
+  writer = 'reservoir' if base == 'domain' else 'ring'
+  replay = {'capacity': 750, 'draw': 30, 'writer': writer}
   arguments = {'er': replay, 'slda': {'shrinkage': 0.01}}
   return {
     **fields,
