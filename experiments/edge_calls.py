@@ -13,6 +13,9 @@ from cl_jax.edge.learner import Leaf
 from cl_jax.streams.take import take
 from experiments import export
 
+# For every task its batches of test examples: (what predict takes, labels, weights).
+Tests = list[list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]]
+
 
 def rows_of(batch: Any, table: Sequence[Leaf]) -> list[np.ndarray]:
   """A batch as the flat programs take it."""
@@ -35,6 +38,30 @@ def calls_of(made: export.Subject, steps: int) -> list[emulate.Call]:
     if i == half - 1 and flat.boundary is not None:
       calls.append(('boundary', ends_of(made, 0)))
   return [*calls, ('predict', tests_of(made)[0][0][0])]
+
+
+def whole(made: export.Subject) -> tuple[list[emulate.Call], Tests]:
+  """Every step of the stream with its boundaries, then a prediction of every test batch; and those."""
+  stream, flat = made.stream, made.flat
+  fetch = jax.jit(lambda rows, leg: take(stream, rows, leg))
+  calls: list[emulate.Call] = []
+  for leg, n in enumerate(leg_steps(made)):
+    for i in range(n):
+      calls.append(('step', rows_of(fetch(stream.index[leg, i], leg), flat.batch)))
+    if flat.boundary is not None:
+      calls.append(('boundary', ends_of(made, leg)))
+  tests = tests_of(made)
+  return [*calls, *(('predict', rows) for parts in tests for rows, _, _ in parts)], tests
+
+
+def accuracies(tests: Tests, logits: Sequence[np.ndarray], shape: Sequence[int]) -> list[float]:
+  """The accuracy on every task, from the flat logits of its test batches; `shape` is that of one batch."""
+  guesses = iter(a.reshape(shape).argmax(-1) for a in logits)
+  per_task = []
+  for parts in tests:
+    hits = [(w * (next(guesses) == y), w) for _, y, w in parts]
+    per_task.append(float(sum(h.sum() for h, _ in hits) / sum(w.sum() for _, w in hits)))
+  return per_task
 
 
 def leg_steps(made: export.Subject) -> list[int]:
@@ -92,7 +119,7 @@ def sensitivity(
   return parity.compare(table, again, want).error
 
 
-def tests_of(made: export.Subject) -> list[list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]]:
+def tests_of(made: export.Subject) -> Tests:
   """For every task, batches of its test examples in the size that predict was exported for: (rows, y, w)."""
   table, test = made.flat.batch, made.stream.test
   B = table[-1].shape[0]

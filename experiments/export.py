@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from cl_jax import loop
-from cl_jax.edge import agent, artefact, ram, targets, toolchain
+from cl_jax.edge import agent, artefact, device, ram, targets, toolchain
 from cl_jax.edge.c99 import emit
 from cl_jax.edge.learner import Flat, flatten, lower
 from cl_jax.errors import UserError
@@ -131,6 +131,7 @@ def export(
   files: dict[str, str | bytes] = {
     **program.files,
     **agent.files(manifest),
+    **device.files(manifest),
     **modules(flat),
     artefact.STATE: blob,
   }

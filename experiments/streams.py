@@ -49,7 +49,7 @@ def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arra
     options, takes = options | {'tokenizer': tokenizer(config)}, TEXT
   elif kind == 'corpora':
     options, takes = {'length': data['length'], 'tokenizer': tokenizer(config)}, CORPORA
-  elif kind == 'npz' or name == 'fashion_mnist_small':
+  elif kind == 'npz' or name in ('fashion_mnist_small', 'spoken_digit'):
     options, takes = {}, ()
   elif name in folders.KINDS or '+' in name:
     options, takes = {'image': data['image']}, ('image',)

@@ -14,12 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from cl_jax.edge import artefact, emulate, parity, ram, targets, toolchain
 from cl_jax.errors import Fault, UserError
-from cl_jax.streams.take import take
 from experiments import cli, config, edge_calls, edge_rows, export
 
 PROGRAM = 'experiments.verify'
@@ -174,24 +172,11 @@ def complaints(done: Sequence[edge_rows.Verified], manifest: Mapping[str, Any]) 
 
 def accuracy_of(read: artefact.Artefact, made: export.Subject) -> float:
   """The mean accuracy over tasks after the whole stream, learnt and predicted by the C99 program here."""
-  manifest, stream = read.manifest, made.stream
   host = targets.TARGETS['host']
-  fetch = jax.jit(lambda rows, leg: take(stream, rows, leg))
-  calls: list[emulate.Call] = []
-  for leg, n in enumerate(edge_calls.leg_steps(made)):
-    for i in range(n):
-      calls.append(('step', edge_calls.rows_of(fetch(stream.index[leg, i], leg), made.flat.batch)))
-    if made.flat.boundary is not None:
-      calls.append(('boundary', edge_calls.ends_of(made, leg)))
-  tests = edge_calls.tests_of(made)
-  calls += [('predict', rows) for parts in tests for rows, _, _ in parts]
+  calls, tests = edge_calls.whole(made)
   image = toolchain.build(read, host)
-  played = emulate.play(image, host, read.leaves, calls, manifest['outputs'])
-  guesses = iter(a.reshape(manifest['logits']).argmax(-1) for a in played.logits)
-  per_task = []
-  for parts in tests:
-    hits = [(w * (next(guesses) == y), w) for _, y, w in parts]
-    per_task.append(sum(h.sum() for h, _ in hits) / sum(w.sum() for _, w in hits))
+  played = emulate.play(image, host, read.leaves, calls, read.manifest['outputs'])
+  per_task = edge_calls.accuracies(tests, played.logits, read.manifest['logits'])
   return float(np.mean(per_task))
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tools import figures, licences, method_table, pages, pictures
+from tools import device, figures, licences, method_table, pages, pictures
 
 NOTICE = """x
 
@@ -136,3 +136,35 @@ def test_a_figure_of_other_data_is_noticed(tmp_path, monkeypatch, capsys):
   assert pictures.check({'x': source}) == 1
   assert 'x.png' in (said := capsys.readouterr().err) and 'x.pdf' in said
   assert pictures.check({'never_drawn': source}) == 1
+
+
+def test_a_device_becomes_two_tables():
+  """The bound in the table of its stream; RAM from the line of the device, the newest of several."""
+  run = {
+    'device': 'd',
+    'versions': {'jax': '1'},
+    'forgetting': 0.25,
+    'seed': 0,
+    'method': 'naive',
+    'scenario': 'class',
+  }
+  config = {'base': '', 'scenario': 'class'}
+  bound = {'base': 'class', 'scenario': 'joint'}
+  lines = [{**run, 'config': config, 'acc': a, 'method': 'er'} for a in (0.5, 0.7)]
+  lines += [{**run, 'config': bound, 'scenario': 'joint', 'acc': 0.9, 'forgetting': None}]
+  found = {
+    'learner': 'er', 'scenario': 'class', 'target': 't', 'seed': 0, 'ram_linked': 1000, 'ram_planned': 1001,
+    'ram_budget': 1024, 'macs_per_step': 5, 'steps': 4, 'hash': 'abc', 'float_error': 2e-7, 'stack_used': 9,
+    'code_bytes': 7, 'every': 2, 'end_hash': 'f00', 'calls': 1350,
+    'accuracy': [0.5, 1.0], 'accuracy_jax': [0.5, 0.5],
+    'cuts': [{'cut': 'save 1: x', 'boots': 2, 'slot': 1, 'sequence': 4, 'position': 1234, 'hash': 'abc'}],
+  }  # fmt: skip
+  table = device.accuracies(lines, [{**found, 'ram_linked': 1}, found])
+  first, second = table.splitlines()[2:4]
+  assert first.startswith('| new words | all at once, the bound | 90.0 |')
+  assert '| experience replay | 60.0 ' in second and second.endswith(
+    '| 50.0, 70.0 | 25.0 ± 0.0 | 1,000 | 5 |'
+  )
+  text = device.cuts(lines, [found])
+  assert '| save 1: x | 2 | slot 1, save 3, byte 1,234 | abc |' in text
+  assert '| 1,350 | 75.00 % | 50.00 % | 70.00 % | 1,000 | 1,001 | 1,024 | 9 | 7 | f00 |' in text

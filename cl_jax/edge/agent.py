@@ -73,12 +73,23 @@ int port_read(void *to, size_t n);         /* whether there were n bytes */
 void port_write(const void *from, size_t n);
 void port_close(uint64_t hash);            /* reports the hash of the state */
 
+/* What device.c asks for as well. */
+int port_skip(uint32_t n);                 /* passes over n bytes of the input */
+void port_say(const char *label, uint64_t value, int digits);
+int port_flash_open(uint32_t *power);      /* the flash, and how long the power lasts where that is known */
+void port_fetch(uint32_t at, void *to, size_t n);
+void port_store(uint32_t at, const void *from, size_t n);
+void port_dark(void);                      /* the power goes: ends the program with code 8 */
+
 #endif
 """
 
 HOSTED = r"""/* The port for a machine with a C library: standard input and output. */
 #include <stdio.h>
+#include <stdlib.h>
 #include "port.h"
+
+static FILE *flash;
 
 int port_open(void) { return 1; }
 
@@ -86,12 +97,58 @@ int port_read(void *to, size_t n) { return fread(to, 1, n, stdin) == n; }
 
 void port_write(const void *from, size_t n) { fwrite(from, 1, n, stdout); }
 
-void port_close(uint64_t hash) { fprintf(stderr, "hash %016llx\n", (unsigned long long)hash); }
+void port_say(const char *label, uint64_t value, int digits) {
+  fprintf(stderr, "%s%0*llx\n", label, digits, (unsigned long long)value);
+}
+
+void port_close(uint64_t hash) { port_say("hash ", hash, 16); }
+
+int port_skip(uint32_t n) {
+  while (n && getchar() != EOF) n--;
+  return !n;
+}
+
+int port_flash_open(uint32_t *power) {
+  FILE *supply = fopen("power.bin", "rb");
+  if (supply) {
+    if (fread(power, sizeof *power, 1, supply) != 1) return 0;
+    fclose(supply);
+  }
+  flash = fopen("flash.bin", "r+b");
+  return flash != NULL;
+}
+
+void port_fetch(uint32_t at, void *to, size_t n) {
+  if (fseek(flash, (long)at, SEEK_SET) || fread(to, 1, n, flash) != n) exit(12);
+}
+
+void port_store(uint32_t at, const void *from, size_t n) {
+  if (fseek(flash, (long)at, SEEK_SET) || fwrite(from, 1, n, flash) != n) exit(12);
+}
+
+void port_dark(void) { exit(8); }
 """
 
 
 def files(manifest: Mapping[str, Any]) -> dict[str, str]:
   """agent.c, port.h and the two ports for a learner."""
+  return {
+    'agent.c': filled(AGENT, manifest, 'agent_state'),
+    'port.h': PORT,
+    'port_hosted.c': HOSTED,
+    'port_cortex_m.c': cortex_m.PORT,
+  }
+
+
+def filled(text: str, manifest: Mapping[str, Any], state: str, after: str = '') -> str:
+  """A program's text with a learner's names, buffers and calls in it.
+
+  Args:
+    text: with BUFFERS, BOUNDARY, TAKE_BATCH, BATCH, OUTPUTS, LOGITS, PREFIX and NAME for what differs.
+    manifest: of the learner.
+    state: the name of the program's state.
+    after: what follows the call of the boundary.
+  """
   ends = manifest['ends'] if 'boundary' in manifest['macs'] else []
   buffers, calls, takes = [], {}, {}
   for kind, table, place in (('batch', manifest['batch'], ''), ('ends', ends, ' PORT_EXTERNAL')):
@@ -106,9 +163,8 @@ def files(manifest: Mapping[str, Any]) -> dict[str, str]:
   if ends:
     boundary = (
       f"    }} else if (part == 'b') {{\n      if (!({takes['ends']})) return 6;\n"
-      f'      NAME_boundary(&agent_state, {calls["ends"]});'
+      f'      NAME_boundary(&{state}, {calls["ends"]});{after}'
     )
-  text = AGENT
   for key, value in (
     ('BUFFERS', '\n'.join(buffers)),
     ('BOUNDARY\n', boundary and f'{boundary}\n'),
@@ -120,9 +176,4 @@ def files(manifest: Mapping[str, Any]) -> dict[str, str]:
     ('NAME', manifest['name']),
   ):
     text = text.replace(key, value)
-  return {
-    'agent.c': text,
-    'port.h': PORT,
-    'port_hosted.c': HOSTED,
-    'port_cortex_m.c': cortex_m.PORT,
-  }
+  return text

@@ -24,7 +24,7 @@ from cl_jax.edge.c99_file import Function, Program, files, identifiers, source
 from cl_jax.edge.c99_scope import Scope
 from cl_jax.edge.learner import Flat, Leaf, lower
 from cl_jax.edge.stablehlo import Region, Value, parse
-from cl_jax.edge.stablehlo_prune import prune
+from cl_jax.edge.stablehlo_prune import prune, unsigned
 from cl_jax.errors import UserError
 
 PARTS = (c99_ops, c99_linear, c99_conv, c99_window, c99_control)
@@ -56,6 +56,7 @@ def emit(flat: Flat, name: str = 'learner') -> Program:
     if f is None:
       continue
     region = parse(lower(f, flat.state, rows))
+    unsigned(region, flat.state, part != 'predict')
     state = [f's->{field}' for field in fields]
     constant = 'const ' if part == 'predict' else ''
     functions[part] = function(

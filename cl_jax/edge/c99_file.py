@@ -131,7 +131,8 @@ def files(
 ) -> Program:
   """Everything of a learner: see `Program`."""
   size = arena_bytes(arena_of(list(functions.values())))
-  state = [(field, leaf, MLIR[leaf.dtype]) for field, leaf in zip(fields, flat.state, strict=True)]
+  kind = lambda leaf: MLIR.get(leaf.meaning, MLIR[leaf.dtype])  # noqa: E731 (see `stablehlo_prune.unsigned`)
+  state = [(field, leaf, kind(leaf)) for field, leaf in zip(fields, flat.state, strict=True)]
   elements = lambda leaf: max(math.prod(leaf.shape), 1)  # noqa: E731
   nbytes = sum(math.prod(leaf.shape) * BYTES[d] for _, leaf, d in state)
   guard = f'{name.upper()}_H'

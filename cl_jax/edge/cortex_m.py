@@ -10,6 +10,7 @@ PORT = r"""/* The port for a bare Cortex-M: start-up; in.bin and out.bin through
 extern uint32_t load_data, begin_data, end_data, begin_bss, end_bss, begin_stack, end_stack;
 int main(void);
 static int32_t files[2]; /* in, out */
+static int32_t flash;
 
 /* GCC calls these by name, also in freestanding code. */
 void *memcpy(void *restrict to, const void *restrict from, size_t n) {
@@ -67,7 +68,7 @@ void port_write(const void *from, size_t n) {
   semihost(0x05, block);
 }
 
-static void say(const char *label, uint64_t value, int digits) {
+void port_say(const char *label, uint64_t value, int digits) {
   char text[48];
   int n = 0;
   while (*label) text[n++] = *label++;
@@ -80,11 +81,40 @@ static void say(const char *label, uint64_t value, int digits) {
 void port_close(uint64_t hash) {
   const uint32_t *p = &begin_stack;
   while (p < &end_stack && *p == 0x5afe5afeu) p++;
-  say("hash ", hash, 16);
-  say("stack ", (uint64_t)((&end_stack - p) * 4), 8);
+  port_say("hash ", hash, 16);
+  port_say("stack ", (uint64_t)((&end_stack - p) * 4), 8);
   const uint32_t block = (uint32_t)files[1];
   semihost(0x02, &block);
 }
+
+static int seek_to(int32_t file, uint32_t at) {
+  const uint32_t block[2] = {(uint32_t)file, at};
+  return semihost(0x0A, block) == 0;
+}
+
+int port_skip(uint32_t n) { return seek_to(files[0], n); }
+
+int port_flash_open(uint32_t *power) {
+  const int32_t supply = open_file("power.bin", 1, 9);
+  if (supply != -1) {
+    const uint32_t block[3] = {(uint32_t)supply, (uint32_t)power, sizeof *power};
+    if (semihost(0x06, block)) return 0;
+  }
+  flash = open_file("flash.bin", 3, 9);
+  return flash != -1;
+}
+
+void port_fetch(uint32_t at, void *to, size_t n) {
+  const uint32_t block[3] = {(uint32_t)flash, (uint32_t)to, n};
+  if (!seek_to(flash, at) || semihost(0x06, block)) leave(12);
+}
+
+void port_store(uint32_t at, const void *from, size_t n) {
+  const uint32_t block[3] = {(uint32_t)flash, (uint32_t)from, n};
+  if (!seek_to(flash, at) || semihost(0x05, block)) leave(12);
+}
+
+void port_dark(void) { leave(8); }
 
 void reset(void) {
   *(volatile uint32_t *)0xE000ED88 |= 0xFu << 20; /* the floating-point unit */

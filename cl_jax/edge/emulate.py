@@ -22,7 +22,9 @@ TIMEOUT = 600.0
 EXITS = {
   4: 'it cannot open its files, or has too small a stack', 5: 'its input ends within the state',
   6: 'its input ends within a call', 7: 'its input holds an unknown call',
-  9: 'a fault of the processor, as by too small a stack',
+  8: 'the power went', 9: 'a fault of the processor, as by too small a stack',
+  10: 'neither slot of its flash holds a whole state of this learner',
+  11: 'its flash does not hold what was written', 12: 'its flash is too short',
 }  # fmt: skip
 
 # A plugin of QEMU's code generator. Debian has no header for it, so what is used of its interface is declared
@@ -101,7 +103,27 @@ def play(
     UserError: the emulator is not there.
     Fault: the program failed or did not end.
   """
-  given = pack(leaves) + b''.join(part[:1].encode() + pack(rows) for part, rows in calls)
+  given = pack(leaves) + stream_of(calls)
+  code, out, said = call(image, target, given, count)
+  if code:
+    raise Fault(failure(target, 'agent', code, said))
+  return _split(target, out, said, sum(a.nbytes for a in leaves), calls, outputs)
+
+
+def stream_of(calls: Sequence[Call]) -> bytes:
+  """The calls as an agent reads them."""
+  return b''.join(part[:1].encode() + pack(rows) for part, rows in calls)
+
+
+def call(
+  image: Image, target: Target, given: bytes, count: bool = False, timeout: float = TIMEOUT
+) -> tuple[int, bytes, str]:
+  """Runs a program with `given` as its input: its exit code, what it wrote, and what it said.
+
+  Raises:
+    UserError: the emulator is not there.
+    Fault: it did not end in time.
+  """
   command, place = [str(image.path)], image.path.parent
   if target.emulators:
     program = emulator(target)
@@ -116,19 +138,31 @@ def play(
     (place / 'out.bin').unlink(missing_ok=True)
   try:
     done = subprocess.run(
-      command, input=b'' if target.bare else given, capture_output=True, cwd=place, timeout=TIMEOUT
+      command, input=b'' if target.bare else given, capture_output=True, cwd=place, timeout=timeout
     )
   except subprocess.TimeoutExpired as error:
-    raise Fault(f'{target.name}: the agent did not end within {TIMEOUT:.0f} s') from error
+    name = image.path.name
+    raise Fault(f'{target.name}: the {name} did not end within {timeout:.0f} s') from error
   said = (done.stderr + (done.stdout if target.bare else b'')).decode(errors='replace')
-  if done.returncode:
-    tail = ' / '.join(said.strip().splitlines()[-3:])
-    why = EXITS.get(done.returncode, 'a crash; on a bare target try more --stack')
-    raise Fault(f'{target.name}: the agent ended with code {done.returncode} ({why}; {tail})')
-  out = (place / 'out.bin').read_bytes() if target.bare else done.stdout
+  out = done.stdout
+  if target.bare:
+    out = (place / 'out.bin').read_bytes() if (place / 'out.bin').exists() else b''
   for name in ('in.bin', 'out.bin'):
     (place / name).unlink(missing_ok=True)
-  return _split(target, out, said, sum(a.nbytes for a in leaves), calls, outputs)
+  return done.returncode, out, said
+
+
+def failure(target: Target, name: str, code: int, said: str) -> str:
+  """Why a program ended with a code that is not 0, in words."""
+  tail = ' / '.join(said.strip().splitlines()[-3:])
+  why = EXITS.get(code, 'a crash; on a bare target try more --stack')
+  return f'{target.name}: the {name} ended with code {code} ({why}; {tail})'
+
+
+def word(said: str, label: str, base: int) -> int | None:
+  """The number that a program said behind a label, as in 'hash 01ab'."""
+  found = re.search(rf'^{label} ([0-9a-f]+)$', said, re.M)
+  return int(found[1], base) if found else None
 
 
 def _split(
@@ -145,18 +179,13 @@ def _split(
       logits.append(values)
   if len(out) != at + size:
     raise Fault(f'{target.name}: the agent wrote {len(out):,} bytes, not {at + size:,}')
-
-  def word(label: str, base: int) -> int | None:
-    found = re.search(rf'^{label} ([0-9a-f]+)$', said, re.M)
-    return int(found[1], base) if found else None
-
   return Played(
     np.concatenate(losses) if losses else np.zeros(0, np.float32),
     logits,
     out[at:],
-    f'{word("hash", 16) or 0:016x}',
-    word('stack', 16),
-    word('instructions', 10),
+    f'{word(said, "hash", 16) or 0:016x}',
+    word(said, 'stack', 16),
+    word(said, 'instructions', 10),
   )
 
 

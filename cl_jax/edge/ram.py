@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cl_jax.edge.arena import BYTES
@@ -19,7 +19,7 @@ def aligned(n: int) -> int:
   return -(-n // 8) * 8
 
 
-def struct_bytes(state: list[dict[str, Any]]) -> int:
+def struct_bytes(state: Sequence[Mapping[str, Any]]) -> int:
   """sizeof of the struct of the state: its leaves in order, each aligned to its type."""
   at, widest = 0, 1
   for leaf in state:

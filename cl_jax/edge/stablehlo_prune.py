@@ -1,8 +1,41 @@
-"""Dead code: what nothing uses, and what loops carry for nothing."""
+"""Dead code: what nothing uses, what loops carry for nothing, and signs that state only travels with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from cl_jax.edge.learner import Leaf
 from cl_jax.edge.stablehlo import Op, Region, Value, captured
+
+
+def unsigned(region: Region, table: Sequence[Leaf], returned: bool = True) -> None:
+  """Gives leaves of the state that mean unsigned integers that type, in the place of the casts around them.
+
+  `learner.flatten` carries them signed, for compilers that need it. To this one a cast would be a copy of the
+  whole leaf on the way in and out, such as of a replay memory in bytes, instead of an update in place.
+
+  Args:
+    region: a program whose first arguments are the leaves.
+    table: the leaves.
+    returned: whether its first results are the new leaves.
+  """
+  new: dict[Value, Value] = {}
+  for arg, leaf in zip(region.args, table, strict=False):
+    if not leaf.meaning.startswith('uint'):
+      continue
+    signed, arg.dtype = arg.dtype, f'ui{leaf.meaning.removeprefix("uint")}'
+    for op in region.ops:
+      if arg in op.operands or arg in captured(op):
+        cast = op.name == 'bitcast_convert' and op.results[0].dtype == arg.dtype
+        assert cast, f'{op.name} reads the {signed} of {leaf.name}'
+        new[op.results[0]] = arg
+  substitute(region, new)
+  region.ops = [op for op in region.ops if not any(r in new for r in op.results)]
+  for k, leaf in enumerate(table if returned else ()):
+    out = region.outs[k]
+    if leaf.meaning.startswith('uint') and out.op is not None and out.dtype != region.args[k].dtype:
+      assert out.op.name == 'bitcast_convert', f'{leaf.name} is returned by {out.op.name}'
+      region.outs[k] = out.op.operands[0]
 
 
 def prune(region: Region) -> None:

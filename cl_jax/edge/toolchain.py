@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +33,17 @@ class Image(NamedTuple):
   ram_bytes: int | None
 
 
+# Programs around a learner: the units that each is made of, beside the learner's own and the port.
+PROGRAMS = {'agent': ('agent',), 'device': ('device', 'slots', 'flash')}
+
+
 def build(
-  artefact: Artefact, target: Target, ram: int | None = None, flash: int | None = None
+  artefact: Artefact,
+  target: Target,
+  ram: int | None = None,
+  flash: int | None = None,
+  program: str = 'agent',
+  defines: Sequence[str] = (),
 ) -> Image:
   """Compiles and links for a target, below FOLDER/build.
 
@@ -41,6 +51,8 @@ def build(
     artefact: see `artefact.read`.
     target: see `targets`.
     ram, flash: instead of those of the export, for a bare target.
+    program: of PROGRAMS.
+    defines: NAME=VALUE, for the program's units.
 
   Raises:
     UserError: no compiler; the image does not fit into RAM or flash (the linker's words); warnings.
@@ -55,10 +67,11 @@ def build(
   port = 'port_cortex_m' if target.bare else 'port_hosted'
   define = ('-DPORT_BARE', '-fno-tree-loop-distribute-patterns') if target.bare else ()
   flags = [*FLAGS, *(f for f in target.flags if f != '-static')]
-  for unit in (name, 'agent', port):
-    extra = define if unit != name else ()
+  units = (name, *PROGRAMS[program], port)
+  for unit in units:
+    extra = (*define, *(f'-D{d}' for d in defines)) if unit != name else ()
     _gcc(target, [*flags, *extra, '-c', str(source / f'{unit}.c'), '-o', f'{unit}.o'], place)
-  objects = [f'{unit}.o' for unit in (name, 'agent', port)]
+  objects = [f'{unit}.o' for unit in units]
   if target.external is not None:
     budget = manifest['budget']
     text = cortex_m.script(
@@ -68,18 +81,25 @@ def build(
       target.external,
     )
     (place / 'link.ld').write_text(text)
-    link = ['-nostdlib', '-T', 'link.ld', '-Wl,--gc-sections,-Map=agent.map', *objects, '-lgcc']
+    link = [
+      '-nostdlib',
+      '-T',
+      'link.ld',
+      f'-Wl,--gc-sections,-Map={program}.map',
+      *objects,
+      '-lgcc',
+    ]
   else:
     link = [*(['-static'] if '-static' in target.flags else []), *objects]
-  _gcc(target, [*flags, *link, '-o', 'agent'], place)
+  _gcc(target, [*flags, *link, '-o', program], place)
   held = {}
-  for path in [place / 'agent'] if target.bare else [place / 'agent.o', place / f'{name}.o']:
+  for path in [place / program] if target.bare else [place / f'{program}.o', place / f'{name}.o']:
     held |= symbols(target, path)
   return Image(
-    place / 'agent',
+    place / program,
     section_bytes(target, place / f'{name}.o', ('.text', '.rodata')),
-    {'state': held.get('agent_state', 0), 'arena': held.get('arena', 0)},
-    section_bytes(target, place / 'agent', ('.stack', '.data', '.bss')) if target.bare else None,
+    {'state': held.get(f'{program}_state', 0), 'arena': held.get('arena', 0)},
+    section_bytes(target, place / program, ('.stack', '.data', '.bss')) if target.bare else None,
   )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.streams import builtin, corpora, folders, text, tfds
+from cl_jax.streams import audio, builtin, corpora, folders, text, tfds
 from cl_jax.streams.arrays import Arrays, arrays, check_pair, compact, hold_out
 from cl_jax.streams.images import check_shape
 
@@ -26,6 +26,7 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   | clinc150 | shipped, 15,000 / 4,500 sentences, 150 intents, 10 domains | tokenizer, length, template |
   | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed, image |
   | tiny_imagenet, core50, notmnist | data_dir/images, the archive as published | image |
+  | spoken_digit | data_dir/audio: 3,000 clips, 10 words by 6 speakers (domains) | |
   | NAME+NAME+... | all of them, the labels one after the other; a domain each | image |
   | text:NAME | data_dir/text/classify/NAME/{train,test}.jsonl | tokenizer, length, template |
   | jsonl:DIR | DIR/{train,test}.jsonl | tokenizer, length, template |
@@ -75,6 +76,9 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
     return _sentences(name, paths, **options)
   if name == 'fashion_mnist_small':
     return _npz(builtin.file('fashion_mnist_small.npz'), **_known(name, options))
+  if name == 'spoken_digit':
+    _known(name, options)
+    return audio.spoken_digit(_root(name, data_dir))
   if name in folders.KINDS:
     options = _known(name, options, image=())
     return folders.load(name, _root(name, data_dir), check_shape(options['image'], name))
@@ -86,7 +90,7 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
 
 def _joined(names: list[str], data_dir, image) -> tuple[Arrays, Arrays]:
   """Several datasets as one: label l of the second is l + the number of classes of the first."""
-  plain = {'fashion_mnist_small'} | {n for n in names if n.startswith('npz:')}
+  plain = {'fashion_mnist_small', 'spoken_digit'} | {n for n in names if n.startswith('npz:')}
   pairs = [dataset(n, data_dir, **({} if n in plain else {'image': image})) for n in names]
   shapes = {n: pair[0].x.shape[1:] for n, pair in zip(names, pairs, strict=True)}
   if len(set(shapes.values())) > 1:
@@ -193,7 +197,7 @@ def root_of(data_dir: str | Path | None, why: str) -> Path:
 
 def _near(name: str, folder: Path) -> str:
   there = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-  near = difflib.get_close_matches(name, [*there, *SHIPPED, *folders.KINDS], 3, 0.6)
+  near = difflib.get_close_matches(name, [*there, *SHIPPED, 'spoken_digit', *folders.KINDS], 3, 0.6)
   return f'; did you mean {" or ".join(near)}?' if near else ''
 
 

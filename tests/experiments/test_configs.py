@@ -28,6 +28,7 @@ NAMES = [
   'blurry_fashion',
   'clinc150',
   'lm_intents',
+  'spoken_digits',
 ]
 
 

@@ -232,3 +232,52 @@ def test_npz_of_ones_own(tmp_path):
   says('cannot be read as an .npz', dataset, f'npz:{tmp_path / "none.npz"}')
   np.save(tmp_path / 'one.npy', np.zeros(3))
   says('cannot be read as an .npz', dataset, f'npz:{tmp_path / "one.npy"}')
+
+
+# Spoken digits.
+
+
+def spoken(root, **changes):
+  """A file like the dataset's: two speakers say two digits six times, tones of 300 and 1,200 Hz."""
+  rng = np.random.default_rng(0)
+  clips, rows = [], []
+  for speaker in range(2):
+    for label in range(2):
+      for take in range(6):
+        t = np.arange(int(rng.integers(900, 4000))) / 8000
+        tone = np.sin(2 * np.pi * (300, 1200)[label] * t) * rng.uniform(0.1, 1)
+        clips.append((20000 * tone).astype(np.int16))
+        rows.append((label, speaker, take))
+  parts = dict(zip(('label', 'speaker', 'take'), np.array(rows, np.uint8).T, strict=True))
+  parts['samples'] = np.concatenate(clips)
+  parts['offsets'] = np.cumsum([0, *map(len, clips)])
+  parts |= {'rate': np.int32(8000), 'speaker_names': np.array(['ann', 'bob'])}
+  (root / 'audio').mkdir(exist_ok=True)
+  np.savez(root / 'audio/spoken_digit.npz', **{**parts, **changes})
+
+
+def test_spoken_digits(tmp_path):
+  spoken(tmp_path)
+  train, test = dataset('spoken_digit', tmp_path)
+  assert train.x.shape == (4, 10, 16, 1) and test.x.shape == (
+    20,
+    10,
+    16,
+    1,
+  )  # takes 0-4 are the test
+  assert train.x.dtype == np.uint8 and train.domain_names == ('ann', 'bob')
+  assert train.y.tolist() == [0, 1, 0, 1] and train.domain.tolist() == [0, 0, 1, 1]
+  loudest = test.x.reshape(20, 10, 16).mean(1).argmax(1)
+  assert len(set(loudest[test.y == 0])) == 1  # whatever its length and loudness
+  assert loudest[test.y == 0].max() < loudest[test.y == 1].min()  # low and high tones
+  assert test.x.max() == 255
+  check(split(train, test, 'domain', by='domain', plan=Plan(2)))
+
+
+def test_spoken_digits_that_are_not_there(tmp_path):
+  says('there is no', dataset, 'spoken_digit', tmp_path)
+  says('no option', dataset, 'spoken_digit', tmp_path, train='train')
+  spoken(tmp_path)
+  path = tmp_path / 'audio/spoken_digit.npz'
+  path.write_bytes(path.read_bytes()[:1000])
+  says('cannot be read as spoken digits', dataset, 'spoken_digit', tmp_path)
