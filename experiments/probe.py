@@ -130,25 +130,30 @@ def nearest(train: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
 def linear(train: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
   """i[N]: the class that softmax regression on all of `train` gives each row of `test`."""
   classes, labels = np.unique(y, return_inverse=True)
-  x, shape = jnp.asarray(unit(train)), (train.shape[1] + 1, len(classes))
+  w, b = fitted(unit(train), labels, len(classes))
+  return classes[(unit(test) @ w + b).argmax(1)]
+
+
+def fitted(x: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+  """Weights f64[D, classes] and biases f64[classes] with the least sum of losses + |weights|^2 / 2."""
+  inputs, shape = jnp.asarray(x, jnp.float32), (x.shape[1] + 1, classes)
 
   @jax.jit
+  @jax.value_and_grad
   def objective(flat, x):
     w, b = jnp.split(flat.reshape(shape), [shape[0] - 1])
     logits = x @ w + b
-    right = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    right = jnp.take_along_axis(logits, jnp.asarray(labels)[:, None], 1)[:, 0]
     return (jax.nn.logsumexp(logits, 1) - right).sum() + 0.5 * (w**2).sum()
 
-  both = jax.jit(jax.value_and_grad(objective))
-
   def evaluated(flat):
-    value, grad = both(jnp.asarray(flat, jnp.float32), x)
+    value, grad = objective(jnp.asarray(flat, jnp.float32), inputs)
     return float(value), np.asarray(grad, np.float64)
 
   start = np.zeros(shape[0] * shape[1])
   best = minimize(evaluated, start, jac=True, method='L-BFGS-B', options={'maxiter': ITERATIONS})
   w, b = np.split(best.x.reshape(shape), [shape[0] - 1])
-  return classes[(unit(test) @ w + b).argmax(1)]
+  return w, b[0]
 
 
 def unit(a: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ TOLERANCE = 1e-3  # of the weights of the head, relative to the largest
 
 def g17(setup: Setup) -> list[Row]:
   """The same run with and without cache_features: MiniLM, 10 domains, three passes, a linear layer."""
-  size = {'examples': 1, 'test': 2 if setup.quick else 5}
+  size = {'examples': 1, 'test': 2} if setup.quick else {'examples': 2, 'test': 10}
   turns = interleave(
     {k: Worker('features', kind=k, cores=core(), **size) for k in ('cold', 'warm', 'plain')},
     setup.runs,

@@ -23,7 +23,6 @@ from cl_jax.types import Stream, Tree  # noqa: E402
 from configs import study_encoder  # noqa: E402
 from experiments import build, cli, config  # noqa: E402
 
-
 FOLDER = tempfile.TemporaryDirectory()
 
 
@@ -32,6 +31,7 @@ def prepare(kind: str, examples: int, test: int):
   cli.devices(1)  # programs are kept in it as well, so that no turn waits for a compiler
   raw = study_encoder.get_config('clinc150,head,naive')
   raw['data'] |= {'examples_per_class': examples, 'test_per_task': test, 'test_batch': test}
+  raw['batch'] = min(raw['batch'], 15 * examples)
   resolved = config.resolve({**raw, 'cache_features': kind != 'plain'})
   first = build.prepare(resolved)[0]
   hp = build.hyper(resolved, first.streams[0])

@@ -62,7 +62,9 @@ def test_a_continuation_ends_with_the_text(call, folder):
   done = call(weights.main, 'write', folder, 'f a b')
   assert (done.code, done.err) == (0, '') and done.out == 'f a b c d e f g\n'
   assert call(weights.main, 'write', folder, 'a b', '--tokens=2').out == 'a b c d\n'
-  drawn = [call(weights.main, 'write', folder, 'a', '--temperature=9', f'--seed={s}').out for s in (0, 1)]
+  drawn = [
+    call(weights.main, 'write', folder, 'a', '--temperature=9', f'--seed={s}').out for s in (0, 1)
+  ]
   assert drawn[0] != drawn[1]
 
 
