@@ -128,6 +128,13 @@ def test_text_options_reach_the_tokenizer():
   assert stream.x['tokens'].shape == (300, 12)
 
 
+def test_the_small_setting_of_text_to_text_is_one_seed_and_two_tasks():
+  small = config.resolve(config.load(f'{CONFIGS / "lm_intents.py"}:small,er'))
+  assert (small['tasks'], small['iterations'], small['seeds']) == (2, 25, (0,))
+  whole = config.resolve(config.load(f'{CONFIGS / "lm_intents.py"}:er'))
+  assert (whole['tasks'], whole['epochs'], whole['methods']) == (7, 10, small['methods'])
+
+
 def test_banking77_is_learnt_as_text_by_the_same_configuration(call, tmp_path):
   """Of the format that the data has, with a small network: labels in words, 11 tasks, exact answers."""
   folder = tmp_path / 'data/text/classify/banking77'
@@ -145,6 +152,7 @@ def test_banking77_is_learnt_as_text_by_the_same_configuration(call, tmp_path):
     f'--data_dir={tmp_path / "data"}',
     f'--config.model.pretrained={model}',
     '--config.seeds=0',
+    '--config.epochs=1',
     '--config.er.capacity=10',
   )
   assert done.code == 0, done.err
