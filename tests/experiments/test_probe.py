@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import config, probe
+from experiments import config, probe, run
 from tests.experiments.test_features import FROZEN
 
 
@@ -50,6 +50,16 @@ def test_the_command(call, tmp_path, monkeypatch):
   assert all(30 < a <= 100 for a in found)
   done = call(probe.main, f'--config={path}', '--config.cache_features=False')
   assert done.code == 2 and 'learns from no cached features' in done.line
+
+
+def test_the_final_network_of_a_run_is_probed(call, tmp_path):
+  resolved = config.resolve({**FROZEN, 'cache_features': False, 'freeze': ('l0/.*',)})
+  path, place = tmp_path / 'c.json', tmp_path / 'run'
+  path.write_text(json.dumps(resolved))
+  assert call(run.main, f'--config={path}', f'--workdir={place}').code == 0
+  probe.probe(resolved, place, print)
+  found = json.loads((place / 'probe.json').read_text())['ncm']
+  assert 0.3 < found <= 1 and round(found * 75) == pytest.approx(found * 75)  # of 75 examples
 
 
 @pytest.mark.parametrize('words', [(), ('--config=nothing.py',)])
