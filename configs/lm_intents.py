@@ -9,7 +9,7 @@ learnt. R is the share of labels that greedy decoding writes exactly, to the end
 joint). The whole of it is for an accelerator. `small` (as in :small,er) takes a few minutes of one core:
 dbpedia14 in 2 tasks of 7 classes, 25 steps each, one seed, 14 texts a task to test on.
 
-Measured with :small, 28 texts in all (per cent; er reads 4 old texts beside 8 new ones, in the first task too):
+Measured with :small, 28 texts in all, in per cent (er reads 4 old texts beside 8 new ones from the start):
 
   method  first task when new  at the end  second task  all  forgetting
   naive                  50.0        21.4         78.6  50.0        28.6
