@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.goals import Setup, ablation, editing, gpu, process, scale, stream, vision
+from benchmarks.goals import Setup, ablation, editing, features, gpu, process, scale, stream, vision
 from benchmarks.measure import ROOT, Row, Unavailable, cores
 
 COLUMNS = (
@@ -52,6 +52,7 @@ GOALS = {
   'G14': vision.g14,
   'G15': gpu.g15,
   'G16': editing.g16,
+  'G17': features.g17,
 }
 
 

@@ -5,8 +5,17 @@
 dbpedia14 in 7 tasks of 2 classes, CLINC150 in its 10 domains or banking77 in 11 groups (a word before the
 method, as in :banking77,lwf); each sentence is followed by its label in words, and only these tokens are
 learnt. R is the share of labels that greedy decoding writes exactly, to the end of the text. LoRA of rank
-8 on queries and values, 5 sentences a class, two passes; words as everywhere (naive, er, ewc, lwf, agem,
-joint). Not measured yet.
+8 on queries and values, 5 sentences a class, ten passes; words as everywhere (naive, er, ewc, lwf, agem,
+joint). The whole of it is for an accelerator. `small` (as in :small,er) takes a few minutes of one core:
+dbpedia14 in 2 tasks of 7 classes, 25 steps each, one seed, 14 texts a task to test on.
+
+Measured with :small, 28 texts in all, in per cent (er reads 4 old texts beside 8 new ones from the start):
+
+  method  first task when new  at the end  second task  all  forgetting
+  naive                  50.0        21.4         78.6  50.0        28.6
+  er                     71.4        50.0         78.6  64.3        21.4
+
+Everything else has not been measured yet.
 """
 
 from configs import common
@@ -21,8 +30,8 @@ LENGTH = {'dbpedia14': 64, 'clinc150': 32, 'banking77': 40}
 
 def get_config(arg: str = 'naive') -> dict:
   words = [w for w in arg.split(',') if w]
-  data = next((w for w in words if w in SCENES), 'dbpedia14')
-  fields, methods = common.words(','.join(w for w in words if w not in SCENES), 'class')
+  data, small = next((w for w in words if w in SCENES), 'dbpedia14'), 'small' in words
+  fields, methods = common.words(','.join(w for w in words if w not in (*SCENES, 'small')), 'class')
   arguments = {
     'lora': {'rank': 8, 'alpha': 16.0, 'targets': 'backbone/layers/(q|v)/w'},
     'er': {'capacity': 100, 'draw': 4},
@@ -34,17 +43,18 @@ def get_config(arg: str = 'naive') -> dict:
   return {
     **fields,
     **SCENES[data],
+    **({'tasks': 2} if small and data == 'dbpedia14' else {}),
     'name': 'lm_intents',
-    'seeds': (0, 1, 2),
+    'seeds': (0,) if small else (0, 1, 2),
     'data': {
-      'length': LENGTH[data],
+      'length': 32 if small else LENGTH[data],
       'template': '{text}\nThis is about: {label}',
       'examples_per_class': 5,
-      'test_per_task': 20,
-      'test_batch': 20,
+      'test_per_task': 14 if small else 20,
+      'test_batch': 14 if small else 20,
     },
     'order': 'seed',
-    'epochs': 2,
+    **({'iterations': 25} if small else {'epochs': 10}),
     'batch': 8,
     'ends_batch': 8,
     'model': {
@@ -54,7 +64,7 @@ def get_config(arg: str = 'naive') -> dict:
       'measure': 'exact',
     },
     'freeze': ('backbone/.*',),
-    'optimizer': {'name': 'adam', 'lr': 1e-3, 'schedule': 'cosine'},
+    'optimizer': {'name': 'adam', 'lr': 5e-3, 'schedule': 'cosine'},
     'methods': methods,
     'chunk': 10,
     **{m: arguments[m] for m in methods if m in arguments},

@@ -74,10 +74,11 @@ def verdict(error: BaseException) -> tuple[int, str]:
 def quiet(debug: bool) -> Iterator[None]:
   """Keeps the libraries' own messages out of sight; those of cl_jax go to stderr as they are."""
   ours = logging.getLogger('cl_jax')
-  handler, level = logging.StreamHandler(sys.stderr), ours.level
+  handler, level, propagate = logging.StreamHandler(sys.stderr), ours.level, ours.propagate
   verbosity = absl_logging.get_verbosity()
   ours.addHandler(handler)
   ours.setLevel(logging.INFO)
+  ours.propagate = False  # a library may give the root a handler, which would say everything again
   try:
     with warnings.catch_warnings():
       if not debug:
@@ -87,6 +88,7 @@ def quiet(debug: bool) -> Iterator[None]:
   finally:
     ours.removeHandler(handler)
     ours.setLevel(level)
+    ours.propagate = propagate
     absl_logging.set_verbosity(verbosity)
 
 

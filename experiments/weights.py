@@ -1,11 +1,12 @@
-"""Pretrained weights on this machine: `python -m experiments.weights check PATH_OR_NAME...`, `list`, `merge`.
+"""Pretrained weights on this machine: `python -m experiments.weights COMMAND`.
 
 `check` loads each model, a directory, a file .gguf or .onnx or a name that `list` prints, and says what it
 is. What does not fit gets a line on stderr, the others are still checked, and the exit code is 2. Where a
 file SHA256SUMS lies beside the files of a model, those that it lists must have its digests, here and
 whenever they are loaded; --write-sums writes it. `list` prints the packages that carry a model and how to
 install them. `merge WORKDIR --out=DIR` writes the language model that a finished run has left, adapters
-folded in, so that it can be edited or trained further.
+folded in, so that it can be edited or trained further. `perplexity PATH_OR_NAME` measures a language model on
+text, and `write PATH_OR_NAME PROMPT` prints how it goes on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cl_jax import durable
 from cl_jax.errors import UserError
 from cl_jax.models import bert, clip, containers, decoder, onnx_file, pretrained, vit
 from cl_jax.streams import tokenizer
+from experiments import language
 
 PROGRAM = 'experiments.weights'
 FAMILIES = {
@@ -66,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   merges.add_argument('run', type=Path, metavar='WORKDIR', help='of a language model, one seed')
   merges.add_argument('--out', required=True, type=Path, metavar='DIR')
   merges.add_argument('--data_dir', metavar='DIR', help='as of the run; default: CL_JAX_DATA')
+  about = 'of the texts in text/corpora, in blocks from their beginning'
+  language.add_perplexity(commands.add_parser('perplexity', help=about).add_argument)
+  language.add_write(commands.add_parser('write', help='a continuation of a prompt').add_argument)
   try:
     options = parser.parse_args(argv)
     if options.command == 'list':
@@ -75,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
       merge(options.run, options.out, options.data_dir, print)
       return checked(str(options.out), False)
+    if options.command == 'perplexity':
+      return language.print_perplexity(options)
+    if options.command == 'write':
+      return language.print_continuation(options)
     return max([checked(name, options.write_sums) for name in options.names])
   except UserError as error:
     return complaint(error)

@@ -181,6 +181,7 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   )
   d = c.d
   pretrained.divided(path, d, c.heads)
+  pretrained.layered(path, c.depth)
   tables = {  # ours -> theirs, rows
     'tokens': ('embeddings.word_embeddings.weight', c.vocabulary),
     'positions': ('embeddings.position_embeddings.weight', c.positions),

@@ -301,6 +301,7 @@ def _config(path: str | Path) -> Config:
   c = Config(**sizes)
   pretrained.divided(path, c.d, c.heads)
   pretrained.divided(path, c.text_d, c.text_heads)
+  pretrained.layered(path, max(c.depth, c.text_depth))
   return c
 
 

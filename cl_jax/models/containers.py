@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cl_jax.errors import UserError
+from cl_jax.models import gguf_file
 
 LOG = logging.getLogger(__name__)  # at DEBUG: which tensors of a file were left out
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -131,36 +132,21 @@ def gguf(file: str | Path) -> Source:
     UserError: a file that is cut off or damaged, a quantisation that the gguf library cannot undo.
   """
   try:
-    from gguf import GGUFReader
     from gguf.quants import dequantize
   except ImportError as e:
     raise UserError("reading GGUF needs the gguf library: pip install 'cl_jax[text]'") from e
   file = Path(file)
-  try:
-    reader = GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {t.name: t for t in reader.tensors}
-    # The library lists dimensions from the fastest on, and maps what lies beyond the file's end.
-    end = max(int(t.data_offset) + int(t.n_bytes) for t in tensors.values())
-    size = file.stat().st_size
-  except UserError:
-    raise
-  except Exception as e:  # the library raises what it stumbles over
-    raise UserError(f'{file} cannot be read as GGUF, it may be cut off or damaged: {e!r}') from e
-  if end > size:
-    raise UserError(f'{file} is cut off: it has {size} bytes, its tensors end at {end}')
+  fields, tensors = gguf_file.header(file)
 
   def read(name: str) -> np.ndarray:
     t = tensors[name]
     try:
-      return np.asarray(dequantize(t.data, t.tensor_type), np.float32)
-    except (NotImplementedError, KeyError, ValueError) as e:
-      raise UserError(
-        f'{file}: tensor {name} is {t.tensor_type.name}, which cannot be read: {e}'
-      ) from e
+      return np.asarray(dequantize(gguf_file.values(file, t), t.kind), np.float32)
+    except (NotImplementedError, KeyError, ValueError, OSError) as e:
+      raise UserError(f'{file}: tensor {name} is {t.kind.name}, which cannot be read: {e}') from e
 
-  shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
-  kinds = {name: t.tensor_type.name for name, t in tensors.items()}
+  shapes = {name: t.shape for name, t in tensors.items()}
+  kinds = {name: t.kind.name for name, t in tensors.items()}
   return Source(file, shapes, kinds, read, {**fields, 'tensors': tuple(tensors)})
 
 

@@ -256,6 +256,9 @@ def _from_directory(path: Path) -> tuple[Config, Callable[[str, int], np.ndarray
       f"{path}/config.json: model_type is {family!r}; a decoder reads 'llama', 'gpt2' and 'gptj'"
     )
   c = _CONFIGS[family](path, known)
+  if c.rotary > c.size or c.rotary % 2:
+    raise UserError(f'{path}/config.json: rotary_dim is {c.rotary}, a head has {c.size} channels')
+  pretrained.layered(path, c.depth)
   wanted = _wanted(_NAMES[family], c)
   prefix = 'transformer.' if family == 'gpt2' else ''
   ignored = ('lm_head.',) if c.tied else ()
@@ -328,10 +331,10 @@ def _llama(path: Path, known: dict[str, Any]) -> Config:
     count('hidden_size'),
     count('num_hidden_layers'),
     heads,
-    count('num_key_value_heads') if known.get('num_key_value_heads') else heads,
+    count('num_key_value_heads') if known.get('num_key_value_heads') is not None else heads,
     count('intermediate_size'),
     count('max_position_embeddings'),
-    known.get('head_dim') or 0,
+    count('head_dim') if known.get('head_dim') is not None else 0,
     eps=pretrained.number(path, known, 'rms_norm_eps', 1e-6),
     theta=pretrained.number(path, known | rope, 'rope_theta', 1e4),
     scaling=scaling,
@@ -349,7 +352,7 @@ def _gpt2(path: Path, known: dict[str, Any]) -> Config:
     count('n_layer'),
     heads,
     heads,
-    known.get('n_inner') or 4 * d,
+    count('n_inner') if known.get('n_inner') is not None else 4 * d,
     count('n_positions'),
     norm='layer',
     eps=pretrained.number(path, known, 'layer_norm_epsilon', 1e-5),

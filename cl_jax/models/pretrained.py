@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +67,9 @@ SUMS = (
   'SHA256SUMS'  # digests of the files beside it, as the command sha256sum writes and reads them
 )
 SINGLE = ('.gguf', '.onnx')  # files that are a whole model
+MOST = (
+  2**40
+)  # no size of a config comes near it, and what is computed from sizes below it stays finite
 
 
 class Files(NamedTuple):
@@ -180,7 +182,7 @@ def config(path: str | Path, required: dict[str, Any]) -> dict[str, Any]:
   file = Path(path) / 'config.json'
   try:
     known = json.loads(file.read_text('utf-8'))
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{file} cannot be read: {e}') from e
   if not isinstance(known, dict):
     raise UserError(f'{file} is not a JSON object')
@@ -193,7 +195,7 @@ def config(path: str | Path, required: dict[str, Any]) -> dict[str, Any]:
 def count(path: str | Path, known: dict[str, Any], key: str) -> int:
   """A positive integer of a config."""
   value = known.get(key)
-  if type(value) is not int or value < 1:
+  if type(value) is not int or not 1 <= value < MOST:
     raise UserError(f'{path}/config.json: {key} must be a positive integer, not {value!r}')
   return value
 
@@ -203,7 +205,7 @@ def number(
 ) -> float:
   """A positive number of a config."""
   value = known.get(key, default)
-  if type(value) not in (int, float) or not 0 < value < math.inf:
+  if type(value) not in (int, float) or not 0 < value < MOST**3:
     raise UserError(f'{path}/config.json: {key} must be a positive number, not {value!r}')
   return float(value)
 
@@ -220,6 +222,15 @@ def divided(path: str | Path, d: int, heads: int) -> None:
   """Refuses a width that is not a multiple of the number of heads, which no tensor would tell."""
   if d % heads:
     raise UserError(f'{path}/config.json: {heads} heads do not divide the width {d}')
+
+
+def layered(path: str | Path, depth: int) -> None:
+  """Refuses more layers than there are tensors, before the names of billions of them are made up."""
+  source = containers.safetensors(path)
+  if depth > len(source.shapes):
+    raise UserError(
+      f'{path}/config.json says {depth} layers, {source.file.name} has {len(source.shapes)} tensors'
+    )
 
 
 def tensors(

@@ -331,6 +331,7 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   else:
     pretrained.config(path, {'model_type': 'vit', 'hidden_act': 'gelu'})
     c, names = _of_hub(path, known, _VIT)
+  pretrained.layered(path, c.depth)
   wanted = _shapes(c, names)
   return c, _tree(c, names, pretrained.tensors(path, wanted, names.prefix, names.ignored))
 

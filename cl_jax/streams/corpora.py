@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def blocks(file: Path, tokenizer: Path, length: int, cache_dir: Path | None = No
     )
   if not tokenizer.is_file():
     raise UserError(f'there is no tokenizer at {tokenizer}; pass the path of a tokenizer.json')
-  key = digest(file, tokenizer)
+  key = digest(file, tokenizer, 'whole')  # not by lines, as in earlier versions
   tokens = cached(
     ('corpora', f'{file.parent.name}-{file.stem}-{key[:16]}'),
     lambda: {'tokens': encode(file, tokenizer)},
@@ -72,16 +73,17 @@ def blocks(file: Path, tokenizer: Path, length: int, cache_dir: Path | None = No
 
 
 def encode(file: Path, tokenizer: str | Path) -> np.ndarray:
-  """All tokens of a text file in one row, i32[N]; no special ones are added."""
+  """All tokens of a text file in one row, i32[N], as of the whole text; no special ones are added."""
   model = tokenizers.load(tokenizer)
   model.no_padding()
   model.no_truncation()
   try:
-    # By lines: newlines split in every tokenizer's rules, and one long text would be slow.
-    lines = file.read_text('utf-8').splitlines(keepends=True)
+    # One long text would be slow where a tokenizer has no rules for splitting. Only a newline between two
+    # characters is a token of its own in every rule: several are merged, and so are spaces beside one.
+    parts = re.split(r'(?<=\S\n)(?=\S)', file.read_text('utf-8'))
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{file} cannot be read as UTF-8 text ({error})') from error
-  found = [e.ids for e in model.encode_batch(lines, add_special_tokens=False)]
+  found = [e.ids for e in model.encode_batch(parts, add_special_tokens=False)]
   return np.array([i for ids in found for i in ids], np.int32)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,25 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
   (folder,) = (workdir / 'checkpoints').iterdir()
   tree = ocp.load(max(folder.iterdir()) / 'tree')
   return {name: a for name, a in tree.items() if name.startswith('state/')}
+
+
+def language_model(folder: Path, words: Iterable[str]) -> Path:
+  """A directory with a random Llama of two layers, and a tokenizer of whole words."""
+  import jax
+  from tokenizers import Tokenizer, models, pre_tokenizers
+
+  from cl_jax.models import causal, decoder
+
+  known = {word: i for i, word in enumerate(['[UNK]', '</s>', *dict.fromkeys(words)])}
+  made = Tokenizer(models.WordLevel(known, unk_token='[UNK]'))
+  made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  folder.mkdir()
+  made.save(str(folder / 'words.json'))
+  shape = causal.Config(len(known), 16, 2, 2, 1, 24, 64)
+  decoder.save(
+    folder / 'model', shape, causal.draw(jax.random.key(0), shape, 0.3), folder / 'words.json'
+  )
+  return folder / 'model'
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:

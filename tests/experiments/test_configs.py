@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from cl_jax import methods
-from experiments import config, options
+from experiments import config, options, run
 from experiments.streams import streams
+from tests.experiments.conftest import language_model, lines
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 NAMES = [
@@ -125,3 +127,36 @@ def test_text_options_reach_the_tokenizer():
   }
   (stream,) = streams(config.resolve(raw), None)
   assert stream.x['tokens'].shape == (300, 12)
+
+
+def test_the_small_setting_of_text_to_text_is_one_seed_and_two_tasks():
+  small = config.resolve(config.load(f'{CONFIGS / "lm_intents.py"}:small,er'))
+  assert (small['tasks'], small['iterations'], small['seeds']) == (2, 25, (0,))
+  whole = config.resolve(config.load(f'{CONFIGS / "lm_intents.py"}:er'))
+  assert (whole['tasks'], whole['epochs'], whole['methods']) == (7, 10, small['methods'])
+
+
+def test_banking77_is_learnt_as_text_by_the_same_configuration(call, tmp_path):
+  """Of the format that the data has, with a small network: labels in words, 11 tasks, exact answers."""
+  folder = tmp_path / 'data/text/classify/banking77'
+  folder.mkdir(parents=True)
+  rows = [{'text': f'my w{i} is w{i + 1}', 'label': f'topic_{i}'} for i in range(77)]
+  for split in ('train', 'test'):
+    (folder / f'{split}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  words = [w for row in rows for w in row['text'].split()]
+  words += ['This', 'is', 'about:', 'topic', *map(str, range(77))]
+  model = language_model(tmp_path / 'lm', words)
+  done = call(
+    run.main,
+    f'--config={CONFIGS / "lm_intents.py"}:banking77,er',
+    f'--workdir={tmp_path / "run"}',
+    f'--data_dir={tmp_path / "data"}',
+    f'--config.model.pretrained={model}',
+    '--config.seeds=0',
+    '--config.epochs=1',
+    '--config.er.capacity=10',
+  )
+  assert done.code == 0, done.err
+  (line,) = lines(tmp_path / 'run')
+  assert line['method'] == 'lora+er' and line['tasks'] == 11 and np.shape(line['R']) == (11, 11)
+  assert 0 <= line['acc'] <= 1 and line['forgetting'] is not None

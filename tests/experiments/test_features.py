@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 
 from cl_jax.errors import UserError
 from cl_jax.models import pretrained
+from cl_jax.streams import text
 from experiments import build, config, features, run
-from tests.experiments.conftest import lines
+from tests.experiments.conftest import final_state, language_model, lines
 
+DATA = Path(text.__file__).parents[1] / 'data'
 FROZEN = {
   'data': {'examples_per_class': 20, 'test_per_task': 15, 'test_batch': 10},
   'batch': 10,
@@ -67,6 +70,36 @@ def test_a_closed_form_method_gives_the_same_with_and_without(call, tmp_path, me
   np.testing.assert_allclose(one['R'], other['R'], atol=0.07)  # one of 15 may fall the other way
   assert one['state_bytes']['frozen'] == other['state_bytes']['frozen'] > 50_000
   assert one['acc'] > 0.3 and one['model'] == 'mlp'
+
+
+def test_a_linear_head_learns_the_same_with_and_without(call, tmp_path):
+  """The same accuracies after every task and the same final weights, up to how sums are rounded."""
+  words = ' '.join(text.read(DATA / 'clinc150_test.jsonl.gz').texts).split()
+  model = language_model(tmp_path / 'lm', words)
+  for name, cache in (('with', True), ('without', False)):
+    raw = {
+      **FROZEN,
+      'dataset': 'clinc150',
+      'by': 'domain',
+      'tasks': None,
+      'data': {'length': 12, 'examples_per_class': 2, 'test_per_task': 15, 'test_batch': 15},
+      'model': {'name': 'decoder', 'pretrained': str(model), 'pool': 'mean', 'init': 'zeros'},
+      'freeze': ('backbone/.*',),
+      'optimizer': {'lr': 1.0},
+      'cache_features': cache,
+    }
+    path = tmp_path / f'{name}.json'
+    path.write_text(json.dumps(config.resolve(raw)))
+    assert call(run.main, f'--config={path}', f'--workdir={tmp_path / name}').code == 0
+  (one,), (other,) = lines(tmp_path / 'with'), lines(tmp_path / 'without')
+  assert one['R'] == other['R'] and max(map(max, one['R'])) > 0.1
+  states = [final_state(tmp_path / name) for name in ('with', 'without')]
+  assert states[0].keys() == states[1].keys() and 'state/params/head/w' in states[0]
+  for name, a in states[0].items():
+    if a.dtype.kind == 'f':
+      np.testing.assert_allclose(a, states[1][name], atol=1e-5, err_msg=name)
+    else:
+      np.testing.assert_array_equal(a, states[1][name], name)
 
 
 def test_without_a_closed_form_method_a_linear_head_learns():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
 from cl_jax.errors import UserError
-from experiments import config, options, run
+from experiments import cli, config, options, run
 
 
 def parse(*argv: str) -> options.Options:
@@ -139,3 +140,15 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(call, tiny, tmp_path)
   assert done.line.startswith('experiments.run: config.tasks=3 does not divide')
   done = call(run.main, *argv, '--debug')
   assert done.code == 2 and 'Traceback' in done.err
+
+
+def test_what_a_command_says_is_said_once_whatever_a_library_does_to_the_root_logger(capsys):
+  root, ours = logging.getLogger(), logging.getLogger('cl_jax.streams.cache')
+  handler = logging.StreamHandler()  # as logging.basicConfig sets one up
+  root.addHandler(handler)
+  try:
+    assert cli.guarded('a', lambda words: ours.info('preparing') or 0, []) == 0
+  finally:
+    root.removeHandler(handler)
+  assert capsys.readouterr().err == 'preparing\n'
+  assert logging.getLogger('cl_jax').propagate

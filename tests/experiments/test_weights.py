@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -288,6 +289,56 @@ def test_a_config_that_does_not_fit(call, saved, kind, values, match):
     match = 'intermediate.dense.weight has the shape (12, 8), the config says (13, 8), and 5 more'
   assert match in done.line and str(folder) in done.line
   assert len(done.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('kind', 'part', 'key', 'match'),
+  [
+    ('bert', '', 'num_hidden_layers', 'says 1000000007 layers, model.safetensors has 39 tensors'),
+    ('bert', '', 'hidden_size', '2 heads do not divide the width 1000000007'),
+    ('bert', '', 'intermediate_size', 'has the shape (12, 8), the config says (1000000007, 8)'),
+    ('vit', '', 'num_hidden_layers', 'says 1000000007 layers'),
+    ('vit', '', 'image_size', 'has the shape'),
+    ('clip', 'vision_config', 'num_hidden_layers', 'says 1000000007 layers'),
+    ('clip', 'text_config', 'num_hidden_layers', 'says 1000000007 layers'),
+    ('gpt2', '', 'n_layer', 'says 1000000007 layers'),
+    ('gpt2', '', 'n_positions', 'wpe.weight has the shape (16, 8)'),
+    ('gptj', '', 'rotary_dim', 'rotary_dim is 1000000007, a head has 4 channels'),
+    ('llama', '', 'num_hidden_layers', 'says 1000000007 layers'),
+    ('llama', '', 'hidden_size', 'has the shape'),
+    ('llama', '', 'vocab_size', 'embed_tokens.weight has the shape (20, 8)'),
+    ('llama', '', 'head_dim', 'has the shape'),
+  ],
+)
+def test_an_absurd_size_is_refused_before_anything_is_made(call, saved, kind, part, key, match):
+  """Compared with the tensors of the file, whose names and shapes are all that is read."""
+  folder = saved(kind)
+  known = json.loads((folder / 'config.json').read_text())
+  change(folder, **({part: known[part] | {key: 10**9 + 7}} if part else {key: 10**9 + 7}))
+  call(weights.main, 'check', folder)  # imports what it needs
+  tracemalloc.start()
+  done = call(weights.main, 'check', folder)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert done.code == 2 and match in done.line and peak < 3e6
+
+
+@pytest.mark.parametrize(
+  ('kind', 'values', 'match'),
+  [
+    ('llama', {'head_dim': 'wide'}, "head_dim must be a positive integer, not 'wide'"),
+    ('llama', {'rms_norm_eps': 10**400}, 'rms_norm_eps must be a positive number'),
+    ('gpt2', {'n_inner': [8]}, 'n_inner must be a positive integer, not [8]'),
+    ('gptj', {'rotary_dim': 3}, 'rotary_dim is 3, a head has 4 channels'),
+    ('bert', {'hidden_size': 2**40}, 'hidden_size must be a positive integer'),
+  ],
+)
+def test_what_is_no_size_is_refused(call, saved, kind, values, match):
+  folder = saved(kind)
+  change(folder, **values)
+  assert match in call(weights.main, 'check', folder).line
+  (folder / 'config.json').write_text('[' * 10**5)
+  assert 'config.json cannot be read' in call(weights.main, 'check', folder).line
 
 
 def test_the_others_are_still_checked(call, saved, tmp_path):

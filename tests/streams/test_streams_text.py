@@ -147,6 +147,22 @@ def test_labels_are_spelt_out_and_marked_to_be_learnt(tmp_path, tokenizer):
     text.load(path, tokenizer, 5, template='it {text} off {label}', cache_dir=tmp_path)
 
 
+def test_the_tokens_of_a_corpus_are_those_of_the_whole_text(tmp_path):
+  """Newlines that a tokenizer merges are merged, and spaces stay with what they belong to."""
+  tokenizers = pytest.importorskip('tokenizers')
+  signs = ['a', '1', '.', 'Ġ', 'Ċ', 'ĊĊ', 'Ġa', 'ĊĠ', 'ĠĊ']
+  merges = [('Ċ', 'Ċ'), ('Ġ', 'a'), ('Ċ', 'Ġ'), ('Ġ', 'Ċ')]
+  made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(signs)}, merges))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  words = ''.join(np.random.default_rng(0).choice([*'aa1. \n\n\n'], 4000))
+  (tmp_path / 'a.txt').write_text(words)
+  found = corpora.encode(tmp_path / 'a.txt', tmp_path / 'tokenizer.json').tolist()
+  assert found == made.encode(words).ids
+  lines = [i for line in words.splitlines(keepends=True) for i in made.encode(line).ids]
+  assert found != lines and 5 in found
+
+
 def test_corpora_are_cut_into_blocks_a_domain_each(tmp_path, tokenizer):
   for name, words in (
     ('a', 'turn on the light\nturn it off\n'),
