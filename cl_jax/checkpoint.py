@@ -5,8 +5,10 @@ renamed into it, so a killed process leaves the one before. Two digests guard it
 every file, and orbax's custom metadata has one of the arrays themselves (orbax loads a flipped payload
 byte without a word). What fails either is reported loudly and the step before it is used.
 
-Leaves are stored as NumPy arrays by path: a checkpoint opens with orbax alone and does not depend on
-devices. Nothing is pickled.
+Leaves are stored by path: a checkpoint opens with orbax alone (one of several processes where orbax is told
+the shapes, which its metadata says). Nothing is pickled. It does not depend on devices: what several
+processes saved together, each the parts that it holds, is read by any number of them, and its digest is that
+of the whole arrays.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cl_jax.durable import files, first_line, reason, sha256, sync, sync_one
 from cl_jax.errors import UserError
@@ -31,13 +36,15 @@ from cl_jax.masks import path_name
 from cl_jax.types import Tree
 
 SUMS = 'sha256.json'
+PIECE = 1 << 28  # bytes of an array spread over processes that are brought to the host at once
 
 
 class Restored(NamedTuple):
   """What `restore` found.
 
   Attributes:
-    tree: like the `like` that was asked for, with NumPy leaves (typed keys stay typed keys).
+    tree: like the `like` that was asked for, with NumPy leaves (typed keys stay typed keys); leaves that lie
+      on devices of several processes there do so here.
     step: its step.
     extra: what was saved beside it.
   """
@@ -52,20 +59,46 @@ class Damaged(Exception):
 
 
 def digest(tree: Tree) -> str:
-  """sha256 (hex) of the leaves in tree order: dtype, shape and bytes of each; keys by their data."""
+  """sha256 (hex) of the leaves in tree order: dtype, shape and bytes of each; keys by their data.
+
+  Where leaves lie on devices of several processes, all of these must call it.
+  """
   total = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
     a = plain(leaf)
     total.update(f'{a.dtype}{list(a.shape)};'.encode())
-    total.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
+    for part in pieces(a):
+      total.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
   return total.hexdigest()
 
 
-def plain(leaf: Any) -> np.ndarray:
-  """A leaf as a NumPy array of its bits; a typed key is its key data."""
+def plain(leaf: Any) -> Any:
+  """A leaf as a NumPy array of its bits, a typed key as its data; one that is `apart` as it is."""
   if is_key(leaf):
     leaf = jax.random.key_data(leaf)
-  return np.asarray(leaf)
+  return leaf if apart(leaf) else np.asarray(leaf)
+
+
+def apart(leaf: Any) -> bool:
+  """Whether an array, or one of this shape, lies on devices of other processes as well."""
+  sharding = getattr(leaf, 'sharding', None)
+  return sharding is not None and not sharding.is_fully_addressable
+
+
+def pieces(a: Any) -> Iterator[np.ndarray]:
+  """The values of a leaf on the host, in order; of one that is `apart`, rows that make a PIECE at a time."""
+  if not apart(a) or a.is_fully_replicated:
+    yield np.asarray(a)
+    return
+  whole = NamedSharding(a.sharding.mesh, PartitionSpec())
+  rows = max(1, PIECE * len(a) // a.nbytes)
+  for start in range(0, len(a), rows):
+    yield np.asarray(_rows(a, start, min(rows, len(a) - start), whole))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _rows(a: jax.Array, start: Any, n: int, whole: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(a, start, n), whole)
 
 
 def is_key(leaf: Any) -> bool:
@@ -90,32 +123,45 @@ def save(
     extra: plain JSON kept beside the tree.
     keep: how many stay.
 
+  Where leaves lie on devices of several processes, all of these must call it, with the same directory on a
+  disk that they share. Each writes what it holds; the first one names the result.
+
   Raises:
     UserError: the disk is full or the directory cannot be written; the checkpoints before stay whole.
   """
   ocp = orbax()
   directory = Path(directory).absolute()
   place = directory / f'{step:010d}'
-  part = directory / f'.{place.name}.{os.getpid()}.part'
+  shared = any(map(apart, jax.tree.leaves(tree)))
+  first = not shared or jax.process_index() == 0
+  meet = multihost_utils.sync_global_devices if shared else lambda name: None
+  part = directory / f'.{place.name}.{"shared" if shared else os.getpid()}.part'
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    sweep_up(directory)
     if place.exists():
       return place
-    part.mkdir()
+    if first:
+      sweep_up(directory)
+      part.mkdir()
+    meet(f'checkpoint {step} begins')
     leaves = {name: plain(leaf) for name, leaf in named(tree)}
     stored = {
       name: a for name, a in leaves.items() if a.size
     }  # orbax refuses arrays without values
     about = {'leaves_sha256': digest(tree), 'config_sha256': config_sha256, 'extra': extra or {}}
     ocp.save(part / 'tree', stored, custom_metadata=about)
-    sums = {str(f.relative_to(part)): sha256(f) for f in files(part)}
-    (part / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
-    sync(part)
-    part.rename(place)
-    sync_one(directory)
-    for old in steps(directory)[:-keep]:
-      remove(directory / f'{old:010d}')
+    if shared:
+      sync(part)  # each its own files; what others have cached is theirs to sync
+      meet(f'checkpoint {step} is written')
+    if first:
+      sums = {str(f.relative_to(part)): sha256(f) for f in files(part)}
+      (part / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
+      sync(part)
+      part.rename(place)
+      sync_one(directory)
+      for old in steps(directory)[:-keep]:
+        remove(directory / f'{old:010d}')
+    meet(f'checkpoint {step} has its name')
   except Exception as error:
     discard(part)
     raise UserError(
@@ -143,7 +189,8 @@ def restore(
 
   Args:
     directory: what `save` was given.
-    like: arrays or `jax.ShapeDtypeStruct`s of the structure, shapes and dtypes that must be there.
+    like: arrays or `jax.ShapeDtypeStruct`s of the structure, shapes and dtypes that must be there. Those with
+      a sharding over several processes are read so, each process its own parts.
     config_sha256: of the config that goes on.
     tell: gets one line for every checkpoint that is damaged.
 
@@ -154,7 +201,8 @@ def restore(
   if not directory.is_dir():
     return None
   try:
-    sweep_up(directory)
+    if not any(map(apart, jax.tree.leaves(like))) or jax.process_index() == 0:
+      sweep_up(directory)
   except OSError:
     pass  # reading does not need a tidy or writable directory
   found = steps(directory)
@@ -182,8 +230,8 @@ def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
   ocp = orbax()
   try:
     _check_files(place)
-    about = ocp.metadata(place / 'tree').custom_metadata
-    stored = ocp.load(place / 'tree')
+    metadata = ocp.metadata(place / 'tree')
+    about, stored = metadata.custom_metadata, metadata.metadata
   except Damaged:
     raise
   except Exception as error:  # orbax and tensorstore raise deep chains of their own
@@ -195,20 +243,31 @@ def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
       f'{place} belongs to another config ({about["config_sha256"][:12]}..., this one is '
       f'{config_sha256[:12]}...): use another --workdir, or remove that folder'
     )
-  leaves = []
+  wanted = {}
   for name, want in named(like):
-    key, shape = is_key(want), np.shape(want)
+    shape = np.shape(want)
     dtype = want.dtype if hasattr(want, 'dtype') else np.asarray(want).dtype
-    if key:
+    if is_key(want):
       data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
       shape, dtype = data.shape, data.dtype
-    a = stored.pop(name, None)
-    if a is None and 0 in shape:
-      a = np.zeros(shape, dtype)
-    _fits(place, name, a, shape, np.dtype(dtype))
-    leaves.append(jax.random.wrap_key_data(jnp.asarray(a), impl=_impl(want)) if key else a)
+    if 0 in shape and name not in stored:
+      continue
+    _fits(place, name, stored.pop(name, None), shape, np.dtype(dtype))
+    if apart(want) and not is_key(want):
+      wanted[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=want.sharding)
+    else:  # orbax makes a NumPy array of what a NumPy array stands for; this one takes no memory
+      wanted[name] = np.broadcast_to(np.zeros((), dtype), shape)
   if stored:
     raise UserError(f'{place} holds {next(iter(stored))}, which this program has no place for')
+  try:
+    found = ocp.load(place / 'tree', wanted)
+  except Exception as error:
+    raise Damaged(first_line(error)) from error
+  leaves = []
+  for name, want in named(like):
+    a = found.get(name) if name in wanted else np.zeros(np.shape(want), want.dtype)
+    key = is_key(want)
+    leaves.append(jax.random.wrap_key_data(jnp.asarray(a), impl=_impl(want)) if key else a)
   tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
   if digest(tree) != about['leaves_sha256']:
     raise Damaged('its arrays do not have their sha256')

@@ -197,7 +197,9 @@ class Programs(NamedTuple):
   chunk: int
 
 
-def programs(build: Build, chunk: int = 100, lift: Callable | None = None) -> Programs:
+def programs(
+  build: Build, chunk: int = 100, lift: Callable | None = None, donate: bool = False
+) -> Programs:
   """Jits what `run_chunks` calls; keep it to run, or resume, several times without compiling anew.
 
   Args:
@@ -206,7 +208,10 @@ def programs(build: Build, chunk: int = 100, lift: Callable | None = None) -> Pr
     lift: (f, mapped) -> f over many runs, where `mapped` names the arguments with a leading run axis;
       see `sweep.Many`. Then hp, key, and what else it maps have that axis, and so has every leaf of
       the record.
+    donate: the new state takes the place of the old one, which then is gone. Without it both are there at
+      once, which a large model has no room for.
   """
+  gone = ('state',) if donate else ()
   over = lift or (lambda f, mapped: f)
 
   def begin_one(hp, key, stream, weights, first):
@@ -229,8 +234,8 @@ def programs(build: Build, chunk: int = 100, lift: Callable | None = None) -> Pr
 
   return Programs(
     jax.jit(over(begin_one, ('hp', 'key', 'stream'))),
-    jax.jit(over(advance_one, ('hp', 'state', 'stream'))),
-    jax.jit(over(close_one, ('hp', 'state', 'stream'))),
+    jax.jit(over(advance_one, ('hp', 'state', 'stream')), donate_argnames=gone),
+    jax.jit(over(close_one, ('hp', 'state', 'stream')), donate_argnames=gone),
     jax.jit(over(probe_one, ('hp', 'state', 'stream'))),
     chunk,
   )
@@ -248,6 +253,7 @@ def run_chunks(
   feed: Callable | None = None,
   lift: Callable | None = None,
   parts: Programs | None = None,
+  donate: bool = False,
 ) -> Iterator[Progress]:
   """The same run as `run`, yielding after the start, after every chunk of steps and after every leg.
 
@@ -259,15 +265,15 @@ def run_chunks(
     resume: a `Progress` of this run, of whatever process: go on from there.
     feed: (leg, rows i32[n, B]) -> Batch with leaves [n, B, ...], for data that stays on the host; `None`
       takes the rows from the data on the device. See `host_feed`.
-    lift: see `programs`.
-    parts: `programs(build, every or chunk, lift)`, where they exist already.
+    lift, donate: see `programs`; with `donate` the state that was yielded last is all there is.
+    parts: `programs(build, every or chunk, lift, donate)`, where they exist already.
 
   Yields:
     `Progress`.
   """
   check_needs(build(hp, weights).needs, stream)
   chunk = every or chunk
-  parts = parts or programs(build, chunk, lift)
+  parts = parts or programs(build, chunk, lift, donate)
   if parts.chunk != chunk:
     raise ValueError(f'the programs advance by {parts.chunk} steps, not by {chunk}')
   L, S = stream.index.shape[-3:-1]

@@ -3,6 +3,8 @@
 Bytes of state by role and after each task, the memory of a compiled step, multiply-adds and bytes moved of a
 step and of a prediction, passes, an estimate of energy, and the largest arrays. `config.budget` makes limits
 of three of the figures, which all commands that train refuse to exceed.
+
+With --shape instead of --config: the memory of a large model's step over many devices; see docs/devices.md.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from cl_jax.edge import energy
 from cl_jax.errors import UserError
 from cl_jax.report.figures import LIGHT, canvas
 from cl_jax.report.tables import scaled
-from experiments import build, cli, config, limits, options, results
+from experiments import budget_shape, build, cli, config, limits, options, results
 
 PROGRAM = 'experiments.budget'
 LARGEST = 10
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--profile', metavar='NAME', help=f'of {", ".join(energy.PROFILES)} (all of them)')
   add('--json', action='store_true', help='print one JSON object instead')
   add('--plot', metavar='FILE.png', type=Path, help='bytes after each task, stacked by role')
+  budget_shape.arguments(add)
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 
@@ -48,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   given, left = parser.parse_known_args(argv)
   overrides = options.fields_of(left)
+  if given.shape:
+    if given.config or overrides:
+      raise UserError('--shape is a plan without a configuration: leave --config out')
+    return budget_shape.command(given)
   if given.config is None:
     raise UserError('--config is missing: name a configuration, for example configs/edge.py:er')
   if given.profile not in (None, *energy.PROFILES):

@@ -128,8 +128,12 @@ def devices(runs: int) -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
   if 'JAX_NUM_CPU_DEVICES' in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', ''):
     return
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   try:
-    jax.config.update('jax_num_cpu_devices', max(1, min(cores, runs)))
+    jax.config.update('jax_num_cpu_devices', max(1, min(cores(), runs)))
   except RuntimeError:
     pass  # jax is at work already (a notebook, a test): its devices are what there is
+
+
+def cores() -> int:
+  """How many cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

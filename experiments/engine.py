@@ -16,6 +16,7 @@ from cl_jax import checkpoint, durable
 from cl_jax.errors import Fault
 from cl_jax.loop import Progress, Record, run_chunks
 from cl_jax.types import State, Stream
+from experiments import devices
 from experiments.build import likelihood
 from experiments.job import Job, all_finite, blank, forget, host, leg_steps, spread
 from experiments.watch import Clock, Interrupted
@@ -77,7 +78,10 @@ def train(
       f'{job.name}: going on from {place_of(resume, job.streams[0])} (checkpoint {found.step})'
     )
     leg(job, resume.record, faults)  # a process may have ended between its checkpoint and this
-  finite = jax.jit(lambda params: all_finite(params, plan.n, plan.lift is not None))
+  finite = jax.jit(
+    lambda params: all_finite(params, plan.n, plan.lift is not None),
+    out_shardings=plan.cut and plan.cut.whole,
+  )
   lengths = np.stack([leg_steps(s) for s in job.streams])
   longest = lengths.max(axis=0)
   saved, saved_at = found.step if found else -1, time.monotonic()
@@ -105,10 +109,12 @@ def train(
       faults[run] = what
       show.warn(f'{sentence(job, run, what)}; it is left out of the results')
       return
-    if last is not None and np.all(finite(last.state.params)):
+    # Where a step overwrites the state, the last good one is in the checkpoint before.
+    if last is not None and plan.cut is None and np.all(finite(last.state.params)):
       save(forget(last, config['eval_every']))
     kept = f'the last good state is checkpoint {saved} in {job.folder}'
-    durable.write(job.workdir / 'fault.json', json.dumps(what, indent=1))
+    if devices.first():
+      durable.write(job.workdir / 'fault.json', json.dumps(what, indent=1))
     raise Fault(
       f'{sentence(job, run, what)}; {kept if saved >= 0 else "no good state came before it"}'
     )
@@ -116,7 +122,7 @@ def train(
   with clock.running():
     for p in run_chunks(
       job.setup.build, plan.hp, plan.key, plan.stream, plan.weights,
-      config['chunk'], config['eval_every'], resume, lift=plan.lift,
+      config['chunk'], config['eval_every'], resume, lift=plan.lift, donate=plan.cut is not None,
     ):  # fmt: skip
       for run in range(len(job.seeds)):
         if run not in faults and (what := wrong_loss(job, run, last, p, lengths[run])):
@@ -124,9 +130,8 @@ def train(
       if len(faults) == len(job.seeds):
         break
       ended = last is not None and bool(p.leg > last.leg)
-      due = time.monotonic() - saved_at >= save_every
       finished = p.leg == L
-      signum = stop()
+      signum, due = devices.agreed(stop(), time.monotonic() - saved_at >= save_every)
       if signum or ended or due:
         good = np.atleast_1d(np.asarray(finite(p.state.params)))
         for run in np.flatnonzero(~good[: len(job.seeds)]):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cl_jax import checkpoint
+from cl_jax import checkpoint, shard
 from cl_jax.loop import Progress, Record, begin, programs
 from cl_jax.report.lines import flat
 from cl_jax.streams import cache
@@ -34,6 +34,7 @@ class Job(NamedTuple):
     folder: of its checkpoints.
     sha256: of what the runs are; a checkpoint of other runs is refused.
     width: runs computed at once on a device; None by default_width, 0 by measurement.
+    cut: how its one run is spread over all devices, of all processes; None where runs are mapped over them.
   """
 
   setup: Setup
@@ -46,6 +47,7 @@ class Job(NamedTuple):
   folder: Path
   sha256: str
   width: int | None = None
+  cut: shard.Cut | None = None
 
 
 class Plan(NamedTuple):
@@ -57,6 +59,7 @@ class Plan(NamedTuple):
     stream, hp, key, weights: the arguments.
     place: moves a tree with a leading run axis to its devices.
     width: runs computed at once on a device.
+    cut: see `Job`; then the state of a step takes the place of the one before.
   """
 
   n: int
@@ -67,11 +70,18 @@ class Plan(NamedTuple):
   weights: Tree
   place: Callable[[Tree], Tree]
   width: int = 1
+  cut: shard.Cut | None = None
 
 
 def spread(job: Job) -> Plan:
   runs = len(job.seeds)
   hps = [hyper(c, s) for c, s in zip(job.configs, job.streams, strict=True)]
+  if job.cut is not None:
+    cut = job.cut
+    place = lambda tree: shard.put(cut, tree)  # noqa: E731
+    key = shard.put(cut, jax.random.key(job.seeds[0]), cut.whole)
+    stream = shard.put(cut, job.streams[0], cut.whole)
+    return Plan(1, None, stream, hps[0], key, place(job.setup.weights), place, cut=cut)
   if runs == 1:
     put = jax.device_put
     key = jax.random.key(job.seeds[0])
@@ -127,14 +137,18 @@ def blank(job: Job, plan: Plan, every: int) -> Progress:
 
   one, _ = jax.eval_shape(start, hp, jax.random.key(0), s, job.setup.weights)
   state = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype), one)
+  if plan.cut is not None:
+    struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    state = jax.tree.map(struct, state, shard.rule(plan.cut, state))
   f32: Any = lambda *shape: jax.ShapeDtypeStruct((*lead, *shape), np.float32)  # noqa: E731
   curve = f32(L, S // every if every else 0, s.tasks)
   return Progress(state, Record(f32(s.tasks), f32(L, s.tasks), f32(L, S), curve), 0, 0)
 
 
 def host(p: Progress) -> Progress:
-  """On the host, and independent of what the loop goes on writing to."""
-  state = jax.tree.map(lambda a: a if checkpoint.is_key(a) else np.asarray(a), p.state)
+  """On the host, and independent of what the loop goes on writing to; what processes share stays there."""
+  kept = lambda a: checkpoint.is_key(a) or checkpoint.apart(a)  # noqa: E731
+  state = jax.tree.map(lambda a: a if kept(a) else np.asarray(a), p.state)
   return p._replace(state=state, record=jax.tree.map(np.array, p.record))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from cl_jax import durable
+from cl_jax.errors import UserError
 from experiments import (
   cli,
   launch_part,
@@ -51,6 +52,8 @@ def command(argv: list[str]) -> int:
   if wish.status is not None:
     return status(Path(wish.status))
   options = parse(rest, PROGRAM, ABOUT)
+  if options.spread.shard and (options.sweep or options.spread.coordinator):
+    raise UserError('--shard spreads one run: launch one configuration, without --coordinator')
   jax.config.update('jax_platforms', 'cpu')  # an accelerator is for the jobs
   if wish.executor == 'slurm' and not wish.plan:
     launch_slurm.check()

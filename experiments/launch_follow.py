@@ -49,6 +49,8 @@ class Launch(NamedTuple):
       *([f'--data_dir={Path(o.data_dir).absolute()}'] if o.data_dir else []),
       *([] if o.width is None else [f'--width={o.width or "measure"}']),
       *([f'--writers={",".join(o.writers)}'] if o.writers else []),
+      *([f'--shard={o.spread.shard}'] if o.spread.shard else []),
+      *([f'--processes={o.spread.processes}'] if o.spread.processes > 1 else []),
       *(['--offline'] if o.offline else []),
       *(['--debug'] if o.debug else []),
     ]

@@ -150,7 +150,9 @@ def parts(
   for number, (piece, cost) in enumerate(pieces, first):
     seeds = tuple(piece[0].config['seeds'])
     runs = len(piece) * len(seeds)
-    devices = max(1, min(cpus, runs))
+    # A run that is spread over devices has all cores of its job, its processes each their share.
+    own = cpus // options.spread.processes if options.spread.shard else min(cpus, runs)
+    devices = max(1, own)
     at_once = runs if wide else min(runs, (options.width or 1) * devices)
     size = PROCESS + cost['shared'] + runs * cost['state'] + at_once * cost['temporary']
     program = 'sweep' if piece[0].values else 'run'

@@ -27,11 +27,26 @@ OPTIONS = """\
   --width=N                runs computed at once on a device: a number, `auto` (1 on a CPU, all elsewhere)
                            or `measure`, the fastest of a few by a short measurement that is kept (auto)
   --writers=NAME[,NAME]    accuracies and costs also to tensorboard (DIR/tensorboard), wandb (offline)
+  --shard=data|fsdp        one run at a time over all devices: the batch cut, or weights and moments as well
+  --processes=N            with --shard: N processes, started here; or on other machines, each by the same
+                           command with --process=I --coordinator=HOST:PORT (or --coordinator=auto in Slurm)
   --offline                make any attempt to reach the network an error
   --debug                  show tracebacks and the libraries' own messages
 exit codes: 0 done; 2 your mistake (one line says which); 3 stopped by NaN or a fault, the last good
 state is kept; 128 + n stopped by signal n, state saved
 """
+
+
+SPREADING = ('experiments.run', 'experiments.launch')
+
+
+class Spread(NamedTuple):
+  """--shard, --processes, --process and --coordinator: how one run is spread over devices and processes."""
+
+  shard: str
+  processes: int
+  process: int | None
+  coordinator: str
 
 
 class Options(NamedTuple):
@@ -43,6 +58,7 @@ class Options(NamedTuple):
     sweep: {dotted field: values}.
     workdir, data_dir, save_every, width, offline, debug: the flags; a width of 0 is `measure`.
     command: the line itself.
+    spread: --shard and what belongs to it.
     writers: see `experiments.scalars`.
   """
 
@@ -56,6 +72,7 @@ class Options(NamedTuple):
   offline: bool
   debug: bool
   command: str
+  spread: Spread
   writers: tuple[str, ...] = ()
 
 
@@ -82,7 +99,7 @@ def parse(argv: Sequence[str], program: str, about: str) -> Options:
         overrides.append((name.removeprefix('--config.'), value))
     else:
       rest.append(word)
-  values = _flags(program)
+  values: Any = _flags(program)
   try:
     left = values([program, *rest])[1:]
   except flags.Error as error:
@@ -118,8 +135,29 @@ def parse(argv: Sequence[str], program: str, about: str) -> Options:
     values.offline,
     values.debug,
     f'python -m {program} ' + ' '.join(map(shlex.quote, argv)),
+    _spread(values, program),
     tuple(values.writers),
   )
+
+
+def _spread(values: Any, program: str) -> Spread:
+  given = Spread(values.shard, values.processes, values.process, values.coordinator)
+  if given == Spread('', 1, None, ''):
+    return given
+  if not given.shard:
+    raise UserError('--processes, --process and --coordinator need --shard=data or --shard=fsdp')
+  if program not in SPREADING:
+    raise UserError(
+      f'--shard is for {" and ".join(SPREADING)}: {program} maps many runs over devices'
+    )
+  host, _, port = given.coordinator.rpartition(':')
+  if given.coordinator not in ('', 'auto') and not (host and port.isdecimal()):
+    raise UserError(f'--coordinator must be HOST:PORT or auto; got {given.coordinator!r}')
+  if (given.process is None) != (given.coordinator in ('', 'auto')):
+    raise UserError('--process=I and --coordinator=HOST:PORT go together, on every machine')
+  if given.process is not None and not 0 <= given.process < given.processes:
+    raise UserError(f'--process must be from 0 to {given.processes - 1}; got {given.process}')
+  return given
 
 
 def fields_of(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -152,6 +190,10 @@ def _flags(program: str) -> flags.FlagValues:
   flags.DEFINE_float('save_every', 60.0, '', flag_values=values)
   flags.DEFINE_string('width', 'auto', '', flag_values=values)
   flags.DEFINE_list('writers', '', '', flag_values=values)
+  flags.DEFINE_enum('shard', '', ['', 'data', 'fsdp'], '', flag_values=values)
+  flags.DEFINE_integer('processes', 1, '', flag_values=values, lower_bound=1)
+  flags.DEFINE_integer('process', None, '', flag_values=values)
+  flags.DEFINE_string('coordinator', '', '', flag_values=values)
   flags.DEFINE_bool('offline', False, '', flag_values=values)
   flags.DEFINE_bool('debug', False, '', flag_values=values)
   flags.DEFINE_bool('help', False, '', flag_values=values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,20 @@ from cl_jax import checkpoint
 from cl_jax.errors import UserError
 from cl_jax.types import Method, State, Tree
 from configs.common import defaults
-from experiments import build, cli, config, engine, results, rules, scalars, show, tables, workdir
+from experiments import (
+  build,
+  cli,
+  config,
+  devices,
+  engine,
+  processes,
+  results,
+  rules,
+  scalars,
+  show,
+  tables,
+  workdir,
+)
 from experiments.chain import chain_of
 from experiments.job import Job, blank, spread
 from experiments.options import Options, parse
@@ -31,6 +45,15 @@ def command(argv: list[str]) -> int:
     raise UserError('config.tuning is for python -m experiments.framework; leave it as it is')
   if options.sweep:
     raise UserError('config.sweep holds a grid: use python -m experiments.sweep')
+  spread = options.spread
+  if spread.processes > 1 and not spread.coordinator:
+    return processes.watched(argv, spread.processes, options.workdir)
+  if devices.joined(spread):
+    devices.start(spread)
+    if not devices.first():  # the first process reads and writes the directory for all
+      with cli.network(options.offline), Path(os.devnull).open('w') as nowhere:
+        run(options, options.workdir, show.Show(nowhere))
+      return 0
   shown = show.make()
   with (
     cli.network(options.offline),
@@ -58,15 +81,26 @@ def run(
     count = len(resolved['seeds'])
     shown.say(f'{resolved["name"]} is finished: {count} runs are in {place / results.FILE}')
   else:
-    cli.devices(len(resolved['seeds']))
-    for setup in build.prepare(resolved, options.data_dir, shown.say):
+    mode = options.spread.shard
+    if not mode:
+      cli.devices(len(resolved['seeds']))
+    elif not devices.joined(options.spread):
+      devices.start(options.spread)
+    with devices.aside(mode):
+      setups = build.prepare(resolved, options.data_dir, shown.say)
+    for setup in [one for s in setups for one in (devices.alone(s) if mode else [s])]:
       if {(sha, seed) for seed in setup.seeds} <= results.done(place):
         continue
       work = job(setup, place, sha)._replace(width=options.width)
+      if mode:
+        work = devices.spread(work, mode)
       with Stop().listening() as stop:
         outcome = engine.train(work, options.save_every, stop, shown, leg=leg)
-      results.append(place, results.lines(work, outcome, options.command))
-  (place / 'fault.json').unlink(missing_ok=True)
+      lines = results.lines(work, outcome, options.command)
+      if not mode or devices.first():
+        results.append(place, lines)
+  if not devices.joined(options.spread) or devices.first():
+    (place / 'fault.json').unlink(missing_ok=True)
   return [line for line in results.read(place) if line['config_sha256'] == sha]
 
 

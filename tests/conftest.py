@@ -79,6 +79,10 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope='session')
 def toy_stream() -> Stream:
+  return made_toy_stream()
+
+
+def made_toy_stream() -> Stream:
   """3 tasks x 30 steps x 10 rows: 6 Gaussian classes in 8 dimensions, two a task; all is told.
 
   Class c has rows 100 c ... 100 c + 99; the test data are the training data, task by task.

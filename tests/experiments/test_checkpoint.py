@@ -108,8 +108,8 @@ def test_arrays_that_load_but_are_not_the_saved_ones_are_detected(saved, monkeyp
     metadata = real.metadata
 
     @staticmethod
-    def load(path):
-      tree = dict(real.load(path))
+    def load(path, like):
+      tree = dict(real.load(path, like))
       if '0000000003' in str(path):
         tree['state/params/l0/w'] = tree['state/params/l0/w'] + np.float32(2**-20)
       return tree

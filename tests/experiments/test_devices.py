@@ -1,0 +1,154 @@
+"""One run over two devices: of one process, or of two on loopback, of which one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cl_jax import checkpoint
+from experiments import budget, config, launch, launch_follow, launch_plan, processes, run, sweep
+from experiments.options import Spread, parse
+from experiments.watch import Interrupted
+from tests.experiments.conftest import lines
+
+ROOT = Path(__file__).resolve().parents[2]
+VIT = """
+def get_config(arg=''):
+  shape = {'image': 28, 'patch': 14, 'channels': 1, 'd': 32, 'depth': 2, 'heads': 2, 'ffn': 128}
+  return {
+    'name': 'tiny', 'data': {'examples_per_class': 20, 'test_per_task': 16, 'test_batch': 16},
+    'tasks': 2, 'batch': 8, 'ends_batch': 16, 'iterations': 6, 'chunk': 3,
+    'model': {'name': 'vit', 'config': shape, 'remat': True},
+    'optimizer': {'name': 'sgd', 'lr': 0.05, 'momentum': 0.9},
+  }
+"""
+
+
+@pytest.fixture(scope='module')
+def vit(tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp('configs') / 'vit.py'
+  path.write_text(VIT)
+  return path
+
+
+def started(config: Path, place: Path, processes: int, every: int = 999) -> subprocess.Popen:
+  """The command over two devices, of so many processes; checkpoints after so many seconds."""
+  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(2 // processes)}
+  environment['XLA_FLAGS'] = (
+    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  )
+  argv = [f'--config={config}', f'--workdir={place}', '--shard=fsdp', f'--save_every={every}']
+  argv += [f'--processes={processes}'] if processes > 1 else []
+  pipe = subprocess.PIPE
+  return subprocess.Popen(
+    [sys.executable, '-m', 'experiments.run', *argv],
+    cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True,
+  )  # fmt: skip
+
+
+def ended(process: subprocess.Popen, code: int = 0) -> str:
+  out, err = process.communicate(timeout=600)
+  assert process.returncode == code, out + err
+  return err
+
+
+def children(process: subprocess.Popen) -> dict[int, int]:
+  """{number: pid} of the processes that the command has started."""
+  words = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)]
+  rows = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+  return {
+    int(r.rpartition('--process=')[2].split()[0]): int(r.split()[0])
+    for r in rows
+    if '--process=' in r
+  }
+
+
+def test_killed_one_of_two_processes_and_went_on(vit, tmp_path):
+  """The same bits as of one process with two devices; what two have saved, one with one device reads."""
+  ended(started(vit, tmp_path / 'whole', 1))
+  (wanted,) = lines(tmp_path / 'whole')
+  process = started(vit, tmp_path / 'two', 2, every=0)
+  saved = tmp_path / 'two/checkpoints/seeds-0'
+  while not (saved.is_dir() and any(p.name.isdigit() and int(p.name) for p in saved.iterdir())):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.02)
+  os.kill(children(process)[1], signal.SIGKILL)
+  err = ended(process, 128 + signal.SIGKILL)
+  assert 'process 1 of 2 was ended by SIGKILL' in err and 'run the same command again' in err
+  assert not (tmp_path / 'two/results.jsonl').exists()
+  err = ended(started(vit, tmp_path / 'two', 2))
+  assert 'going on from leg' in err and 'DAMAGED' not in err
+  (line,) = lines(tmp_path / 'two')
+  assert line['state_sha256'] == wanted['state_sha256'] and line['R'] == wanted['R']
+  assert line['device'].startswith('2 x cpu') and wanted['device'] == line['device']
+  resolved = config.tuples(json.loads((tmp_path / 'two/config.json').read_text()))
+  end = run.end_of(resolved, tmp_path / 'two', None, print)
+  assert end is not None and checkpoint.digest(end.state) == wanted['state_sha256']
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (('--processes=2',), 'need --shard=data or --shard=fsdp'),
+    (('--shard=zero',), 'shard'),
+    (('--shard=fsdp', '--processes=2', '--process=2', '--coordinator=h:1'), 'from 0 to 1; got 2'),
+    (('--shard=fsdp', '--processes=2', '--process=1'), 'go together'),
+    (('--shard=fsdp', '--coordinator=here'), 'must be HOST:PORT or auto'),
+  ],
+)
+def test_mistakes(call, vit, tmp_path, argv, message):
+  done = call(run.main, f'--config={vit}', f'--workdir={tmp_path / "x"}', *argv)
+  assert done.code == 2 and message in done.line and not (tmp_path / 'x').exists()
+
+
+def test_a_sweep_is_mapped_and_not_sharded(call, vit, tmp_path):
+  argv = (f'--config={vit}', f'--workdir={tmp_path / "x"}', '--shard=data')
+  grid = '--config.sweep={"optimizer.lr": (0.1, 0.2)}'
+  assert '--shard is for experiments.run' in call(sweep.main, *argv, grid).line
+  assert 'launch one configuration' in call(launch.main, *argv, grid).line
+
+
+def test_a_launch_hands_it_on(vit, tmp_path):
+  words = [f'--config={vit}', f'--workdir={tmp_path}', '--shard=fsdp', '--processes=2']
+  options = parse(words, launch.PROGRAM, '')
+  job = SimpleNamespace(folder=tmp_path)
+  argv = launch_follow.Launch(tmp_path, '', [], None, options, print).argv(job)  # pyright: ignore
+  assert parse(argv[1:] + words[:1], run.PROGRAM, '').spread == Spread('fsdp', 2, None, '')
+  (cell,) = launch_plan.cells(options.raw, {})
+  ((part, _),) = launch_plan.parts(options, [cell], 0, 1, 4, False, print)
+  assert part.devices == 2  # of each process, of 4 cores
+
+
+def test_what_ends_a_group(tmp_path, capsys):
+  (tmp_path / 'process-1.txt').write_text('noise\nexperiments.run: no room\n')
+  assert processes.verdict([0, 2], tmp_path) == 2
+  assert capsys.readouterr().err == 'experiments.run: no room\n'
+  with pytest.raises(Interrupted, match='process 1 of 2 was ended by SIGKILL'):
+    processes.verdict([3, -9], tmp_path)
+  with pytest.raises(Interrupted, match='process 0 of 2 was ended by SIGABRT'):
+    processes.verdict([-6, 0], tmp_path)
+  assert processes.verdict([0, 0], tmp_path) == 0
+
+
+def test_the_plan_of_a_shape(call):
+  done = call(budget.main, '--shape=llama-8b', '--devices=8x80GB')
+  assert done.code == 0 and 'llama-8b: 8,030,261,248 parameters, fsdp over 8 devices' in done.out
+  assert 'fits; the fewest that it fits on: 2' in done.out
+  done = call(budget.main, '--shape=llama-70b', '--devices=8x80GB', '--length=4096')
+  assert done.code == 1 and 'DOES NOT FIT' in done.out
+  for argv, message in (
+    (('--shape=llama-9b',), "no shape 'llama-9b': there are smollm2-135m, llama-1b"),
+    (('--shape=llama-8b', '--devices=8'), 'as in 8x80GB'),
+    (('--shape=llama-8b', '--config=x'), 'leave --config out'),
+    (('--shape=llama-8b', '--optimiser=adamx'), "no optimiser 'adamx'"),
+  ):
+    done = call(budget.main, *argv)
+    assert done.code == 2 and message in done.line
