@@ -3,8 +3,8 @@
 Pages of docs/ link to files beside docs/ (`../cl_jax/types.py`), so that they can be read in the
 repository. On the site such a link leads to a page made of that file: for a module of cl_jax the reference,
 which mkdocstrings makes of its docstrings; for Markdown and notebooks their text; for other Python its code.
-Files of another kind are copied. Pages of Markdown may link on. mkdocs then checks the links as it does all
-others.
+Files of another kind are copied. Pages of Markdown and notebooks may link on. mkdocs then checks the links
+as it does all others.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ def uri(path: Path) -> str:
   return f'{place.as_posix()}.md' if path.suffix == '.py' else place.as_posix()
 
 
+def prose(path: Path) -> bool:
+  """Whether a file is text with links: Markdown, or a notebook."""
+  return path.suffix == '.md' or path.parent == ROOT / 'notebooks'
+
+
 def linked(path: Path) -> list[Path]:
-  """The files of the repository that a page of Markdown links to."""
-  prose = FENCE.sub('', path.read_text())
-  targets = [(path.parent / place).resolve() for _, place in LINK.findall(prose)]
+  """The files of the repository that a page links to."""
+  text = FENCE.sub('', path.read_text())
+  targets = [(path.parent / place).resolve() for _, place in LINK.findall(text)]
   return [t for t in targets if t.is_file() and t.is_relative_to(ROOT)]
 
 
@@ -51,14 +56,14 @@ def outside() -> list[Path]:
     path = todo.pop()
     if path not in found:
       found.add(path)
-      todo += linked(path) if path.suffix == '.md' else []
+      todo += linked(path) if prose(path) else []
   return sorted(p for p in found - set(modules()) if not p.is_relative_to(DOCS))
 
 
 @functools.cache
 def sources() -> dict[str, Path]:
-  """{name on the site: page of Markdown}."""
-  return {uri(p): p for p in (*DOCS.rglob('*.md'), *outside()) if p.suffix == '.md'}
+  """{name on the site: page of Markdown or notebook}."""
+  return {uri(p): p for p in (*DOCS.rglob('*.md'), *outside()) if prose(p)}
 
 
 def content(path: Path) -> str:
