@@ -4,9 +4,9 @@
   params, _ = model.init(key, batch)
   made = learner(model, optax.adam(1e-3), method, frozen(params, RULES))
 
-What is trained keeps its path and is as large as the part that is chosen: so are its gradient, the optimiser's
-moments and whatever a method keeps of it. The rest of a weight is in the branch 'rest', which `frozen` hands to the
-learner: nothing is ever subtracted or masked, the backward pass does not compute it.
+What is trained keeps its path and is as large as the part that is chosen; so are its gradient, the
+optimiser's moments and whatever a method keeps of it. The rest of a weight is in the branch 'rest', which
+`frozen` hands to the learner. No gradient is masked: that of the rest is not computed.
 
 Source: Lin, Zhu, Chen, Wang, Gan & Han, "On-Device Training Under 256KB Memory", NeurIPS 2022, section 2.2
 (official code mit-han-lab/tiny-training, algorithm/core/utils/partial_backward.py): biases of the last
@@ -241,8 +241,8 @@ def order(sizes: Tree, rules: Rules) -> dict[str, np.ndarray]:
 def squared_gradients(model: Model, params: Tree, stats: Tree, batches: Batch) -> Tree:
   """The sum over batches of the squared gradient of each batch's task loss, like the parameters.
 
-  An importance before anything is learnt: the diagonal of the Fisher information up to a factor, with the mean
-  over a batch in the place of one example.
+  An importance before anything is learnt: the diagonal of the Fisher information up to a factor, with the
+  mean over a batch in the place of one example.
 
   Args:
     model: the plain one.

@@ -81,6 +81,11 @@ class Upper(NamedTuple):
   upper: Any
 
 
+def depth(a: Any) -> int:
+  """The layers of a leaf of a stack."""
+  return sum(map(depth, a)) if isinstance(a, Upper) else jnp.shape(a)[0]
+
+
 def segments(p: Tree) -> list[tuple[int, Tree]]:
   """(first layer, weights) of the parts of a stack that have the same layers trained, from below.
 
