@@ -9,6 +9,7 @@ import optax
 from cl_jax.compose import named_key
 from cl_jax.linalg import weighted_mean
 from cl_jax.masks import subtract
+from cl_jax.micro import accumulated
 from cl_jax.rng import plain, unrolled
 from cl_jax.types import Batch, Forward, Learner, Method, Model, State, Transition, Tree, overlay
 
@@ -18,6 +19,7 @@ def learner(
   tx: optax.GradientTransformation,
   method: Method = Method(),  # noqa: B008 (a NamedTuple of pure functions: immutable)
   frozen: Tree = None,
+  micro_batches: int = 1,
 ) -> Learner:
   """A continual learner: `model` trained by `tx`, with `method` (naive fine-tuning by default).
 
@@ -31,6 +33,7 @@ def learner(
     frozen: nested dict of weights that are not trained. They take the place of the model's own of
       the same path, are split off before the gradient is taken, and stay out of the state: one copy
       serves any number of mapped runs.
+    micro_batches: parts that the gradient of a step is computed in; see `micro.accumulated`.
 
   Returns:
     The learner. Its functions are pure and jit, vmap and export as they are.
@@ -60,7 +63,7 @@ def learner(
       task_loss = weighted_mean(model.loss(out, batch), batch.w)
       return task_loss + method.loss(s, params, batch, out, fwd), out
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = accumulated(jax.value_and_grad(loss_fn, has_aux=True), micro_batches)
     (loss, out), g = grad_fn(state.params, mixed)
     g, s = method.grads(s, g, state.params, mixed, grad_fn)
     updates, opt = tx.update(g, state.opt, state.params)

@@ -152,6 +152,19 @@ def defaults() -> dict[str, Any]:
     },
     # Patterns of parameter paths that are not trained and are shared by all runs.
     'freeze': (),
+    # Sparse update, in the place of `freeze`; see cl_jax.sparse.
+    'update': {
+      # ((pattern, words), ...) over all parameters, the first pattern that matches counts: 'all', 'none',
+      # 'bias', 'out 0.25' and 'in 0.25' (a share of the output or input channels of weights 'w'), 'last 2'
+      # (layers of a stack). What is not trained is shared by all runs and costs no gradient. () = all.
+      'parts': (),
+      # The channels: the 'first', those of largest 'magnitude' (norm of the initial weights), or of largest
+      # 'gradient' (squares of the gradients on the first task of the first seed, before training).
+      'channels': 'first',
+    },
+    # The gradient of a step in so many parts, one after the other, of which only one's activations are kept:
+    # the same up to rounding, but for what looks at a batch as a whole; see cl_jax.micro.
+    'micro_batches': 1,
     # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 8 or 4 to round
     # them; what is added above them (lora) stays in full precision.
     'frozen_bits': Maybe(int),

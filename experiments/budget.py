@@ -1,7 +1,8 @@
 """What a learner would cost: `python -m experiments.budget --config=FILE[:ARG]`. Nothing is trained.
 
 Bytes of state by role and after each task, the memory of a compiled step, multiply-adds and bytes moved of a
-step and of a prediction, passes, an estimate of energy, and the largest arrays. `config.budget` makes limits
+step and of a prediction, passes, an estimate of energy, and the largest arrays; what a sparse update or
+micro-batches save against all in one piece. `config.budget` makes limits
 of three of the figures, which all commands that train refuse to exceed.
 
 With --shape instead of --config: the memory of a large model's step over many devices; see docs/devices.md.
@@ -23,7 +24,7 @@ from cl_jax.edge import energy
 from cl_jax.errors import UserError
 from cl_jax.report.figures import LIGHT, canvas
 from cl_jax.report.tables import scaled
-from experiments import budget_shape, build, cli, config, limits, options, results
+from experiments import budget_shape, build, cli, config, limits, options, results, savings
 
 PROGRAM = 'experiments.budget'
 LARGEST = 10
@@ -91,6 +92,7 @@ def figures(
   made, cost = build.programs(setup), results.costs(setup)
   work = {name: Work.of(getattr(made, name), made) for name in ('step', 'predict')}
   peak = made.peak()
+  saved = savings.against(own, made, peak, data_dir)
   tasks = setup.streams[0].tasks
   reached = {
     'state_bytes': cost['state_bytes']['total'],
@@ -113,6 +115,7 @@ def figures(
     'peak': peak._asdict(),
     'passes': cost['passes'],
     'flops_per_step': cost['flops_per_step'],
+    **({'savings': saved} if saved else {}),
     **{name: w.line(profiles) for name, w in work.items()},
     'largest': [leaf._asdict() for leaf in budget.leaves(made.state, setup.frozen)[:LARGEST]],
   }
@@ -176,6 +179,8 @@ def table(about: Mapping[str, Any]) -> str:
   once = about['passes']
   rows += [('  forward passes', f'{once["train_forward"]:g}', f'{once["predict_forward"]:g}')]
   rows += [('  backward passes', f'{once["train_backward"]:g}', '0')]
+  if 'savings' in about:
+    rows += savings.rows(about['savings'])
   rows += [('where every byte goes', '', '')]
   rows += [
     (f'  {leaf["name"]}', f'{leaf["bytes"]:,}', f'{leaf["dtype"]}{list(leaf["shape"])}')

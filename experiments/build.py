@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cl_jax import budget, masks, methods
+from cl_jax import budget, masks, methods, sparse
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import check_needs
@@ -25,7 +25,7 @@ from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.models.quantised import quantise_tree
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
-from experiments import capacity, features, fields, limits, optimizer
+from experiments import capacity, features, fields, limits, optimizer, update
 from experiments.chain import chain_of
 from experiments.config import dumps, find_model
 from experiments.streams import alike, streams
@@ -88,6 +88,9 @@ def prepare(
 def _setup(config, seeds, group: list[Stream], tell) -> Setup:
   first = example(group[0])
   make, initial = network(config, group[0].classes)
+  if update.rules(config):
+    known = {} if initial is None else {'backbone': initial}
+    make = update.network(config, make, known, first, group[0])
   weights, frozen = split_weights(config, make, initial, first)
   if config['cache_features']:
     chosen = chain_of(config, group[0], hyper(config, group[0]))
@@ -99,7 +102,8 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     tx, reset = optimizer.make(config, hp)
     model = make(weights) if model is None else model
     method = chain_of(sized if own is None else own, begun(facts, tasks), hp, model.wires)
-    return optimizer.resetting(learner(model, tx, method, weights['frozen']), reset)
+    parts = config.get('micro_batches', 1)  # artefacts of earlier versions have no such field
+    return optimizer.resetting(learner(model, tx, method, weights['frozen'], parts), reset)
 
   def added(own) -> int:
     """Bytes of state beyond plain fine-tuning."""
@@ -214,14 +218,16 @@ def network(config: Mapping[str, Any], classes: int) -> tuple[Callable[[Tree], M
 def split_weights(config, make, initial: Tree, first: Batch) -> tuple[dict[str, Tree], Tree]:
   """({'frozen', 'initial'}, the frozen ones again): what is shared by all runs."""
   pretrained_tree = {} if initial is None else {'backbone': initial}
-  if not config['freeze']:
+  chosen = update.rules(config)
+  if not config['freeze'] and not chosen:
     return {'frozen': {}, 'initial': pretrained_tree}, {}
   # One copy for all seeds: without pretrained weights, what is frozen is drawn from seed 0.
   params, _ = make({'frozen': {}, 'initial': pretrained_tree}).init(jax.random.key(0), first)
   try:
-    frozen, rest = masks.split(params, config['freeze'])
+    frozen = sparse.frozen(params, chosen) if chosen else masks.split(params, config['freeze'])[0]
   except UserError as error:
     raise UserError(f'config.freeze: {error}') from error
+  rest = masks.subtract(params, frozen)
   rest = {k: v for k, v in rest.items() if k in pretrained_tree}
   if config['frozen_bits']:
     frozen = quantise_tree(frozen, config['frozen_bits'])

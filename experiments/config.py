@@ -217,9 +217,13 @@ def sha256(config: Mapping[str, Any]) -> str:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What tells a run from others: a `budget` without limits is left out, as before there was that field."""
-  limited = any(v is not None for v in config.get('budget', {}).values())
-  return {k: v for k, v in config.items() if k != 'budget' or limited}
+  """What tells a run from others; younger fields only where they do something: older runs have none."""
+  idle = {
+    'budget': all(v is None for v in config.get('budget', {}).values()),
+    'update': not config.get('update', {}).get('parts'),
+    'micro_batches': config.get('micro_batches', 1) == 1,
+  }
+  return {k: v for k, v in config.items() if not idle.get(k)}
 
 
 def tuples(node: Any) -> Any:

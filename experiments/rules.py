@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cl_jax.errors import UserError
+from cl_jax.sparse import CHOICES
 from configs.common import SCHEDULES, SEPARATE, Maybe, defaults
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -94,6 +95,14 @@ RULES: dict[str, Rule] = {
     'must be ((pattern, factor), ...) with factors of at least 0',
   ),
   'freeze': (lambda v: all(isinstance(p, str) for p in v), 'must be patterns, as in (".*/w",)'),
+  'update.parts': (
+    lambda v: all(
+      isinstance(p, tuple) and len(p) == 2 and all(isinstance(w, str) for w in p) for p in v
+    ),
+    "must be ((pattern, words), ...), as in (('l0/.*', 'in 0.25'), ('.*', 'all'))",
+  ),
+  'update.channels': one_of(*CHOICES),
+  'micro_batches': least(1),
   'frozen_bits': (lambda v: v in (8, 4), 'must be 8, 4 or None'),
   'tuning.rates': (lambda v: v and _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.first_rates': (lambda v: _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
@@ -200,7 +209,23 @@ def _together(c: Mapping[str, Any]) -> None:
     raise UserError(
       'config.cache_features needs a network that is frozen below its head: set config.freeze'
     )
-  if c['frozen_bits'] and not (c['freeze'] and c['model'].get('pretrained')):
+  parts = c['update']['parts']
+  if parts and (c['freeze'] or c['cache_features']):
+    name = 'freeze' if c['freeze'] else 'cache_features'
+    raise UserError(
+      f"config.update.parts says what is not trained ('none'): leave config.{name} at its default"
+    )
+  if c['update']['channels'] != 'first' and not any(
+    w.startswith(('in ', 'out ')) for _, w in parts
+  ):
+    raise UserError(
+      "config.update.channels chooses channels: config.update.parts needs an 'in F' or 'out F'"
+    )
+  if c['batch'] % c['micro_batches']:
+    raise UserError(
+      f'config.micro_batches={c["micro_batches"]} must divide config.batch={c["batch"]}'
+    )
+  if c['frozen_bits'] and not ((c['freeze'] or parts) and c['model'].get('pretrained')):
     raise UserError(
       'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained and config.freeze'
     )

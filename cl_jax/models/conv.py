@@ -12,23 +12,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cl_jax.models.sliced import Sliced
 from cl_jax.types import Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv(x: Array, w: Array, stride: int = 1) -> Array:
+def conv(x: Array, w: Array | Sliced, stride: int = 1) -> Array:
   """Cross-correlates with a window of odd size k, zero-padded by (k - 1) / 2 as torch does.
 
   Reverse mode only: `jax.jvp` of it is refused (`jax.jvp` of a gradient works).
 
   Args:
     x: [B, H, W, in].
-    w: [k, k, in, out].
+    w: [k, k, in, out], or one of which some channels are trained.
     stride: of the window.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), out].
   """
+  if isinstance(w, Sliced):
+    return w.product(lambda x, w: filtered(x, w, stride), x)
+  return filtered(x, w, stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def filtered(x: Array, w: Array, stride: int) -> Array:
+  """`conv` with the gradients of this file."""
   return _conv(x, w, stride)
 
 
@@ -55,7 +63,7 @@ def _backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array,
   return input_gradient(g, w, stride, x.shape), filter_gradient(x, g, stride, w.shape)
 
 
-conv.defvjp(_forward, _backward)
+filtered.defvjp(_forward, _backward)
 
 
 def input_gradient(g: Array, w: Array, stride: int, shape: tuple[int, ...]) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cl_jax.errors import UserError
 from cl_jax.models.layers import dense, dense_init
+from cl_jax.models.sliced import segments
 from cl_jax.types import Array, Batch, Tree, Wire
 
 
@@ -112,11 +113,18 @@ def stack(
 
   Args:
     block: (weights of one layer, h, index) -> h.
-    p: every leaf [layers, ...]; a scalar (the scale of a `LowRank`) goes to every layer.
+    p: every leaf [layers, ...]; a scalar (the scale of a `LowRank`) goes to every layer. Where leaves are
+      `Upper`, the layers below run in a loop of their own, which keeps nothing for a backward pass.
     h: [B, L, D].
     remat: keep only the input of each layer for the backward pass and compute the rest again.
     unroll: compile the layers one by one instead of one for all.
   """
+  for first, part in segments(p):
+    h = _run(block, part, h, first, remat, unroll)
+  return h
+
+
+def _run(block, p: Tree, h: Array, first: int, remat: bool, unroll: bool) -> Array:
   layers = max(jnp.shape(a)[0] for a in jax.tree.leaves(p) if jnp.ndim(a))
   p = jax.tree.map(lambda a: a if jnp.ndim(a) else jnp.broadcast_to(a, (layers,)), p)
 
@@ -124,4 +132,5 @@ def stack(
     return block(layer[0], h, layer[1]), None
 
   step = jax.checkpoint(step) if remat else step
-  return jax.lax.scan(step, h, (p, jnp.arange(layers)), unroll=layers if unroll else 1)[0]
+  index = first + jnp.arange(layers)
+  return jax.lax.scan(step, h, (p, index), unroll=layers if unroll else 1)[0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.models import containers, layers, onnx_file, pretrained, transformer
+from cl_jax.models.sliced import depth
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
 
@@ -186,7 +187,7 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def _check(config: Config, p: Tree) -> None:
-  there = p['positions'].shape[0], jnp.shape(p['layers']['norm1']['scale'])[0]
+  there = p['positions'].shape[0], depth(p['layers']['norm1']['scale'])
   if there != (1 + _patches(config), config.depth):
     raise UserError(
       f'the weights have {there[0] - 1} patches and {there[1]} layers, the config says '

@@ -192,7 +192,12 @@ def curves(line: Mapping[str, Any]) -> np.ndarray | None:
 
 def setting(line: Mapping[str, Any]) -> dict[str, Any]:
   """The configuration without what is allowed to differ within a group; limits change nothing of a run."""
-  return {k: v for k, v in line['config'].items() if k not in ('seed', 'seeds', 'budget')}
+  config = line['config']
+  free = {'seed', 'seeds', 'budget'}
+  # Fields that earlier versions did not have, where they do nothing.
+  free |= set() if config.get('update', {}).get('parts') else {'update'}
+  free |= {'micro_batches'} if config.get('micro_batches', 1) == 1 else set()
+  return {k: v for k, v in config.items() if k not in free}
 
 
 def identity(line: Mapping[str, Any]) -> str:

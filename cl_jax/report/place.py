@@ -42,11 +42,16 @@ def apart(values: Sequence[float], gap: float, limits: tuple[float, float]) -> l
   return out
 
 
-def beside(ax: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+def beside(
+  ax: Any,
+  points: Sequence[tuple[float, float, str, str]],
+  avoid: Sequence[tuple[float, float, float, float]] = (),
+) -> None:
   """Writes the label of every point (x, y, label, colour) next to it, where there is room.
 
   Tries eight places around the point at growing distances and takes the first that covers no other
-  label and no point and lies inside the axes; the last resort is the right side.
+  label, no point and nothing of `avoid` (lines from (x0, y0) to (x1, y1), upright or level) and lies inside
+  the axes; the last resort is the right side.
   """
   renderer = ax.figure.canvas.get_renderer()
   box = ax.get_window_extent(renderer)
@@ -54,6 +59,9 @@ def beside(ax: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
   dots = [tuple(ax.transData.transform(p[:2])) for p in points]
   unit = ax.figure.dpi / 72
   taken: list[tuple[float, ...]] = [(d[0] - 5, d[1] - 5, d[0] + 5, d[1] + 5) for d in dots]
+  for x0, y0, x1, y1 in avoid:
+    (a, b), (c, d) = ax.transData.transform([(x0, y0), (x1, y1)])
+    taken.append((min(a, c) - 2, min(b, d) - 2, max(a, c) + 2, max(b, d) + 2))
   for (x, y, label, colour), dot in sorted(zip(points, dots, strict=True), key=lambda p: p[1]):
     probe = ax.text(0, 0, label, fontsize=9)
     extent = probe.get_window_extent(renderer)

@@ -17,7 +17,8 @@ def partial(lowest: int = 1, stack: str = 'backbone/layers/.*') -> Method:
 
   Layers are stacked in one array a weight, so that patterns of paths (`learner(frozen=...)`) cannot tell them
   apart. What momentum, Adam or weight decay would do to the lower ones is undone after every step. Their
-  gradients are cut off, but computed: this saves no time and no bytes of optimiser state.
+  gradients are cut off, but computed: this saves no time and no bytes of optimiser state; 'last N' of
+  `cl_jax.sparse` saves both.
 
   Args:
     lowest: index of the first layer that is trained, counted from 0.
