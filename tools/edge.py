@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_jax import metrics
+from cl_jax import durable, metrics
 from cl_jax.edge import energy
 from cl_jax.report import pareto
 from cl_jax.report.pareto import Point
 from configs import demo, edge_sparse
-from tools.figures import FIGURES, RESULTS, ROOT, markdown, read
+from tools.figures import RESULTS, markdown, read
 from tools.pages import fill, update
+from tools.pictures import FIGURES, FORMS, ROOT, check, shown, stamp
 
 MAKER = 'tools/edge.py'
 PAGE = ROOT / 'docs/edge.md'
@@ -40,6 +41,19 @@ UPDATES = {
   'whole layers or biases': ('upper', 'bias', 'head'),
 }
 SPARSE = RESULTS / 'sparse'
+FROM = {  # what each figure is drawn from, the command that made that, its configuration
+  'pareto_edge': (RESULTS / 'edge.csv', 'make edge', '[configs/edge.py](../configs/edge.py)'),
+  'pareto_demo': (
+    RESULTS / 'demo/results.jsonl',
+    'make demo',
+    '[configs/demo.py](../configs/demo.py)',
+  ),
+  'pareto_sparse': (
+    SPARSE,
+    'python -m experiments.run --config=configs/edge_sparse.py:WORDS',
+    '[configs/edge_sparse.py](../configs/edge_sparse.py)',
+  ),
+}
 NONE = '–'
 
 
@@ -142,8 +156,8 @@ def sparse_table(cells: Sequence[tuple[str, list[dict], dict]]) -> str:
   for words, lines, about in cells:
     macs, roles = about['step']['macs'], about['state_bytes_by_role']
     whole = whole or macs['total']
-    acc = shown([100 * line['acc'] for line in lines])
-    apart = shown([100 * (line['acc'] - dense[line['seed']]) for line in lines], '+')
+    acc = interval([100 * line['acc'] for line in lines])
+    apart = interval([100 * (line['acc'] - dense[line['seed']]) for line in lines], '+')
     rows.append((
       f'`{words}`', acc, NONE if words == cells[0][0] else apart, f'{macs["forward"]:,}',
       f'{macs["backward"]:,}', f'{macs["total"] / whole:.1%}', f'{about["peak"]["temporary"]:,}',
@@ -155,7 +169,7 @@ def sparse_table(cells: Sequence[tuple[str, list[dict], dict]]) -> str:
   return '\n\n'.join((markdown(head, rows), f'On {where}'))
 
 
-def shown(values: Sequence[float], sign: str = '') -> str:
+def interval(values: Sequence[float], sign: str = '') -> str:
   centre, half = metrics.interval(values)
   return f'{centre:{sign}.1f}' + ('' if half is None else f' ± {half:.1f}')
 
@@ -171,9 +185,13 @@ def told(points: Sequence[Point]) -> str:
   )
 
 
-def picture(points: Sequence[Point], name: str, alt: str, makers: Sequence[str]) -> str:
-  commands = '\n'.join([*makers, 'python -m tools.edge --write'])
-  return f'![{alt}](figures/{name}.png)\n\n```\n{commands}\n```\n\nOn the fronts:\n\n{told(points)}'
+def picture(points: Sequence[Point], name: str) -> str:
+  """A figure, what it was drawn from, and its fronts."""
+  source, command, configuration = FROM[name]
+  alt = 'accuracy against bytes, multiply-adds and energy'
+  place = source.relative_to(ROOT).as_posix()
+  drawn = shown(name, alt, place, f'`{command}`', configuration)
+  return f'{drawn}\n\nOn the fronts:\n\n{told(points)}'
 
 
 def figures() -> dict[str, tuple[list[Point], dict[str, tuple[str, ...]]]]:
@@ -188,18 +206,13 @@ def figures() -> dict[str, tuple[list[Point], dict[str, tuple[str, ...]]]]:
 
 def page() -> str:
   made, parts = figures(), []
-  for name, title, maker in (
-    ('pareto_edge', 'Split Fashion-MNIST, the list of make edge', 'make edge'),
-    ('pareto_demo', f'CLINC150 with {demo.MODEL}, make demo', 'make demo'),
-    (
-      'pareto_sparse',
-      'Sparse updates',
-      'python -m experiments.run --config=configs/edge_sparse.py:WORDS',
-    ),
+  for name, title in (
+    ('pareto_edge', 'Split Fashion-MNIST, the list of make edge'),
+    ('pareto_demo', f'CLINC150 with {demo.MODEL}, make demo'),
+    ('pareto_sparse', 'Sparse updates'),
   ):
     if name in made:
-      alt = 'accuracy against bytes, multiply-adds and energy'
-      parts += [f'### {title}', picture(made[name][0], name, alt, [maker])]
+      parts += [f'### {title}', picture(made[name][0], name)]
   text = fill(PAGE.read_text(), f'{MAKER} pareto', '\n\n'.join(parts))
   cells = sparse_cells()
   return fill(text, f'{MAKER} sparse', sparse_table(cells) if cells else 'Not run yet.')
@@ -209,11 +222,15 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--write', action='store_true', help='write them instead of comparing')
   write = parser.parse_args().write
-  for name, (points, kinds) in figures().items() if write else ():
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    (FIGURES / f'{name}.png').write_bytes(pareto.draw(points, PANELS, list(kinds), APART))
-    print(f'{name}.png drawn')
-  return update({PAGE: page()}, write, 'figures')
+  made = figures()
+  for name, (points, kinds) in made.items() if write else ():
+    for form in FORMS:
+      image = pareto.draw(
+        points, PANELS, list(kinds), APART, form=form, source=stamp(FROM[name][0])
+      )
+      durable.replace(FIGURES / f'{name}.{form}', lambda f, image=image: f.write(image))
+    print(f'{name} drawn')
+  return update({PAGE: page()}, write, 'figures') | check({name: FROM[name][0] for name in made})
 
 
 if __name__ == '__main__':

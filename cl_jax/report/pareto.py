@@ -57,8 +57,10 @@ def draw(
   kinds: Sequence[str],
   apart: str = 'another problem',
   theme: Theme = LIGHT,
+  form: str = 'png',
+  source: str = '',
 ) -> bytes:
-  """A PNG with a panel below the other for each (cost, unit).
+  """A picture with a panel below the other for each (cost, unit).
 
   Args:
     points: the learners.
@@ -66,9 +68,10 @@ def draw(
     kinds: all there may be, in an order that gives each the same look in every figure.
     apart: what the legend says of points that are `apart`.
     theme: see `figures.Theme`.
+    form, source: see `figures.metadata`.
   """
   style = dict(zip(kinds, STYLES, strict=False))
-  with canvas(theme, 8.4, 0.6 + 3.7 * len(panels)) as (fig, png):
+  with canvas(theme, 8.4, 0.6 + 3.7 * len(panels)) as (fig, image):
     axes = fig.subplots(len(panels), 1, squeeze=False)[:, 0]
     lines = [
       _panel(ax, points, *panel, style, theme) for ax, panel in zip(axes, panels, strict=True)
@@ -82,7 +85,7 @@ def draw(
     fig.canvas.draw()
     for ax, (cost, _), avoid in zip(axes, panels, lines, strict=True):
       place.beside(ax, _labels(points, cost, theme), avoid)
-    return png()
+    return image(form, source)
 
 
 def _labels(
