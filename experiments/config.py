@@ -95,7 +95,7 @@ def schema_of(raw: Mapping[str, Any], chosen: tuple[str, ...]) -> dict[str, Any]
     if name in schema:
       raise UserError(f'config.methods: a method cannot be called {name!r}, which is a field')
     schema[name] = {'gate': Field(None, (float,), optional=True)}
-    schema[name] |= fields.of(methods.find(name), KNOWN, ('wires',))
+    schema[name] |= fields.of(methods.find(name), KNOWN, ('wires', 'codec'))
   return schema
 
 
@@ -217,9 +217,15 @@ def sha256(config: Mapping[str, Any]) -> str:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What tells a run from others: a `budget` without limits is left out, as before there was that field."""
-  limited = any(v is not None for v in config.get('budget', {}).values())
-  return {k: v for k, v in config.items() if k != 'budget' or limited}
+  """What tells a run from others: fields that came later are left out where they change nothing.
+
+  These are a `budget` without limits, and `compress` where nothing is.
+  """
+  kept = {
+    'budget': any(v is not None for v in config.get('budget', {}).values()),
+    'compress': any(config.get('compress', {}).values()),
+  }
+  return {k: v for k, v in config.items() if kept.get(k, True)}
 
 
 def tuples(node: Any) -> Any:
