@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_jax import budget, codecs
@@ -41,6 +41,7 @@ def row_bound(codec: str, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize('codec', codecs.ROWS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES))
 def test_rows_keep_the_stated_error_and_bytes(codec, seed, shape):
   x = floats(seed, shape)
@@ -57,6 +58,7 @@ def test_rows_keep_the_stated_error_and_bytes(codec, seed, shape):
 
 
 @pytest.mark.parametrize('codec', codecs.ROWS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES))
 def test_images_are_lossless_but_in_four_bits(codec, seed, shape):
   x = np.random.default_rng(seed).integers(0, 256, (5, *shape)).astype(np.uint8)
@@ -83,6 +85,7 @@ def test_ties_go_to_the_even_level():
 
 
 @pytest.mark.parametrize('codec', codecs.TENSORS)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), n=st.sampled_from((1, 255, 256, 257, 1000)))
 def test_tensors_keep_the_stated_error_and_bytes(codec, seed, n):
   x = np.random.default_rng(seed).standard_t(2, size=n).astype(np.float32)
@@ -117,7 +120,7 @@ def test_the_dynamic_map_is_that_of_the_paper():
     levels = codecs.dynamic_map(codec)
     assert len(levels) == 256 == len(np.unique(levels)) and (np.diff(levels) > 0).all()
     inside = [((levels > 10.0 ** -(k + 1)) & (levels < 10.0**-k)).sum() for k in range(7)]
-    assert inside == [64 // sides * 2 // 2**k for k in range(7)] if sides == 1 else True
+    assert inside == [128 // sides // 2**k for k in range(7)]
     assert {0.0, 1.0} <= set(levels.tolist())
 
 
@@ -127,7 +130,9 @@ def test_mapped_and_compiled_alike():
   for codec in codecs.ROWS:
     many = jax.jit(jax.vmap(lambda a, c=codec: codecs.decode(codecs.encode(c, a))))(x)
     for one, a in zip(many, x, strict=True):
-      np.testing.assert_allclose(one, codecs.decode(codecs.encode(codec, a)), 1e-6)
+      again = np.asarray(codecs.decode(codecs.encode(codec, a)))
+      most = np.abs(again).max(1, keepdims=True)  # a compiled product may be fused with its sum
+      assert (np.abs(one - again) <= 1e-6 * most).all()
 
 
 def test_what_cannot_be_encoded_says_so():
