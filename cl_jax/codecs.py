@@ -2,7 +2,8 @@
 
 Rows (`encode`) are the examples of a memory: each carries its own scale, so it can be written and read alone.
 Tensors (`pack`) are what a method or an optimiser keeps beside the parameters: a scale for each block.
-Rounding is to the nearest level (of two as near to the even one, in the dynamic codecs to the lower); nothing is drawn.
+Rounding is to the nearest level, of two as near to the even one (in the dynamic codecs to the lower); nothing
+is drawn.
 """
 
 from __future__ import annotations
@@ -256,7 +257,9 @@ def packs(codec: str, a: Array) -> bool:
 
 def unpack_tree(tree: Tree) -> Tree:
   """The tree with f32 tensors in the place of packed ones."""
-  return jax.tree.map(lambda a: unpack(a) if isinstance(a, Packed) else a, tree, is_leaf=_is(Packed))
+  return jax.tree.map(
+    lambda a: unpack(a) if isinstance(a, Packed) else a, tree, is_leaf=_is(Packed)
+  )
 
 
 def _blocks(x: Array) -> Array:

@@ -88,15 +88,9 @@ def memory(codec: str, method: Method, name: str = 'the method') -> Method:
     boundary=boundary,
     after=after,
     loss=loss,
-    mix=batch_of if method.mix is default.mix else mix,
+    mix=method.mix if method.mix is default.mix else mix,
     grads=method.grads if method.grads is default.grads else grads,
   )
-
-
-def batch_of(s: Tree, batch: Batch) -> Batch:
-  """The batch as it is."""
-  del s
-  return batch
 
 
 def decoding(fwd: Forward) -> Forward:
@@ -204,12 +198,12 @@ def repacked(old: Tree, plain: Tree, new: Tree) -> Tree:
 def moments(codec: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """`tx`, whose momentum and moments are packed between steps.
 
-  'dynamic8' is that of Dettmers et al., ICLR 2022; see `codecs.pack` for what deviates, and: arrays of less than
-  256 numbers stay in float32 (there: of less than 4096), embedding layers get no norm of their own.
+  'dynamic8' is that of Dettmers et al., ICLR 2022; see `codecs.pack` for what deviates, and: arrays of less
+  than 256 numbers stay in float32 (there: of less than 4096), embedding layers get no norm of their own.
 
-  Rounding to the nearest loses changes of less than half a level in a step: with Adam's b2=0.999 a second moment
-  grows, and falls by no more than 0.1 % a step, which bfloat16 rounds away; in 'dynamic8' it falls with the
-  largest of its block alone. A smaller b2 (0.95) does better in both.
+  Rounding to the nearest loses changes of less than half a level in a step: with Adam's b2=0.999 a second
+  moment grows, and falls by no more than 0.1 % a step, which bfloat16 rounds away; in 'dynamic8' it falls
+  with the largest of its block alone. A smaller b2 (0.95) does better in both.
 
   Args:
     codec: 'bfloat16' or 'dynamic8', which is 'udynamic8' for second moments; optax's names tell them.

@@ -164,8 +164,8 @@ def defaults() -> dict[str, Any]:
     },
     # Patterns of parameter paths that are not trained and are shared by all runs.
     'freeze': (),
-    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 8 or 4 to round
-    # them; what is added above them (lora) stays in full precision.
+    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 16 (bfloat16), 8
+    # or 4 to round them; what is added above them (lora) stays in full precision.
     'frozen_bits': Maybe(int),
     # Compute the features of a network that is frozen below its head once, and learn from these.
     'cache_features': False,

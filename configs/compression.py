@@ -5,10 +5,10 @@
   python -m experiments.sweep --config=configs/compression.py:ewc --workdir=runs/compression/ewc
   python -m experiments.sweep --config=configs/compression.py:adam --workdir=runs/compression/adam
 
-6,000 images that ship with the package, 5 tasks of two classes drawn by the seed, 3 epochs in batches of 32, MLP
-784-128-64. `er` keeps images and `latent` the 128 activations of the first layer, both within 60,000 bytes:
-fewer bytes a row are more rows. `ewc` (5 tasks of permuted pixels, 2,000 images each) has its importances and
-anchor, `adam` (with er's images) its moments in fewer bits. What came out is in docs/memory.md.
+6,000 images that ship with the package, 5 tasks of two classes drawn by the seed, 3 epochs in batches of 32,
+MLP 784-128-64. `er` keeps images and `latent` the 128 activations of the first layer, both within 60,000
+bytes: fewer bytes a row are more rows. `ewc` (5 tasks of permuted pixels, 2,000 images each) has its
+importances and anchor, `adam` (with er's images) its moments in fewer bits. What came out: docs/memory.md.
 """
 
 from configs import common
@@ -16,7 +16,9 @@ from configs import common
 CELLS = ('er', 'latent', 'ewc', 'adam')
 BUDGET = 60_000
 SWEEPS = {
-  'er': {'compress.memory': ('float32', 'bfloat16', 'uint8', 'int4')},  # int8 leaves images as uint8 does
+  'er': {
+    'compress.memory': ('float32', 'bfloat16', 'uint8', 'int4')
+  },  # int8 leaves images as uint8 does
   'latent': {'compress.memory': ('float32', 'bfloat16', 'uint8', 'int8', 'int4')},
   'ewc': {
     'compress.state': (

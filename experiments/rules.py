@@ -104,7 +104,7 @@ RULES: dict[str, Rule] = {
     'must be ((pattern, factor), ...) with factors of at least 0',
   ),
   'freeze': (lambda v: all(isinstance(p, str) for p in v), 'must be patterns, as in (".*/w",)'),
-  'frozen_bits': (lambda v: v in (8, 4), 'must be 8, 4 or None'),
+  'frozen_bits': (lambda v: v in (16, 8, 4), 'must be 16, 8, 4 or None'),
   'tuning.rates': (lambda v: v and _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.first_rates': (lambda v: _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.drop': fraction(),

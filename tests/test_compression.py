@@ -59,7 +59,9 @@ def trained(stream, method, steps=8, tasks=2, **tx):
 
 
 def test_the_methods_with_a_memory_are_those():
-  found = [n for n in methods.names() if 'capacity' in inspect.signature(methods.find(n)).parameters]
+  found = [
+    n for n in methods.names() if 'capacity' in inspect.signature(methods.find(n)).parameters
+  ]
   assert sorted(found) == sorted([*KEEP_EXAMPLES, 'latent', 'remind'])
 
 
@@ -94,9 +96,7 @@ def test_memory_holds_the_codes_of_what_was_shown(toy_stream):
   """And the stream's own rows are trained on as they are: the first step is that without a codec."""
   method = make('er', toy_stream)
   coded, plain = made(compression.memory('int4', method)), made(method)
-  state, bare = (
-    jax.jit(m.init)(jax.random.key(7), first(toy_stream)) for m in (coded, plain)
-  )
+  state, bare = (jax.jit(m.init)(jax.random.key(7), first(toy_stream)) for m in (coded, plain))
   step = jax.jit(coded.step)
   state, loss = step(state, first(toy_stream))
   assert loss == jax.jit(plain.step)(bare, first(toy_stream))[1]
@@ -105,7 +105,9 @@ def test_memory_holds_the_codes_of_what_was_shown(toy_stream):
   held, shown = state.method.rows, toy_stream.x[toy_stream.index[0, :4].reshape(-1)]
   kept = np.asarray(held.w)[:-1] > 0
   rows = np.asarray(codecs.decode(held.x))[:-1][kept]
-  near = np.abs(rows[:, None] - np.asarray(shown)[None]) <= np.abs(shown).max(1)[None, :, None] / 13.9
+  near = (
+    np.abs(rows[:, None] - np.asarray(shown)[None]) <= np.abs(shown).max(1)[None, :, None] / 13.9
+  )
   assert kept.sum() == 40 and near.all(-1).any(1).all()
   assert held.x.codes.dtype == jnp.uint8 and held.x.codes.shape[1:] == (4,)
 
@@ -130,7 +132,9 @@ def test_state_in_eight_bits_is_near_and_is_packed_once(toy_stream):
   """EWC with importances in 8 bits: near the plain run; between boundaries the codes do not move."""
   method, coded = (
     chain(ewc=methods.find('ewc')(coef=1.0)),
-    compression.state((('.*importance/l0/w', 'udynamic8'),), chain(ewc=methods.find('ewc')(coef=1.0))),
+    compression.state(
+      (('.*importance/l0/w', 'udynamic8'),), chain(ewc=methods.find('ewc')(coef=1.0))
+    ),
   )
   wide = dataclasses.replace(toy_stream, x=jnp.tile(toy_stream.x, 2))
   (plain, _), (state, _) = trained(wide, method), trained(wide, coded)
@@ -143,7 +147,9 @@ def test_state_in_eight_bits_is_near_and_is_packed_once(toy_stream):
   (still,) = leaves(step(state, first(wide, 2))[0].method, Packed)
   same(still, packed)
   traced = jax.make_jaxpr(made(coded).step)(state, first(wide, 2))
-  assert 'reduce_max' not in str(traced) or str(traced).count('clamp') == 0  # nothing is packed in a step
+  assert (
+    'reduce_max' not in str(traced) or str(traced).count('clamp') == 0
+  )  # nothing is packed in a step
 
 
 @pytest.mark.parametrize('codec', compression.MOMENTS)
@@ -171,7 +177,10 @@ def test_runs_of_seeds_and_whole_programs(toy_stream):
   """All three together over two seeds at once, in one program with boundaries and evaluations."""
   method = compression.state(
     (('.*importance/.*', 'bfloat16'),),
-    chain(er=compression.memory('int8', make('er', toy_stream)), ewc=methods.find('ewc')(1.0, 'empirical')),
+    chain(
+      er=compression.memory('int8', make('er', toy_stream)),
+      ewc=methods.find('ewc')(1.0, 'empirical'),
+    ),
   )
   stream = dataclasses.replace(toy_stream, index=toy_stream.index[:, :10])
 
@@ -191,7 +200,9 @@ def test_refusals_name_what_and_why(toy_stream):
   ewc, er = make('ewc', toy_stream), make('er', toy_stream)
   with pytest.raises(UserError, match='ewc keeps no examples .* in int8: leave the codec out'):
     start(compression.memory('int8', ewc, 'ewc'))
-  with pytest.raises(UserError, match=r"'.\*/fisher' packs nothing in udynamic8: the state has anchor"):
+  with pytest.raises(
+    UserError, match=r"'.\*/fisher' packs nothing in udynamic8: the state has anchor"
+  ):
     start(compression.state((('.*/fisher', 'udynamic8'),), ewc))
   with pytest.raises(UserError, match='rows/x, rows of a memory: those have a codec of their own'):
     start(compression.state((('rows/x', 'bfloat16'),), er))

@@ -1,0 +1,123 @@
+"""Tables and figure of docs/memory.md on codecs, from results/compression/ alone:
+`python -m tools.compression [--write]`.
+
+results/compression/NAME/results.jsonl are what `experiments.sweep --config=configs/compression.py:NAME` left.
+Without --write the command only says whether the page is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from cl_jax import metrics
+from tools.figures import FAINT, FIGURES, OURS, RESULTS, ROOT, THEIRS, markdown
+from tools.pages import fill, update
+
+MAKER = 'tools/compression.py'
+PAGE, FIGURE = ROOT / 'docs/memory.md', 'compression.png'
+MEMORIES = {'er': 'images (`er`)', 'latent': 'activations (`latent`)'}
+STATES = {'ewc': 'EWC', 'adam': 'Adam, `er`'}
+
+Lines = list[dict[str, Any]]
+
+
+def read(name: str) -> dict[str, Lines]:
+  """{codec or rules: a line a seed}, in the order in which they ran."""
+  file = RESULTS / 'compression' / name / 'results.jsonl'
+  found: dict[str, Lines] = {}
+  for text in file.read_text().splitlines() if file.exists() else ():
+    line = json.loads(text)
+    found.setdefault(label(line['config'].get('compress', {})), []).append(line)
+  return found
+
+
+def label(compress: dict[str, Any]) -> str:
+  """What is compressed, in words; 'float32' where nothing is."""
+  if compress.get('state'):
+    parts = (f'{pattern.strip(".*/")} {codec}' for pattern, codec in compress['state'])
+    return ', '.join(parts)
+  return compress.get('memory') or compress.get('optimizer') or 'float32'
+
+
+def shown(lines: Lines) -> str:
+  centre, half = metrics.interval([100 * line['acc'] for line in lines])
+  return f'{centre:.1f}' + ('' if half is None else f' ± {half:.1f}')
+
+
+def row_bytes(name: str, lines: Lines) -> str:
+  """Bytes of a slot, from those of the memory; slots + 1 + draw rows, and 4 bytes or flags beside them."""
+  first = lines[0]
+  slots = first['slots'][name]
+  return f'{first["state_bytes"][f"method/{name}"] // (slots + 1 + first["config"][name]["draw"])}'
+
+
+def part() -> str:
+  rows = []
+  for name, title in MEMORIES.items():
+    for codec, lines in read(name).items():
+      slots = lines[0]['slots'][name]
+      rows.append(
+        (title, codec, row_bytes(name, lines), f'{slots:,}', shown(lines), str(len(lines)))
+      )
+  if not rows:
+    return 'There are no results/compression/ yet.'
+  memory = markdown(('memory', 'codec', 'bytes a row', 'rows', 'ACC %', 'seeds'), rows)
+  rows = []
+  for name, title in STATES.items():
+    role = 'optimiser' if name == 'adam' else 'method/ewc'
+    for codec, lines in read(name).items():
+      size = f'{lines[0]["state_bytes"][role]:,}'
+      rows.append((title, codec, size, shown(lines), str(len(lines))))
+  state = markdown(('kept', 'as', 'bytes', 'ACC %', 'seeds'), rows)
+  picture = f'![accuracy by codec within one budget](figures/{FIGURE})'
+  return '\n\n'.join((memory, picture, state))
+
+
+def draw() -> None:
+  """Accuracy by the number of rows that fit, a point a codec."""
+  import matplotlib
+
+  matplotlib.use('agg')
+  import matplotlib.pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(7, 3.6), layout='constrained')
+  for (name, title), colour, marker in zip(MEMORIES.items(), (OURS, THEIRS), 'os', strict=True):
+    cells = read(name)
+    slots = [lines[0]['slots'][name] for lines in cells.values()]
+    middle, half = zip(
+      *(metrics.interval([100 * line['acc'] for line in lines]) for lines in cells.values()),
+      strict=True,
+    )
+    axis.errorbar(
+      slots,
+      middle,
+      yerr=[h or 0 for h in half],
+      fmt=f'{marker}-',
+      color=colour,
+      label=title.replace('`', ''),
+    )
+    for codec, x, y in zip(cells, slots, middle, strict=True):
+      axis.annotate(codec, (x, y), (5, -10), textcoords='offset points', fontsize=8)
+  axis.set_xscale('log')
+  axis.set(xlabel='rows that fit into 60,000 bytes', ylabel='accuracy, %')
+  axis.grid(color=FAINT, linewidth=0.5)
+  axis.legend(frameon=False)
+  figure.savefig(FIGURES / FIGURE, dpi=110, metadata={'Software': None})
+  plt.close(figure)
+  print(f'{FIGURE} drawn')
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--write', action='store_true', help='write them instead of comparing')
+  write = parser.parse_args().write
+  if write and read('er') and read('latent'):
+    draw()
+  return update({PAGE: fill(PAGE.read_text(), MAKER, part())}, write, 'figures')
+
+
+if __name__ == '__main__':
+  sys.exit(main())
