@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from cl_jax import budget, codecs, compression, methods
+from cl_jax import budget, checkpoint, codecs, compression, methods
 from cl_jax.codecs import Packed, Rows
 from cl_jax.compose import chain
 from cl_jax.errors import UserError
@@ -173,7 +173,7 @@ def test_moments_in_few_bits_follow_adam(codec):
   assert kinds == ({'dynamic8', 'udynamic8'} if codec == 'dynamic8' else {'bfloat16'})
 
 
-def test_runs_of_seeds_and_whole_programs(toy_stream):
+def test_runs_of_seeds_whole_programs_and_checkpoints(toy_stream, tmp_path):
   """All three together over two seeds at once, in one program with boundaries and evaluations."""
   method = compression.state(
     (('.*importance/.*', 'bfloat16'),),
@@ -192,6 +192,11 @@ def test_runs_of_seeds_and_whole_programs(toy_stream):
   state, record = jax.jit(jax.vmap(lambda k: one({}, k, stream)))(keys)
   assert np.isfinite(record.R).all() and np.diagonal(record.R, 0, 1, 2)[:, 0].min() > 0.5
   assert all(a.shape[0] == 2 for a in jax.tree.leaves(state))
+  checkpoint.save(tmp_path, 3, state)
+  like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+  back = checkpoint.restore(tmp_path, like)
+  assert back is not None and jax.tree.structure(back.tree) == jax.tree.structure(state)
+  same(back.tree, state)
 
 
 def test_refusals_name_what_and_why(toy_stream):
