@@ -230,10 +230,10 @@ def moments(codec: str, tx: optax.GradientTransformation) -> optax.GradientTrans
       )
     return s
 
-  def update(updates: Tree, s: Tree, params: Tree = None, **more) -> tuple[Tree, Tree]:
-    plain = codecs.unpack_tree(s)
+  def update(updates, state, params=None, **more):
+    plain = codecs.unpack_tree(state)
     updates, new = tx.update(updates, plain, params, **more)
-    return updates, repacked(s, plain, new)
+    return updates, repacked(state, plain, new)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
