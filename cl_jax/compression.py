@@ -19,7 +19,7 @@ from cl_jax.codecs import Packed, Rows
 from cl_jax.cut import Joined
 from cl_jax.errors import UserError
 from cl_jax.masks import path_name
-from cl_jax.types import Batch, Forward, Method, Tree
+from cl_jax.types import Array, Batch, Forward, Method, Tree
 
 MOMENTS = ('bfloat16', 'dynamic8')
 # Fields of optax's states whose numbers are not negative.
@@ -166,7 +166,7 @@ def packed_by(rules: Sequence[tuple[str, str]], tree: Tree) -> Tree:
             f'pattern {pattern!r} matches {name}, rows of a memory: those have a codec of their own'
           )
         used[i] = True
-        return codecs.pack(codec, node)
+        return begun(codec, node)
     return node
 
   def top(path, node: Any) -> Any:
@@ -182,6 +182,11 @@ def packed_by(rules: Sequence[tuple[str, str]], tree: Tree) -> Tree:
         + (f' and {len(seen) - 6} more' if len(seen) > 6 else '')
       )
   return made
+
+
+def begun(codec: str, a: Array) -> Packed:
+  """An initial array packed. The compiler is kept from packing its zeros itself, which takes it seconds."""
+  return codecs.pack(codec, jax.lax.optimization_barrier(a))
 
 
 def repacked(old: Tree, plain: Tree, new: Tree) -> Tree:
@@ -220,7 +225,7 @@ def moments(codec: str, tx: optax.GradientTransformation) -> optax.GradientTrans
     if not codecs.packs(codec, a):
       return a
     names = {getattr(step, 'name', '') for step in path}
-    return codecs.pack('udynamic8' if codec == 'dynamic8' and names & {*POSITIVE} else codec, a)
+    return begun('udynamic8' if codec == 'dynamic8' and names & {*POSITIVE} else codec, a)
 
   def init(params: Tree) -> Tree:
     s = jax.tree_util.tree_map_with_path(pack, tx.init(params))
