@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cl_jax import budget, codecs
 from cl_jax.errors import UserError
 
-SHAPES = ((), (1,), (7,), (4, 3, 1), (2, 16))
+SHAPES = ((), (7,), (4, 3, 1))
 
 
 def floats(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_ties_go_to_the_even_level():
 
 @pytest.mark.parametrize('codec', codecs.TENSORS)
 @settings(max_examples=8)
-@given(seed=st.integers(0, 10_000), n=st.sampled_from((1, 255, 256, 257, 1000)))
+@given(seed=st.integers(0, 10_000), n=st.sampled_from((255, 600)))
 def test_tensors_keep_the_stated_error_and_bytes(codec, seed, n):
   x = np.random.default_rng(seed).standard_t(2, size=n).astype(np.float32)
   x[::5] = 0
