@@ -42,7 +42,7 @@ def get_config(arg: str = 'er') -> dict:
       'scenario': 'domain',
       'transform': {'name': 'permuted'},
       'data': {'examples_per_class': 200, 'test_per_task': 500},
-      'ewc': {'coef': 100.0},
+      'ewc': {'coef': 5.0},
     },
     'latent': {'budget_bytes': BUDGET, 'latent': {**replay, 'tap': 'l0'}},
     'er': {'budget_bytes': BUDGET, 'er': replay},
