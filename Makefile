@@ -58,6 +58,7 @@ figures: $(VENV)/.demo ## draw the figures of docs/ from the files in results/
 	$(RUN) -m tools.edit --write
 	$(RUN) -m tools.device --write
 	$(RUN) -m tools.edge --write
+	$(RUN) -m tools.compression --write
 
 docs: $(VENV)/.test ## write the generated tables of docs/, then check its links and run its examples
 	$(RUN) -m tools.method_table --write

@@ -22,7 +22,7 @@ class Joined(NamedTuple):
   """The inputs of a batch whose last rows enter at the cut; its labels and weights cover all rows."""
 
   x: Tree  # [B, ...], as the stream stores them
-  held: Array  # [R, ...], as the memory stores them
+  held: Tree  # every leaf [R, ...], as the memory stores them
 
 
 def join(batch: Batch, drawn: Batch) -> Batch:
@@ -83,8 +83,8 @@ def cut(
   method: str,
   name: str,
   fixed: Array,
-  keep: Callable[[Array], Array] = lambda h: h,
-  restore: Callable[[Array], Array] = lambda kept: kept,
+  keep: Callable[[Array], Tree] = lambda h: h,
+  restore: Callable[[Tree], Array] = lambda kept: kept,
 ) -> Callable:
   """`apply` cut at the tap `name`; it takes batches with and without `Joined` inputs.
 

@@ -123,6 +123,18 @@ def defaults() -> dict[str, Any]:
     # Bytes that all methods together may add to the state of plain fine-tuning: those with a `capacity` get
     # as many slots as fit, in place of their own number. None = as their `capacity` says.
     'budget_bytes': Maybe(int),
+    # What is kept between steps in fewer bits; see cl_jax.codecs for bytes and errors. What has fewer bytes
+    # gets more slots out of a budget.
+    'compress': {
+      # The memory of every method that keeps examples or (latent) activations: '' as they come, 'float32',
+      # 'bfloat16', 'uint8', 'int8' or 'int4'.
+      'memory': '',
+      # ((pattern, codec), ...): parts of the methods' states by path, such as
+      # (('.*importance/.*', 'udynamic8'),); codecs are 'bfloat16', 'dynamic8' and 'udynamic8'.
+      'state': (),
+      # Momentum and moments: '' as they are, 'bfloat16' or 'dynamic8'.
+      'optimizer': '',
+    },
     # Limits that a learner is refused above, before anything is trained; None = none. What
     # `python -m experiments.budget` prints. They decide nothing about a run that fits.
     'budget': {
@@ -165,8 +177,8 @@ def defaults() -> dict[str, Any]:
     # The gradient of a step in so many parts, one after the other, of which only one's activations are kept:
     # the same up to rounding, but for what looks at a batch as a whole; see cl_jax.micro.
     'micro_batches': 1,
-    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 8 or 4 to round
-    # them; what is added above them (lora) stays in full precision.
+    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 16 (bfloat16), 8
+    # or 4 to round them; what is added above them (lora) stays in full precision.
     'frozen_bits': Maybe(int),
     # Compute the features of a network that is frozen below its head once, and learn from these.
     'cache_features': False,

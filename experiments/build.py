@@ -111,7 +111,8 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     total = lambda c: budget.state_bytes(  # noqa: E731
       jax.eval_shape(assemble(hp, weights, own=c).init, jax.random.key(0), first)
     )['total']
-    return total(own) - total({**config, 'methods': ()})
+    plain = {**config.get('compress', {}), 'memory': '', 'state': ()}
+    return total(own) - total({**config, 'methods': (), 'compress': plain})
 
   sized = capacity.fitted(config, added)
   slots = {m: sized[m]['capacity'] for m in config['methods'] if sized[m] != config[m]}

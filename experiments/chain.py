@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cl_jax import compose, methods
+from cl_jax import compose, compression, methods
 from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.types import Method, Stream, Tree, Wire
 from experiments import fields
+from experiments.capacity import SLOTS
 from experiments.config import KNOWN
 
 
@@ -21,6 +22,8 @@ def chain_of(
 ) -> Method:
   """The methods in their order, then the head; `wires` are the model's."""
   chosen: dict[str, Method] = {}
+  compress = config.get('compress', {})  # artefacts of earlier versions have none
+  codec = compress.get('memory')
   for name in config['methods']:
     factory, values = methods.find(name), dict(config[name])
     values |= hp['methods'].get(name, {})
@@ -28,10 +31,15 @@ def chain_of(
     values |= known(factory, values, stream, config)
     if 'wires' in inspect.signature(factory).parameters:
       values['wires'] = wires
+    own_rows = 'codec' in inspect.signature(factory).parameters  # they are not the stream's
+    if codec and own_rows:
+      values['codec'] = codec
     try:
       made = factory(**fields.arguments(factory, values))
     except (ValueError, TypeError) as error:
       raise UserError(f'config.{name}: {error}') from error
+    if codec and not own_rows and SLOTS in config[name]:
+      made = compression.memory(codec, made, name)
     chosen[name] = made if gate is None else compose.gated(gate, made)
   head = {'all': (), 'seen': ('seen_head',), 'current': ('current_head',), 'task': ('task_head',)}
   for name in head[config['head']]:
@@ -43,7 +51,8 @@ def chain_of(
       chosen[name] = task_head(stream.task_classes, stream.classes)
     else:
       chosen[name] = methods.find(name)(stream.classes)
-  return compose.chain(**chosen) if chosen else Method()
+  whole = compose.chain(**chosen) if chosen else Method()
+  return compression.state(compress['state'], whole) if compress.get('state') else whole
 
 
 def known(

@@ -95,7 +95,7 @@ def schema_of(raw: Mapping[str, Any], chosen: tuple[str, ...]) -> dict[str, Any]
     if name in schema:
       raise UserError(f'config.methods: a method cannot be called {name!r}, which is a field')
     schema[name] = {'gate': Field(None, (float,), optional=True)}
-    schema[name] |= fields.of(methods.find(name), KNOWN, ('wires',))
+    schema[name] |= fields.of(methods.find(name), KNOWN, ('wires', 'codec'))
   return schema
 
 
@@ -222,6 +222,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     'budget': all(v is None for v in config.get('budget', {}).values()),
     'update': not config.get('update', {}).get('parts'),
     'micro_batches': config.get('micro_batches', 1) == 1,
+    'compress': not any(config.get('compress', {}).values()),
   }
   return {k: v for k, v in config.items() if not idle.get(k)}
 

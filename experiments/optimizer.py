@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_jax import masks
+from cl_jax import compression, masks
 from cl_jax.errors import UserError
 from cl_jax.types import Learner, Tree
 
@@ -46,6 +46,8 @@ def make(
     core = optax.chain(optax.add_decayed_weights(decay), core)
   if options['groups']:
     core = optax.chain(core, grouped(hp['groups'], [p for p, _ in options['groups']]))
+  if codec := config.get('compress', {}).get('optimizer'):
+    core = compression.moments(codec, core)
   tx = core
   if options['schedule'] == 'cosine':
     tx = optax.chain(core, optax.scale_by_schedule(cosine(hp['legs'])))

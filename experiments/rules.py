@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cl_jax import codecs, compression
 from cl_jax.errors import UserError
 from cl_jax.sparse import CHOICES
 from configs.common import SCHEDULES, SEPARATE, Maybe, defaults
@@ -76,6 +77,15 @@ RULES: dict[str, Rule] = {
   'batch': least(1),
   'ends_batch': least(1),
   'budget_bytes': least(1),
+  'compress.memory': one_of('', *codecs.ROWS),
+  'compress.state': (
+    lambda v: all(
+      isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], str) and r[1] in codecs.TENSORS
+      for r in v
+    ),
+    f'must be ((pattern, codec), ...) with a codec of {", ".join(map(repr, codecs.TENSORS))}',
+  ),
+  'compress.optimizer': one_of('', *compression.MOMENTS),
   'budget.state_bytes': least(1),
   'budget.peak_bytes': least(1),
   'budget.macs_per_step': least(1),
@@ -103,7 +113,7 @@ RULES: dict[str, Rule] = {
   ),
   'update.channels': one_of(*CHOICES),
   'micro_batches': least(1),
-  'frozen_bits': (lambda v: v in (8, 4), 'must be 8, 4 or None'),
+  'frozen_bits': (lambda v: v in (16, 8, 4), 'must be 16, 8, 4 or None'),
   'tuning.rates': (lambda v: v and _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.first_rates': (lambda v: _positive(v), 'must be positive numbers, as in (0.1, 0.01)'),
   'tuning.drop': fraction(),
@@ -228,6 +238,11 @@ def _together(c: Mapping[str, Any]) -> None:
   if c['frozen_bits'] and not ((c['freeze'] or parts) and c['model'].get('pretrained')):
     raise UserError(
       'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained and config.freeze'
+    )
+  memory = c['compress']['memory']
+  if memory and not any('capacity' in c[name] for name in c['methods']):
+    raise UserError(
+      f'config.compress.memory={memory!r}: no method of config.methods has a memory: add one, as er is'
     )
   if c['optimizer']['reset'] and c['told'] is not None and 'boundary' not in c['told']:
     raise UserError('config.optimizer.reset happens at boundaries, which config.told does not tell')

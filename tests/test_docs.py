@@ -91,7 +91,9 @@ def test_readme_method_is_short_and_runs_in_a_fresh_interpreter(tmp_path):
   assert method > naive
 
 
-@pytest.mark.parametrize('tool', ['method_table', 'figures', 'study', 'edit', 'device', 'edge'])
+@pytest.mark.parametrize(
+  'tool', ['method_table', 'figures', 'study', 'edit', 'device', 'edge', 'compression']
+)
 def test_generated_parts_are_current(tool):
   command = [sys.executable, '-m', f'tools.{tool}']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Frozen weights in 8 or 4 bits, in the place of arrays: adapters train above them in full precision."""
+"""Frozen weights in 16, 8 or 4 bits, in the place of arrays: adapters train above them in full precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_jax import codecs
 from cl_jax.errors import UserError
 from cl_jax.masks import nest, paths
 from cl_jax.types import Array, Tree
 
-BITS = (8, 4)
+BITS = (16, 8, 4)
 GROUP = 64  # rows that share a scale in 4 bits
 
 
@@ -30,7 +31,7 @@ class Quantised(NamedTuple):
 
 def is_stored(w: Any) -> bool:
   """Whether `w` is a quantised weight, a dict of arrays, and not an array."""
-  return isinstance(w, dict) and ('int8' in w or 'int4' in w)
+  return isinstance(w, dict) and bool({'bfloat16', 'int8', 'int4'} & set(w))
 
 
 def matrix(w: Any) -> jax.ShapeDtypeStruct:
@@ -44,19 +45,22 @@ def operator(w: Any) -> Any:
 
 
 def quantise(w: Array, bits: int) -> dict[str, Array]:
-  """Rounds a weight f32[..., in, out] to the nearest of 2^bits - 1 levels, symmetric about 0.
+  """Rounds a weight f32[..., in, out]; 8 and 4 bits to the nearest of 2^bits - 1 levels, symmetric about 0.
 
+  16 bits: {'bfloat16': u16[..., in, out]}, the bits of bfloat16; see `codecs.half`.
   8 bits: {'int8': int8[..., in, out], 'scale': f32[..., 1, out]}, a scale per column.
   4 bits: {'int4': u8[..., in / 2, out], two rows to a byte, 'scale': f32[..., in / 64, out]}, a scale per
   column and 64 rows, as QLoRA's blocks are (Dettmers et al. 2023; deviation: levels are evenly spaced, not
   those of a normal distribution).
   """
   *lead, rows, columns = w.shape
+  if bits == 16:
+    return {'bfloat16': codecs.half(w.astype(jnp.float32))}
   if bits == 8:
     scale = jnp.maximum(jnp.abs(w).max(-2, keepdims=True), 1e-12) / 127
     return {'int8': jnp.round(w / scale).astype(jnp.int8), 'scale': scale}
   if bits != 4:
-    raise UserError(f'weights are quantised to 8 or 4 bits, not {bits}')
+    raise UserError(f'weights are quantised to 16, 8 or 4 bits, not {bits}')
   if rows % GROUP:
     raise UserError(f'4 bits need a multiple of {GROUP} rows, a weight has {rows}: use 8 bits')
   grouped = w.reshape(*lead, rows // GROUP, GROUP, columns)
@@ -68,6 +72,8 @@ def quantise(w: Array, bits: int) -> dict[str, Array]:
 
 def dequantise(stored: dict[str, Array]) -> Array:
   """The weight f32[..., in, out] that is stored."""
+  if 'bfloat16' in stored:
+    return codecs.whole(stored['bfloat16'])
   scale = stored['scale']
   if 'int8' in stored:
     return stored['int8'].astype(jnp.float32) * scale

@@ -253,12 +253,15 @@ def test_sweep_trains_no_group_where_another_is_refused(call, tiny, tmp_path):
   assert not (tmp_path / 'results.jsonl').exists()
 
 
-def test_a_budget_without_limits_leaves_hashes_and_working_directories_as_they_were(tmp_path):
+def test_fields_that_came_later_leave_hashes_and_working_directories_as_they_were(tmp_path):
   new = config.resolve(RAW)
-  old = {k: v for k, v in new.items() if k != 'budget'}
+  old = {k: v for k, v in new.items() if k not in ('budget', 'compress')}
   assert config.sha256(new) == config.sha256(old)
   limited = config.resolve({**RAW, 'budget': {'peak_bytes': 10**9}})
-  assert config.sha256(limited) != config.sha256(old)
+  packed = config.resolve(
+    {**RAW, 'optimizer': {'momentum': 0.9}, 'compress': {'optimizer': 'bfloat16'}}
+  )
+  assert len({config.sha256(c) for c in (old, limited, packed)}) == 3
   build.prepare(old)  # as `verify` does with the configuration of an earlier artefact
   workdir.remember(tmp_path, old)
   (tmp_path / 'checkpoints').mkdir()

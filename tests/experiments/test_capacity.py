@@ -73,6 +73,36 @@ def test_what_is_added_is_just_below_the_budget(method):
   assert added((method,), **more)[1] > 150_000
 
 
+@pytest.mark.parametrize('method, row', [('er', 784), ('latent', 4 * 8)])
+def test_fewer_bytes_a_row_are_more_slots(method, row):
+  """As many as fit: 12 bytes of label, weight and task a row and, for activations, 4 of their scale."""
+  own = {method: {'draw': 10, **({'tap': 'l0'} if method == 'latent' else {})}}
+  scale = 0 if method == 'er' else 4
+  few = {
+    '': row,
+    'float32': 4 * row if method == 'er' else row,
+    'int8': row if method == 'er' else row // 4,
+  }
+  few['int4'] = row // 2 if method == 'er' else row // 8
+  for codec, size in few.items():
+    each = size + 12 + (scale if codec.startswith('int') else 0)
+    slots, total = added((method,), budget_bytes=60_000, compress={'memory': codec}, **own)
+    rest = total - each * (slots[method] + 1 + 10)
+    assert 0 <= rest <= 20 and 60_000 - each < total <= 60_000, codec
+
+
+def test_what_has_no_memory_to_compress_is_refused():
+  with pytest.raises(
+    UserError, match=r"config\.compress\.memory='int4': no method of config\.methods has"
+  ):
+    config.resolve({**RAW, 'methods': ('ewc',), 'compress': {'memory': 'int4'}})
+  with pytest.raises(UserError, match='remind keeps no examples .* in int4'):
+    own = {'remind': {'tap': 'l0', 'codebooks': 4, 'codes': 16}}
+    added(('remind',), compress={'memory': 'int4'}, **own)
+  with pytest.raises(UserError, match=r'config\.compress\.state must be \(\(pattern, codec\)'):
+    config.resolve({**RAW, 'methods': ('ewc',), 'compress': {'state': (('.*', 'int8'),)}})
+
+
 def test_methods_share_a_number_of_slots():
   slots, size = added(('er', 'derpp'), budget_bytes=400_000)
   assert slots['er'] == slots['derpp'] and 398_000 < size <= 400_000

@@ -7,18 +7,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_jax import cut, memory
+from cl_jax import codecs, cut, memory
 from cl_jax.types import Array, Batch, Method, Tree
 
 
 class LatentState(NamedTuple):
-  rows: Batch  # [capacity + 1, ...], activations at the cut; the last row takes what is not kept
+  rows: Batch  # [capacity + 1, ...], (encoded) activations at the cut; the last row takes what is not kept
   draw: Batch  # [draw, ...], those of the next step
   below: Tree  # bool[] per parameter: whether it lies below the cut
   tasks: Array  # i32[], finished
 
 
-def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
+def latent(tap: str, capacity: int = 500, draw: int = 32, codec: str = '') -> Method:
   """Replays activations of a hidden layer, below which the network is fixed after the first task.
 
   At the end of task t, h = min(capacity // t, its examples) random ones are passed through the fixed part and
@@ -36,13 +36,20 @@ def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
     tap: the activation at which the network is cut; see the model's docstring.
     capacity: rows.
     draw: memory rows per step, drawn without replacement.
+    codec: one of `codecs.ROWS`, in which the memory keeps its activations; '' as they are. With 'uint8' that
+      is the replay memory of Ravaglia et al., IEEE JETCAS 2021 (QLR-CL), section III, with a scale for each
+      row in place of one for the layer; their fixed part in 8-bit integers is not there.
 
-  Needs the boundary. State: capacity + 1 + draw activations at the cut, with 12 bytes each for label,
-  weight and task, 1 byte per parameter array, 4 bytes.
+  Needs the boundary. State: capacity + 1 + draw activations at the cut (in the bytes of `codec`), with 12
+  bytes each for label, weight and task, 1 byte per parameter array, 4 bytes.
   """
+
+  def keep(h):
+    return codecs.encode(codec, h) if codec else h
 
   def init(key, params, batch, fwd):
     h, below = cut.begin(fwd, params, batch, tap)
+    h = jax.eval_shape(keep, h)
 
     def blank(n):
       return jax.tree.map(lambda a: jnp.zeros((n, *a.shape[1:]), a.dtype), batch._replace(x=h))
@@ -50,7 +57,7 @@ def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
     return {}, LatentState(blank(capacity + 1), blank(draw), below, jnp.int32(0))
 
   def wrap(s, apply):
-    return cut.cut(apply, 'latent', tap, s.tasks > 0)
+    return cut.cut(apply, 'latent', tap, s.tasks > 0, restore=codecs.decode_tree)
 
   def mix(s, batch):
     return cut.join(batch, s.draw)
@@ -75,7 +82,7 @@ def latent(tap: str, capacity: int = 500, draw: int = 32) -> Method:
     # In batches of the stream's size: all at once may not fit.
     chunks = jnp.resize(some[:most], (-(-most // n), n))
     new = jax.tree.map(lambda a: a[chunks], flat)
-    h = jax.lax.map(lambda b: fwd(params, b).aux['latent'], new)
+    h = jax.lax.map(lambda b: keep(fwd(params, b).aux['latent']), new)
     new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:most], new._replace(x=h))
     new = new._replace(w=(slots < capacity).astype(new.w.dtype))
     rows = jax.tree.map(lambda a, b: a.at[slots].set(b), s.rows, new)

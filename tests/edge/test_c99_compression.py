@@ -1,0 +1,54 @@
+"""Compressed memories, states and moments in C99 against JAX."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+
+from cl_jax import compression, methods
+from cl_jax.compose import chain
+from cl_jax.edge.c99 import emit
+from cl_jax.models.mlp import mlp
+from tests.edge.agent import Device
+from tests.edge.test_c99_learners import follow, small
+
+
+def test_images_in_four_bits_are_equal_bit_for_bit(tmp_path):
+  """20 steps and a boundary; codes of what arrives depend on no sum, so there is nothing to differ."""
+  er = chain(er=compression.memory('int4', methods.find('er')(30, 6)))
+  flat, batches, ends = small(er, mlp((12,), 4), (5, 5, 1), tx=optax.sgd(0.05))
+  follow(flat, Device(emit(flat, 'cl'), flat.leaves, tmp_path, '-O0'), batches, ends)
+  held = next(leaf for leaf in flat.state if leaf.name == 'method/er/rows/x/codes')
+  assert held.shape == (31, 13) and held.meaning == 'uint8'
+
+
+def test_activations_importances_and_moments_are_near(tmp_path):
+  """What is rounded was summed in another order: a few codes may be one level away, nothing else."""
+  parts = {
+    'latent': methods.find('latent')('l0', 20, 6, 'int4'),
+    'ewc': methods.find('ewc')(0.1, 'empirical'),
+  }
+  method = compression.state((('.*importance/.*', 'bfloat16'),), chain(**parts))
+  tx = compression.moments('dynamic8', optax.adam(1e-3, b2=0.95))
+  flat, batches, ends = small(method, tx=tx)
+  device = Device(emit(flat, 'cl'), flat.leaves, tmp_path, '-O0')
+  leaves, step = flat.leaves, jax.jit(flat.step)
+  for i, batch in enumerate(batches[:12]):
+    if i == 6:
+      leaves = jax.jit(flat.boundary)(leaves, jax.tree.leaves(ends))
+      device.call('boundary', jax.tree.leaves(ends))
+    leaves, _ = step(leaves, jax.tree.leaves(batch))
+    device.call('step', jax.tree.leaves(batch), np.zeros((), np.float32))
+  kinds = set()
+  for leaf, a, b in zip(flat.state, device.leaves(), leaves, strict=True):
+    b = np.asarray(b)
+    if leaf.name.endswith('codes'):
+      kinds.add(leaf.meaning)
+      a, b = a.view(f'u{a.itemsize}'), b.view(f'u{b.itemsize}')
+      assert (a != b).mean() <= 0.02, leaf.name
+    elif b.dtype.kind == 'f':
+      np.testing.assert_allclose(a, b, 2e-3, 2e-3, err_msg=leaf.name)
+    else:
+      np.testing.assert_array_equal(a, b, leaf.name)
+  assert kinds == {'uint8', 'uint16'}
