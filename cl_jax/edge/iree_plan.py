@@ -9,7 +9,7 @@ is what the allocator of IREE's local devices counts, to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cl_jax.errors import UserError
@@ -22,12 +22,14 @@ class Heap:
   """Bytes by kind of memory, as the runtime's statistics have them.
 
   Attributes:
-    live, peak: {'device', 'host'}; constants that are mapped from the module's file count nothing.
+    live, peak, total: {'device', 'host'}: now, at most, and all that was ever allocated. Constants that are
+      mapped from the module's file count nothing.
   """
 
   def __init__(self):
     self.live = {'device': 0, 'host': 0}
     self.peak = {'device': 0, 'host': 0}
+    self.total = {'device': 0, 'host': 0}
 
   def mark(self) -> None:
     """From now on `peak` is that of what follows."""
@@ -40,6 +42,7 @@ class Buffer:
   def __init__(self, heap: Heap, nbytes: int, kind: str = 'device', keeps: Any = None):
     self.heap, self.nbytes, self.kind, self.keeps = heap, nbytes, kind, keeps
     heap.live[kind] += nbytes
+    heap.total[kind] += nbytes
     heap.peak[kind] = max(heap.peak[kind], heap.live[kind])
 
   def __del__(self):
@@ -60,7 +63,8 @@ class Host:
     heap: what is allocated now and was at most.
   """
 
-  def __init__(self, vm: bytes):
+  def __init__(self, vm: bytes, others: Mapping[str, Host] | None = None):
+    """`others` are modules that this one calls, by name; they share their heap with it."""
     from iree.compiler import ir
 
     module = ir.Module.parse(vm, ir.Context())
@@ -72,7 +76,8 @@ class Host:
       if op.name.startswith('vm.global.'):
         first = op.attributes['initial_value'].value if 'initial_value' in op.attributes else None
         self.globals[_name(op)] = first if op.name.endswith('ref') else (first or 0)
-    self.heap = Heap()
+    self.others = dict(others or {})
+    self.heap = next((other.heap for other in self.others.values()), None) or Heap()
     if '__init' in self.functions:
       self.run('__init', [])
 
@@ -166,6 +171,11 @@ class Host:
       case _ if symbol.startswith('hal.command_buffer.') and results == 0:
         operands[0].kept += [o for o in operands[1:] if isinstance(o, Buffer | Keeper)]
         return []
+    module, _, function = symbol.partition('.')
+    if other := self.others.get(module):
+      passed = list(operands)
+      operands.clear()
+      return other.run(function, passed)
     if symbol in NUMBERS:
       return [None] * results
     return [Keeper() for _ in range(results)]
