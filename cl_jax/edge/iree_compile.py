@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,22 +70,24 @@ def extra(part: str) -> Any:
 
 def version() -> str:
   """Of the compiler."""
-  return str(extra('compiler.version').PACKAGE_VERSION)
+  extra('compiler')
+  return metadata.version('iree-base-compiler')
 
 
-def compile(text: str, name: str) -> Compiled:
+def compile(text: str, name: str, dialect: str = 'stablehlo') -> Compiled:
   """Compiles a module.
 
   Args:
     text: see `iree_module.module`.
     name: of a machine.
+    dialect: that the module is in; 'none' of IREE's own.
 
   Raises:
     UserError: no compiler; an operation that it does not take (its words).
   """
   machine = MACHINES[name]
   flags = [
-    '--iree-input-type=stablehlo',
+    f'--iree-input-type={dialect}',
     '--iree-hal-target-device=local',
     '--iree-hal-local-target-device-backends=llvm-cpu',
     f'--iree-llvmcpu-target-triple={machine.triple}',

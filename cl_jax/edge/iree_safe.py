@@ -202,6 +202,18 @@ def _along(values: np.ndarray, index: jax.Array, axis: int) -> jax.Array:
   return jnp.asarray(values, index.dtype).reshape(shape)
 
 
+def reshape(r: _Rewrite, op: Any) -> None:
+  """IREE moves what follows through the reshape of a loop's slice and may lose its shape: a barrier."""
+  from jaxlib.mlir import ir
+
+  owner = op.operands[0].owner
+  if isinstance(owner, ir.Block) or owner.operation.name != 'stablehlo.dynamic_slice':
+    return
+  with ir.InsertionPoint.after(op):
+    barrier = ir.Operation.create('stablehlo.optimization_barrier', [op.results[0].type], [op.results[0]])
+  op.results[0].replace_all_uses_except(barrier.results[0], barrier)
+
+
 def custom_call(r: _Rewrite, op: Any) -> None:
   if op.attributes['call_target_name'].value == 'LuDecomposition' and _plain(op):
     _replace(op, r.call(op, ('lu',), _mapped(iree_solve.lu, op), list(op.operands)))
@@ -223,7 +235,7 @@ def triangular_solve(r: _Rewrite, op: Any) -> None:
 
 
 RULES: dict[str, Callable[[_Rewrite, Any], None]] = {
-  f.__name__: f for f in (gather, scatter, custom_call, cholesky, triangular_solve)
+  f.__name__: f for f in (gather, scatter, reshape, custom_call, cholesky, triangular_solve)
 }
 
 
