@@ -203,11 +203,17 @@ def _along(values: np.ndarray, index: jax.Array, axis: int) -> jax.Array:
 
 
 def reshape(r: _Rewrite, op: Any) -> None:
-  """IREE moves what follows through the reshape of a loop's slice and may lose its shape: a barrier."""
+  """A barrier after a reshaped slice of bytes: IREE moves the conversion of images through the reshape.
+
+  In 3.13 the result may then have the shape of before, and the module does not compile.
+  """
   from jaxlib.mlir import ir
 
   owner = op.operands[0].owner
-  if isinstance(owner, ir.Block) or owner.operation.name != 'stablehlo.dynamic_slice':
+  sliced = ('stablehlo.slice', 'stablehlo.dynamic_slice')
+  if isinstance(owner, ir.Block) or owner.operation.name not in sliced:
+    return
+  if str(op.results[0].type.element_type) not in ('i8', 'ui8'):
     return
   with ir.InsertionPoint.after(op):
     barrier = ir.Operation.create('stablehlo.optimization_barrier', [op.results[0].type], [op.results[0]])
