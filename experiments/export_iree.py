@@ -83,7 +83,9 @@ def described(flat: Flat) -> dict[str, Any]:
   rows = {'step': flat.batch, 'predict': flat.batch, 'boundary': flat.ends}
   return {
     'name': iree_module.NAME,
-    'state': [{**leaf._asdict(), 'shape': list(leaf.shape), 'bytes': nbytes(leaf)} for leaf in flat.state],
+    'state': [
+      {**leaf._asdict(), 'shape': list(leaf.shape), 'bytes': nbytes(leaf)} for leaf in flat.state
+    ],
     'batch': [leaf._asdict() for leaf in flat.batch],
     'ends': [leaf._asdict() for leaf in flat.ends],
     'state_bytes': sum(map(nbytes, flat.state)),
@@ -120,7 +122,9 @@ def check(manifest: Mapping[str, Any], budget: Mapping[str, int | None]) -> None
         f'(largest: {named}): take a smaller memory, model or batch'
       )
   if budget['ram'] is not None and manifest['not_planned']:
-    raise UserError(f'--ram: {next(iter(manifest["not_planned"].values()))}: export without a budget')
+    raise UserError(
+      f'--ram: {next(iter(manifest["not_planned"].values()))}: export without a budget'
+    )
   for name, n in manifest['module_bytes'].items():
     if budget['flash'] is not None and n > budget['flash']:
       raise UserError(f'{name}: the module has {n:,} bytes and --flash gives {budget["flash"]:,}')

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--write', metavar='FILE', type=Path, nargs='?', const=Path(),
       help='put rows into FILE (results/edge.csv; of IREE results/edge_iree.csv)')  # fmt: skip
   add('--time', action='store_true', help="IREE: a step here against jax.jit's, in turn")
-  add('--install', action='store_true', help="IREE: fetch its runtime for aarch64 by pip, once")
+  add('--install', action='store_true', help='IREE: fetch its runtime for aarch64 by pip, once')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)

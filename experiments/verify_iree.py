@@ -103,13 +103,17 @@ def on_machine(
     compiled = iree_compile.Compiled(vmfb, vm)
     tables = (flat.state, flat.batch, flat.ends)
     shape = tuple(manifest['logits'])
-    played = iree_device.play(compiled, name, tables, shape, read.leaves, calls, planned is not None)
+    played = iree_device.play(
+      compiled, name, tables, shape, read.leaves, calls, planned is not None
+    )
     apart = played.apart
   else:
     plan = vm if planned is not None else None
     played = iree_host.play(vmfb, plan, read.leaves, calls)
     apart = played.apart
-    if plan is not None and apart is not None:  # what a prediction takes is hidden behind a step's peak
+    if (
+      plan is not None and apart is not None
+    ):  # what a prediction takes is hidden behind a step's peak
       apart += iree_host.play(vmfb, plan, read.leaves, calls[-1:]).apart or ()
   return iree_rows.Verified(
     name,
@@ -127,7 +131,9 @@ def complaints(v: iree_rows.Verified) -> list[str]:
   if v.parity.differing:
     wrong.append(f'{v.target}: integers differ in {", ".join(v.parity.differing[:3])}')
   if v.parity.error > verify.TOLERANCE:
-    wrong.append(f'{v.target}: {v.parity.worst} differs by {v.parity.error:.1e} > {verify.TOLERANCE}')
+    wrong.append(
+      f'{v.target}: {v.parity.worst} differs by {v.parity.error:.1e} > {verify.TOLERANCE}'
+    )
   if v.logits > verify.TOLERANCE:
     wrong.append(f'{v.target}: the prediction differs by {v.logits:.1e} > {verify.TOLERANCE}')
   if v.apart:

@@ -96,8 +96,14 @@ def compile(text: str, name: str, dialect: str = 'stablehlo') -> Compiled:
   with tempfile.TemporaryDirectory() as folder:
     place = Path(folder)
     (place / 'in.mlir').write_text(text)
-    _run(['in.mlir', *flags, '--compile-to=vm', '--emit-mlir-bytecode', '-o', 'vm.mlirbc'], place, name)
-    _run(['vm.mlirbc', '--compile-from=vm', '--output-format=vm-bytecode', '-o', 'out.vmfb'], place, name)
+    _run(
+      ['in.mlir', *flags, '--compile-to=vm', '--emit-mlir-bytecode', '-o', 'vm.mlirbc'], place, name
+    )
+    _run(
+      ['vm.mlirbc', '--compile-from=vm', '--output-format=vm-bytecode', '-o', 'out.vmfb'],
+      place,
+      name,
+    )
     return Compiled((place / 'out.vmfb').read_bytes(), (place / 'vm.mlirbc').read_bytes())
 
 

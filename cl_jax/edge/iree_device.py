@@ -2,7 +2,7 @@
 
 `iree-run-module` calls one function of one module, so a second module, the driver, calls the functions of the
 learner's in turn: load, steps, boundary, steps, prediction, save. The learner's module is the one that was
-exported, unchanged. The tool prints what its allocator counted.
+exported, unchanged; its constants are mapped from the file. The tool prints what its allocator counted.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def play(
   given += calls[at][1] if at is not None else []
   given += calls[-1][1]
   command = [str(tool(name)), f'--device={DRIVER}', '--module=learner.vmfb', '--module=driver.vmfb',
-             '--function=main', '--print_statistics']  # fmt: skip
+             '--module_mode=mmap', '--function=main', '--print_statistics']  # fmt: skip
   if cpu := MACHINES[name].emulator:
     program = emulator()
     if program is None:
@@ -169,7 +169,9 @@ def _apart(compiled: Compiled, whole: Compiled, given: list[int], measured: int)
   results = plan.call('main', given)
   want = plan.heap.peak['device']
   del results
-  return () if measured == want else (f'{measured:,} bytes at most were allocated and {want:,} planned',)
+  return (
+    () if measured == want else (f'{measured:,} bytes at most were allocated and {want:,} planned',)
+  )
 
 
 def driver(
@@ -191,7 +193,9 @@ def driver(
   losses, out = f'tensor<{steps}xf32>', kind(logits)
   named = lambda letter, kinds: join(f'%{letter}{k}: {t}' for k, t in enumerate(kinds))  # noqa: E731
   passed = lambda letter, kinds: join(f'%{letter}{k}' for k in range(len(kinds)))  # noqa: E731
-  parts = [named(letter, kinds) for letter, kinds in (('a', s), ('x', x), ('e', e), ('p', b)) if kinds]
+  parts = [
+    named(letter, kinds) for letter, kinds in (('a', s), ('x', x), ('e', e), ('p', b)) if kinds
+  ]
   lines = [
     'module @driver {',
     f'  func.func private @{NAME}.load({join(s)})',
@@ -219,15 +223,26 @@ def driver(
 
 
 def _steps(
-  first: str, last: str, given: str, name: str, batch: Sequence[Leaf], b: list[str], x: list[str], losses: str
+  first: str,
+  last: str,
+  given: str,
+  name: str,
+  batch: Sequence[Leaf],
+  b: list[str],
+  x: list[str],
+  losses: str,
 ) -> list[str]:
   """A loop over rows of the stacked batches."""
-  lines = [f'    {name} = scf.for %i = {first} to {last} step %c1 iter_args(%l = {given}) -> ({losses}) {{']
+  lines = [
+    f'    {name} = scf.for %i = {first} to {last} step %c1 iter_args(%l = {given}) -> ({losses}) {{'
+  ]
   for k, leaf in enumerate(batch):
     ones = ', '.join('1' for _ in range(len(leaf.shape) + 1))
     at = ', '.join(['%i', *('0' for _ in leaf.shape)])
     size = ', '.join(['1', *map(str, leaf.shape)])
-    lines.append(f'      %r{k} = tensor.extract_slice %x{k}[{at}] [{size}] [{ones}] : {x[k]} to {b[k]}')
+    lines.append(
+      f'      %r{k} = tensor.extract_slice %x{k}[{at}] [{size}] [{ones}] : {x[k]} to {b[k]}'
+    )
   rows = ', '.join(f'%r{k}' for k in range(len(b)))
   return [
     *lines,

@@ -35,7 +35,9 @@ class Session:
     self.device = rt.get_driver(DRIVER).create_default_device()
     instance = rt.VmInstance()
     self.module = rt.VmModule.copy_buffer(instance, vmfb)
-    self.context = rt.VmContext(instance, [rt.create_hal_module(instance, self.device), self.module])
+    self.context = rt.VmContext(
+      instance, [rt.create_hal_module(instance, self.device), self.module]
+    )
 
   def call(self, name: str, arrays: Sequence[np.ndarray], counted: bool = True) -> list[np.ndarray]:
     """Calls a function; with `counted`, its arguments are allocated by the runtime and copied."""

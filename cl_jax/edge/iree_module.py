@@ -64,7 +64,9 @@ def _function(
 ) -> list[str]:
   """A public function of a batch, around the program over lists."""
   given = ', '.join(f'%b{k}: {t}' for k, t in enumerate(rows))
-  passed = ', '.join([*(f'%s{k}' for k in range(len(state))), *(f'%b{k}' for k in range(len(rows)))])
+  passed = ', '.join(
+    [*(f'%s{k}' for k in range(len(state))), *(f'%b{k}' for k in range(len(rows)))]
+  )
   results = [*(state if writes else ()), *outs]
   takes, gives = ', '.join([*state, *rows]), ', '.join(results)
   first = len(results) - len(outs)

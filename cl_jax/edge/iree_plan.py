@@ -113,7 +113,9 @@ class Host:
           break
         results = self.operation(op, operands, name)
         del operands
-        registers.update((r, v) for r, v in zip(op.results, results, strict=True) if r not in op.unused)
+        registers.update(
+          (r, v) for r, v in zip(op.results, results, strict=True) if r not in op.unused
+        )
         del results
       else:
         raise AssertionError(f'a block of {name} without an end')
@@ -238,9 +240,7 @@ class _Op:
     self.last: set[int] = set()
     self.unused: set[int] = set()
     attributes = op.attributes
-    self.symbol = next(
-      (attributes[k].value for k in ('callee', 'global') if k in attributes), None
-    )
+    self.symbol = next((attributes[k].value for k in ('callee', 'global') if k in attributes), None)
     self.constant = None
     if self.name.startswith('vm.const.i'):
       self.constant = attributes['value'].value if 'value' in attributes else 0

@@ -121,7 +121,8 @@ class _Rewrite:
         inner.function(op.operation)
       self.helpers[key] = '\n'.join([*map(str, own.body), *inner.helpers.values()])
     outs = [
-      ir.RankedTensorType.get(a.shape, _element(a.dtype)) for a in jax.tree.leaves(jax.eval_shape(f, *kinds))
+      ir.RankedTensorType.get(a.shape, _element(a.dtype))
+      for a in jax.tree.leaves(jax.eval_shape(f, *kinds))
     ]
     with ir.InsertionPoint(before):
       made = ir.Operation.create(
@@ -139,7 +140,10 @@ def gather(r: _Rewrite, op: Any) -> None:
   sizes = tuple(op.attributes['slice_sizes'])
   last = np.array([operand.type.shape[d] - sizes[d] for d in dims])
   op.operands[1] = r.call(
-    op, ('clamp', n.index_vector_dim, *last), lambda i: clamped(i, last, n.index_vector_dim), [index]
+    op,
+    ('clamp', n.index_vector_dim, *last),
+    lambda i: clamped(i, last, n.index_vector_dim),
+    [index],
   )[0]
 
 
@@ -216,7 +220,9 @@ def reshape(r: _Rewrite, op: Any) -> None:
   if str(op.results[0].type.element_type) not in ('i8', 'ui8'):
     return
   with ir.InsertionPoint.after(op):
-    barrier = ir.Operation.create('stablehlo.optimization_barrier', [op.results[0].type], [op.results[0]])
+    barrier = ir.Operation.create(
+      'stablehlo.optimization_barrier', [op.results[0].type], [op.results[0]]
+    )
   op.results[0].replace_all_uses_except(barrier.results[0], barrier)
 
 
@@ -265,7 +271,9 @@ def _replace(op: Any, results: Sequence[Any]) -> None:
 
 def shape_of(value: Any) -> jax.ShapeDtypeStruct:
   name = str(value.type.element_type)
-  return jax.ShapeDtypeStruct(tuple(value.type.shape), jnp.bfloat16 if name == 'bf16' else DTYPES[name])
+  return jax.ShapeDtypeStruct(
+    tuple(value.type.shape), jnp.bfloat16 if name == 'bf16' else DTYPES[name]
+  )
 
 
 def _element(dtype: Any) -> Any:

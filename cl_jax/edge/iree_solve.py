@@ -55,9 +55,7 @@ def cholesky(a: Array, lower: bool = True) -> Array:
   return l if lower else l.T
 
 
-def triangular(
-  a: Array, b: Array, left: bool, lower: bool, unit: bool, transpose: bool
-) -> Array:
+def triangular(a: Array, b: Array, left: bool, lower: bool, unit: bool, transpose: bool) -> Array:
   """x with a x = b, or x a = b where not `left`; a is triangular, and read as a^T with `transpose`.
 
   Args:

@@ -65,7 +65,9 @@ def check(findings: list[Finding]) -> None:
       raise UserError(f'this learner is not exported for iree: {finding}')
 
 
-def _program(part: str, f: Callable, state: tuple[Leaf, ...], rows: tuple[Leaf, ...]) -> list[Finding]:
+def _program(
+  part: str, f: Callable, state: tuple[Leaf, ...], rows: tuple[Leaf, ...]
+) -> list[Finding]:
   module = lower(f, state, rows)
   found = donated(part, str(module))
   kept = promised(f, state, rows)
@@ -75,7 +77,9 @@ def _program(part: str, f: Callable, state: tuple[Leaf, ...], rows: tuple[Leaf, 
       text = ' '.join(map(str, op.places))
       line, place = stablehlo.where(text)
       if op.name == 'custom_call' and op.attrs['call_target_name'] not in CALLS:
-        found.append(Finding(part, 'custom_call', place, f'a call of {op.attrs["call_target_name"]}'))
+        found.append(
+          Finding(part, 'custom_call', place, f'a call of {op.attrs["call_target_name"]}')
+        )
       elif op.name == 'while':
         found.append(Finding(part, 'while', place, 'a loop'))
       elif op.name == 'scatter' and line not in kept:
