@@ -2,11 +2,13 @@
 
   python -m experiments.export --config=configs/edge_vit.py --backend=iree --out=runs/edge/vit
 
-Split Fashion-MNIST, 100 images a class, 5 tasks of two classes, batches of 8, Adam 1e-3. The backbone is drawn and
-frozen; its weights are constants of the program.
+Split Fashion-MNIST, 100 images a class, 5 tasks of two classes, batches of 8, Adam 1e-3. The backbone is
+drawn and frozen; its weights are constants of the program.
 """
 
 from configs import common
+
+CELLS = ('lora,er',)
 
 
 def get_config(arg: str = 'lora,er') -> dict:

@@ -14,9 +14,9 @@ from cl_jax.errors import UserError
 from experiments import results
 
 COLUMNS = (
-  'learner', 'target', 'parity_int', 'parity_float', 'module_bytes', 'state_bytes', 'step_bytes', 'peak_bytes',
-  'planned', 'macs_per_step', 'jit_us', 'iree_us', 'iree_per_jit',
-  'jit_cpu_us', 'iree_cpu_us', 'iree_per_jit_cpu', 'steps', 'device', 'versions', 'note',
+  'learner', 'target', 'parity_int', 'parity_float', 'module_bytes', 'state_bytes', 'step_bytes',
+  'peak_bytes', 'planned', 'macs_per_step', 'jit_us', 'iree_us', 'iree_per_jit', 'jit_cpu_us',
+  'iree_cpu_us', 'iree_per_jit_cpu', 'steps', 'device', 'versions', 'note',
 )  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     f'{first["learner"]}: {first["steps"]} steps; state {number(first["state_bytes"])} bytes; '
     f'{number(first["macs_per_step"])} MACs a step; {first["versions"]}'
   )
-  names = ('target', 'integers', 'floats', 'module', 'step', 'peak', 'as planned', 'jit us', 'iree us', 'ratio',
-           'of cpu time')  # fmt: skip
+  names = ('target', 'integers', 'floats', 'module', 'step', 'peak', 'as planned', 'jit us', 'iree us',
+           'ratio', 'of cpu time')  # fmt: skip
   keys = ('target', 'parity_int', 'parity_float', 'module_bytes', 'step_bytes', 'peak_bytes', 'planned',
           'jit_us', 'iree_us', 'iree_per_jit', 'iree_per_jit_cpu')  # fmt: skip
   lines = [names, *(tuple(number(r[k]) for k in keys) for r in rows)]

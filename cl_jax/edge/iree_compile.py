@@ -1,4 +1,4 @@
-"""IREE's compiler: a module of a learner becomes a program for a machine, and the host program of its plan."""
+"""IREE's compiler: a module of a learner becomes a program for a machine, with what plans its memory."""
 
 from __future__ import annotations
 

@@ -80,14 +80,16 @@ def install() -> None:
     return
   version = metadata.version('iree-base-runtime')
   with tempfile.TemporaryDirectory() as folder:
-    words = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--quiet', '--no-deps',
-             '--only-binary=:all:', f'--platform={WHEEL}', f'--dest={folder}', f'iree-base-runtime=={version}']  # fmt: skip
+    words = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--quiet',
+             '--no-deps', '--only-binary=:all:', f'--platform={WHEEL}', f'--dest={folder}',
+             f'iree-base-runtime=={version}']  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True)
     wheels = list(Path(folder).glob('*.whl'))
     if done.returncode or not wheels:
       lines = done.stderr.strip().splitlines() or ['no wheel came']
       raise UserError(
-        f'pip cannot fetch iree-base-runtime=={version} for aarch64: {lines[-1][:200]}; put its {TOOL} at {place}'
+        f'pip cannot fetch iree-base-runtime=={version} for aarch64 ({lines[-1][:200]}): '
+        f'put its {TOOL} at {place}'
       )
     place.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheels[0]) as wheel:

@@ -15,6 +15,7 @@ import jax
 from cl_jax.edge import iree_safe
 from cl_jax.edge.c99_file import MLIR
 from cl_jax.edge.learner import Flat, Leaf, lower, shapes
+from cl_jax.errors import UserError
 
 NAME = 'learner'
 
@@ -33,6 +34,8 @@ class Module(NamedTuple):
 
 def kind(leaf: Leaf) -> str:
   """The MLIR type of a leaf."""
+  if leaf.dtype not in MLIR:
+    raise UserError(f'{leaf.name} is of type {leaf.dtype}, which the backend iree does not take')
   return f'tensor<{"".join(f"{n}x" for n in leaf.shape)}{MLIR[leaf.dtype]}>'
 
 

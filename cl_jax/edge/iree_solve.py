@@ -45,14 +45,15 @@ def cholesky(a: Array, lower: bool = True) -> Array:
   n = a.shape[0]
   at = jnp.arange(n)
 
-  def column(j, l):
-    row = jnp.where(at < j, l[j], 0.0)
-    rest = a[:, j] - (l * row).sum(1)
-    return jnp.where(at == j, jnp.where(at >= j, rest / jnp.sqrt(rest[j]), 0.0)[:, None], l)
+  def column(j, factor):
+    row = jnp.where(at < j, factor[j], 0.0)
+    rest = a[:, j] - (factor * row).sum(1)
+    new = jnp.where(at >= j, rest / jnp.sqrt(rest[j]), 0.0)
+    return jnp.where(at == j, new[:, None], factor)
 
-  l = jax.lax.fori_loop(0, n, column, jnp.zeros_like(a))
-  l = jnp.where(jnp.isfinite(l).all(), l, jnp.nan)
-  return l if lower else l.T
+  factor = jax.lax.fori_loop(0, n, column, jnp.zeros_like(a))
+  factor = jnp.where(jnp.isfinite(factor).all(), factor, jnp.nan)
+  return factor if lower else factor.T
 
 
 def triangular(a: Array, b: Array, left: bool, lower: bool, unit: bool, transpose: bool) -> Array:
