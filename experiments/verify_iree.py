@@ -151,12 +151,12 @@ def time_step(
   leaves: list[Any] = [jax.numpy.array(a) for a in read.leaves]
   batches = [rows for part, rows in calls if part == 'step']
 
-  def by_jit(rows: list) -> None:
+  def by_jit(rows: Sequence[np.ndarray]) -> None:
     nonlocal leaves
     leaves, loss = step(leaves, rows)
     float(loss)
 
-  def clock(f: Callable, rows: list, name: str) -> None:
+  def clock(f: Callable, rows: Sequence[np.ndarray], name: str) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     f(rows)
     found[name].append(time.perf_counter() - wall)

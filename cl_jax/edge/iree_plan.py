@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cl_jax.edge.iree_compile import extra
 from cl_jax.errors import UserError
 
 HOST_LOCAL = 1 << 6  # bit of a memory type
@@ -65,8 +66,7 @@ class Host:
 
   def __init__(self, vm: bytes, others: Mapping[str, Host] | None = None):
     """`others` are modules that this one calls, by name; they share their heap with it."""
-    from iree.compiler import ir
-
+    ir = extra('compiler.ir')
     module = ir.Module.parse(vm, ir.Context())
     body = [op.operation for op in module.body.operations[0].regions[0].blocks[0].operations]
     self._keep = module
