@@ -69,9 +69,8 @@ def er(tiny) -> Path:
   return folder
 
 
-@pytest.mark.parametrize('n', [1, 7])
-def test_decompositions_are_those_of_jax(n):
-  rng = np.random.default_rng(n)
+def test_decompositions_are_those_of_jax():
+  n, rng = 6, np.random.default_rng(0)
   a = rng.normal(size=(n, n)).astype(np.float32)
   b = rng.normal(size=(n, 3)).astype(np.float32)
   for got, want in zip(
