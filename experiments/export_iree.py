@@ -64,7 +64,10 @@ def write(
   files: dict[str, str | bytes] = {'learner.mlir': made.text, **export.modules(flat)}
   planned, unplanned, sizes = {}, {}, {}
   for name in names:
-    compiled = iree_compile.compile(made.text, name)
+    try:
+      compiled = iree_compile.compile(made.text, name)
+    except UserError as error:
+      raise UserError(f'{manifest["learner"]}: {error}') from error
     files[f'learner-{name}.vmfb'], files[f'learner-{name}.vm'] = compiled
     sizes[name] = len(compiled.vmfb)
     try:
