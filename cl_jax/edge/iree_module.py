@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from cl_jax.edge import iree_safe
+from cl_jax.edge import iree_safe, lint
 from cl_jax.edge.c99_file import MLIR
 from cl_jax.edge.learner import Flat, Leaf, lower, shapes
 from cl_jax.errors import UserError
@@ -54,7 +54,7 @@ def module(flat: Flat) -> Module:
   for name, (f, rows, outs, writes) in parts.items():
     if f is None:
       continue
-    kept = iree_safe.promised(f, flat.state, rows)
+    kept = lint.promised(f, flat.state, rows)
     made = iree_safe.safe(lower(f, flat.state, rows), f'{name}_', kept)
     guarded[name] = made.guarded
     lines += [*_function(name, state, [kind(leaf) for leaf in rows], outs, writes), made.text]

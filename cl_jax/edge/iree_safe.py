@@ -14,11 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
 
-from cl_jax import budget
 from cl_jax.edge import iree_solve
-from cl_jax.edge.learner import Leaf, shapes
 from cl_jax.edge.stablehlo import DTYPES, where
 
 
@@ -34,30 +31,13 @@ class Safe(NamedTuple):
   guarded: tuple[str, ...]
 
 
-def promised(f: Callable, *lists: Sequence[Leaf]) -> set[str]:
-  """'FILE:LINE' of the scatters that promise to be in bounds, where no other scatter is on the line."""
-  found: dict[str, set[bool]] = {}
-
-  def visit(jaxpr: Any) -> None:
-    for eqn in jaxpr.eqns:
-      if eqn.primitive.name.startswith('scatter'):
-        words = source_info_util.summarize(eqn.source_info).split(' ')[0].split(':')
-        kept = eqn.params['mode'] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
-        found.setdefault(':'.join(words[:2]), set()).add(kept)
-      for sub in budget.subjaxprs(eqn):
-        visit(sub)
-
-  visit(jax.make_jaxpr(f)(*(shapes(leaves) for leaves in lists)).jaxpr)
-  return {line for line, kinds in found.items() if kinds == {True}}
-
-
 def safe(module: Any, prefix: str, kept: set[str]) -> Safe:
   """The functions of a StableHLO module with indices in range and without calls into libraries.
 
   Args:
     module: as `learner.lower` returns it; it is not changed.
     prefix: of the functions' names.
-    kept: see `promised`.
+    kept: see `lint.promised`.
   """
   from jaxlib.mlir import ir
 

@@ -8,12 +8,15 @@ trip to the host, and scatters without a promise to be in bounds, which a backen
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
+from jax.extend import source_info_util
+
+from cl_jax import budget
 from cl_jax.edge import stablehlo
-from cl_jax.edge.iree_safe import promised
-from cl_jax.edge.learner import Flat, Leaf, lower
+from cl_jax.edge.learner import Flat, Leaf, lower, shapes
 from cl_jax.errors import UserError
 
 CALLS = ('LuDecomposition',)  # `iree_safe` writes it out, as it does cholesky and triangular_solve
@@ -63,6 +66,23 @@ def check(findings: list[Finding]) -> None:
   for finding in findings:
     if finding.rule in REFUSED:
       raise UserError(f'this learner is not exported for iree: {finding}')
+
+
+def promised(f: Callable, *lists: Sequence[Leaf]) -> set[str]:
+  """'FILE:LINE' of the scatters that promise to be in bounds, where no other scatter is on the line."""
+  found: dict[str, set[bool]] = {}
+
+  def visit(jaxpr: Any) -> None:
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name.startswith('scatter'):
+        words = source_info_util.summarize(eqn.source_info).split(' ')[0].split(':')
+        kept = eqn.params['mode'] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        found.setdefault(':'.join(words[:2]), set()).add(kept)
+      for sub in budget.subjaxprs(eqn):
+        visit(sub)
+
+  visit(jax.make_jaxpr(f)(*(shapes(leaves) for leaves in lists)).jaxpr)
+  return {line for line, kinds in found.items() if kinds == {True}}
 
 
 def _program(
