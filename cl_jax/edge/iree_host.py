@@ -169,15 +169,15 @@ def planned(vm: bytes, tables: Mapping[str, Sequence[int]]) -> dict[str, int]:
   """
   plan = Host(vm)
   peaks = {'constants': plan.heap.live['device']}
-  resident = 0
+  resident = host = 0
   order = ['load', 'predict', 'step', 'step', 'boundary', 'step', 'step', 'predict', 'save']
   for name in (n for n in order if n in tables):
     plan.heap.mark()
     plan.call(name, tables[name], counted=name != 'load')
     peaks[name] = max(peaks.get(name, 0), plan.heap.peak['device'])
+    host = max(host, plan.heap.peak['host'])
     if name not in ('save', 'load'):
       resident = max(resident, plan.heap.live['device'])
-  host = max(plan.heap.peak['host'], 0)
   functions = [n for n in tables if n in peaks]
   return {**peaks, 'resident': resident, 'peak': max(peaks[n] for n in functions), 'host': host}
 

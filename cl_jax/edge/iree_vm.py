@@ -1,4 +1,4 @@
-"""The host program of a module for IREE, in MLIR of its VM: blocks, registers, and where each is last used."""
+"""The host program of a module for IREE, in MLIR of its VM: blocks, registers, and their last uses."""
 
 from __future__ import annotations
 
