@@ -3,6 +3,9 @@
 The list is CELLS of configs/edge.py. Every learner goes to DIR/NAME for every target whose tools are
 installed, and its rows into results/edge.csv. With --install, what is missing of the cross compilers and
 emulators is installed by apt-get first, when that is possible.
+
+With --backend=iree (extra "edge") the learners become modules of IREE, their rows go into
+results/edge_iree.csv, and --install fetches IREE's runtime for aarch64 by pip.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_jax.edge import artefact, ram, targets
+from cl_jax.edge import artefact, iree_compile, iree_device, ram, targets
 from cl_jax.errors import Fault, UserError
-from experiments import cli, config, export, study, verify
+from experiments import cli, config, export, export_iree, study, verify, verify_iree
 
 PROGRAM = 'experiments.edge'
 
@@ -28,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--config', default='configs/edge.py', metavar='FILE', help='with CELLS, a list of words')
   add('--only', default='*', metavar='PATTERNS', help="of the list, as in 'er* *hat'")
   add('--workdir', type=Path, default=Path('runs/edge'), metavar='DIR', help='(runs/edge)')
+  add('--backend', choices=('c99', 'iree'), default='c99', help='(c99)')
   add('--target', action='append', metavar='NAMES', help='(all)')
   add('--steps', type=int, default=50, help='to compare (50)')
-  add('--write', type=Path, default=Path('results/edge.csv'), metavar='FILE', help='of the rows')
+  add('--write', type=Path, metavar='FILE', help='(results/edge.csv, results/edge_iree.csv)')
   add('--install', action='store_true', help='missing Debian packages, as root')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   argv = sys.argv[1:] if argv is None else list(argv)
@@ -39,8 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   given = parser.parse_args(argv)
-  wanted = targets.find(given.target or list(targets.TARGETS))
-  if given.install:
+  iree = given.backend == iree_compile.BACKEND
+  machines = iree_compile.find(given.target or list(iree_compile.MACHINES)) if iree else []
+  wanted = [] if iree else targets.find(given.target or list(targets.TARGETS))
+  rows = given.write or Path('results/edge_iree.csv' if iree else 'results/edge.csv')
+  if given.install and iree:
+    iree_device.install()
+  elif given.install:
     install(wanted)
   module, path, _ = study.found(given.config)
   chosen = study.chosen(module, given.only)
@@ -51,9 +60,14 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     try:
       resolved = config.resolve(config.load(f'{path}:{cell}'))
       budget = {'ram': None, 'flash': None, 'stack': ram.STACK}
+      if iree:
+        export_iree.write(resolved, machines, budget, folder, given.data_dir)
+        read = artefact.read(folder)
+        verify_iree.run(read, machines, given.steps, rows, True, given.data_dir)
+        continue
       export.export(resolved, wanted, budget, folder, given.data_dir)
       read = artefact.read(folder)
-      verify.verify(read, wanted, given.steps, given.write, True, given.data_dir)
+      verify.verify(read, wanted, given.steps, rows, True, given.data_dir)
     except (UserError, Fault) as error:
       failed.append(cell)
       print(f'{cell}: {error}', file=sys.stderr, flush=True)

@@ -5,6 +5,8 @@ functions as StableHLO, and manifest.json, which has names, shapes, bytes by rol
 every file. `python -m experiments.verify DIR` then compares it with JAX on every target.
 
 A budget of --ram is checked by arithmetic first and, for Cortex-M targets, by the linker.
+
+With --backend=iree (extra "edge") DIR gets modules of IREE instead, for host, cortex-a53 and cortex-a72.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 
 from cl_jax import loop
-from cl_jax.edge import agent, artefact, device, ram, targets, toolchain
+from cl_jax.edge import agent, artefact, device, iree_compile, ram, targets, toolchain
 from cl_jax.edge.c99 import emit
 from cl_jax.edge.learner import Flat, flatten, lower
 from cl_jax.errors import UserError
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = cli.parser(PROGRAM, __doc__)
   add = parser.add_argument
   add('--config', metavar='FILE[:ARG]', help='as for experiments.run; the first seed is exported')
+  add('--backend', choices=('c99', 'iree'), default='c99', help='C99 sources or IREE modules (c99)')
   add('--target', action='append', metavar='NAMES', help=f'of {", ".join(targets.TARGETS)} (host)')
   add('--out', metavar='DIR', type=Path, help='the artefact; one that is there is replaced')
   add('--ram', metavar='BYTES', help='what the device has, as in 256K: the export fails above it')
@@ -63,7 +66,10 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   overrides = options.fields_of(left)
   if given.config is None or given.out is None:
     raise UserError('an export needs --config=FILE[:ARG] and --out=DIR (see --help)')
-  wanted = targets.find(given.target or ['host'])
+  words = given.target or ['host']
+  iree = given.backend == iree_compile.BACKEND
+  wanted = [] if iree else targets.find(words)
+  machines = iree_compile.find(words) if iree else []
   budget = {
     'ram': given.ram and ram.size(given.ram, '--ram'),
     'flash': given.flash and ram.size(given.flash, '--flash'),
@@ -73,6 +79,12 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   if sweep:
     raise UserError('config.sweep holds a grid: export one configuration')
   cli.devices(1)
+  if iree:
+    from experiments import export_iree
+
+    manifest = export_iree.write(resolved, machines, budget, given.out, given.data_dir)
+    print(export_iree.summary(manifest, given.out), end='')
+    return 0
   manifest = export(resolved, wanted, budget, given.out, given.data_dir)
   print(summary(manifest, given.out), end='')
   read = artefact.read(given.out)

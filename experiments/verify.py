@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from cl_jax.edge import artefact, emulate, parity, ram, targets, toolchain
+from cl_jax.edge import (
+  artefact,
+  emulate,
+  iree_compile,
+  iree_device,
+  parity,
+  ram,
+  targets,
+  toolchain,
+)
 from cl_jax.errors import Fault, UserError
 from experiments import cli, config, edge_calls, edge_rows, export
 
@@ -31,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--steps', type=int, default=50, help='training steps to compare (50)')
   add('--targets', metavar='NAMES', action='append', help='default: those of the export')
   add('--accuracy', action='store_true', help='the whole stream by the C99 program on this machine')
-  add('--write', metavar='FILE', type=Path, nargs='?', const=Path('results/edge.csv'),
-      help='put rows into FILE (results/edge.csv)')  # fmt: skip
+  add('--write', metavar='FILE', type=Path, nargs='?', const=Path(),
+      help='put rows into FILE (results/edge.csv; of IREE results/edge_iree.csv)')  # fmt: skip
+  add('--time', action='store_true', help="IREE: a step here against jax.jit's, in turn")
+  add('--install', action='store_true', help='IREE: fetch its runtime for aarch64 by pip, once')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
@@ -43,12 +54,33 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   if given.steps < 1:
     raise UserError(f'--steps must be at least 1; got {given.steps}')
   read = artefact.read(given.folder)
+  iree = read.manifest['backend'] == iree_compile.BACKEND
+  if given.write == Path():
+    given.write = Path('results/edge_iree.csv' if iree else 'results/edge.csv')
+  if iree:
+    return of_iree(read, given)
   wanted = targets.find(given.targets or read.manifest['targets'])
   cli.devices(1)
   verify(read, wanted, given.steps, given.write, given.accuracy, given.data_dir)
   without = [t.name for t in wanted if targets.absent(t)]
   if without and given.targets:
     raise UserError(f'not verified: {", ".join(without)}; install the tools that are named above')
+  return 0
+
+
+def of_iree(read: artefact.Artefact, given: argparse.Namespace) -> int:
+  from experiments import verify_iree
+
+  if given.accuracy:
+    raise UserError('--accuracy is of the C99 program: export with --backend=c99')
+  names = iree_compile.find(given.targets or read.manifest['targets'])
+  if given.install:
+    iree_device.install()
+  cli.devices(1)
+  verify_iree.run(read, names, given.steps, given.write, given.time, given.data_dir)
+  without = [name for name in names if iree_device.absent(name)]
+  if without and given.targets:
+    raise UserError(f'not verified: {", ".join(without)}; see above for what is missing')
   return 0
 
 

@@ -119,7 +119,7 @@ def lower(f: Callable, *lists: Sequence[Leaf]) -> Any:
   """The StableHLO module of f for these lists.
 
   Lowered as for a TPU: Threefry comes unrolled (the same bits without a loop), factorisations as operations
-  of their own instead of calls into LAPACK. It is what the C backend reads; nothing runs it as it is.
+  of their own instead of calls into LAPACK. It is what the backends read; nothing runs it as it is.
   """
   traced = jax.jit(f, keep_unused=True).trace(*(shapes(leaves) for leaves in lists))
   return traced.lower(lowering_platforms=('tpu',)).compiler_ir('stablehlo')

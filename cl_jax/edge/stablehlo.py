@@ -53,15 +53,19 @@ class Op:
 
   def where(self) -> str:
     """'file.py:12 (method ewc)': the Python source, and the method where one is on the stack."""
-    text = ' '.join(str(place) for place in self.places)
-    lines = re.findall(r'"([^"]+\.py)":(\d+)', text)
-    if not lines:
-      return 'an unknown line'
-    file, line = lines[0]
-    found = re.search(r'cl_jax/methods/(?:\w+/)*(\w+)\.py', text)
-    method = f' (method {found[1]})' if found else ''
-    file = re.sub(r'^.*/(?=(?:cl_jax|tests|jax)/)', '', file)
-    return f'{file}:{line}{method}'
+    return where(' '.join(str(place) for place in self.places))[1]
+
+
+def where(text: str) -> tuple[str, str]:
+  """Of an MLIR location: the first 'FILE:LINE', and 'file.py:12 (method ewc)' to print."""
+  lines = re.findall(r'"([^"]+\.py)":(\d+)', text)
+  if not lines:
+    return '', 'an unknown line'
+  file, line = lines[0]
+  found = re.search(r'cl_jax/methods/(?:\w+/)*(\w+)\.py', text)
+  method = f' (method {found[1]})' if found else ''
+  short = re.sub(r'^.*/(?=(?:cl_jax|tests|jax)/)', '', file)
+  return f'{file}:{line}', f'{short}:{line}{method}'
 
 
 @dataclasses.dataclass(eq=False, repr=False)

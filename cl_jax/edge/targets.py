@@ -1,4 +1,4 @@
-"""Where a learner can go: compilers, flags, emulators. Another backend (IREE) adds rows of its own here."""
+"""Where a learner can go as C99: compilers, flags, emulators. Those of IREE are in `iree_compile`."""
 
 from __future__ import annotations
 
