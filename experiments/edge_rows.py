@@ -40,26 +40,31 @@ class Verified(NamedTuple):
   stack: int | None
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
   """Puts rows into the file, in the place of those of the same learner and target."""
   new = {(r['learner'], r['target']): r for r in rows}
-  there = read(path)
+  there = read(path, columns)
   kept = [new.pop((r['learner'], r['target']), r) for r in there]
   text = io.StringIO()
-  out: Any = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+  out: Any = csv.DictWriter(text, columns, lineterminator='\n')
   out.writeheader()
   out.writerows([*kept, *new.values()])
   path.parent.mkdir(parents=True, exist_ok=True)
   durable.write(path, text.getvalue())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, Any]]:
+  """The rows of a file.
+
+  Raises:
+    UserError: it has other columns.
+  """
   if not path.exists():
     return []
   with path.open(newline='') as file:
     reader = csv.DictReader(file)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-      raise UserError(f'{path} has other columns than results/edge.csv: move it away')
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+      raise UserError(f'{path} has other columns than {", ".join(columns)}: move it away')
     return list(reader)
 
 
@@ -122,6 +127,11 @@ def table(rows: Sequence[Mapping[str, Any]], done: Sequence[Verified]) -> str:
     )
     for r, v in zip(rows, done, strict=True)
   ]  # fmt: skip
-  widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
+  return '\n'.join([head, *aligned(lines)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of cells as text in columns."""
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   body = ['  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-  return '\n'.join([head, *(f'  {line.rstrip()}' for line in body)])
+  return [f'  {line.rstrip()}' for line in body]

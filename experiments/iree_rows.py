@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_jax import durable
 from cl_jax.edge import parity
-from cl_jax.errors import UserError
-from experiments import results
+from experiments import edge_rows, results
 
 COLUMNS = (
   'learner', 'target', 'parity_int', 'parity_float', 'module_bytes', 'state_bytes', 'step_bytes',
@@ -74,25 +69,6 @@ def row(manifest: Mapping[str, Any], v: Verified, steps: int, times: Any) -> dic
   }
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Puts rows into the file, in the place of those of the same learner and target."""
-  new = {(r['learner'], r['target']): r for r in rows}
-  there: list[dict[str, Any]] = []
-  if path.exists():
-    with path.open(newline='') as file:
-      reader = csv.DictReader(file)
-      if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f'{path} has other columns than results/edge_iree.csv: move it away')
-      there = list(reader)
-  kept = [new.pop((r['learner'], r['target']), r) for r in there]
-  text = io.StringIO()
-  out: Any = csv.DictWriter(text, COLUMNS, lineterminator='\n')
-  out.writeheader()
-  out.writerows([*kept, *new.values()])
-  path.parent.mkdir(parents=True, exist_ok=True)
-  durable.write(path, text.getvalue())
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Aligned text; what is the same on all machines comes above."""
   if not rows:
@@ -108,6 +84,4 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   keys = ('target', 'parity_int', 'parity_float', 'module_bytes', 'step_bytes', 'peak_bytes', 'planned',
           'jit_us', 'iree_us', 'iree_per_jit', 'iree_per_jit_cpu')  # fmt: skip
   lines = [names, *(tuple(number(r[k]) for k in keys) for r in rows)]
-  widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
-  body = ['  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-  return '\n'.join([head, *(f'  {line.rstrip()}' for line in body)])
+  return '\n'.join([head, *edge_rows.aligned(lines)])

@@ -14,7 +14,7 @@ import numpy as np
 from cl_jax.edge import artefact, iree_compile, iree_device, iree_host, parity
 from cl_jax.edge.emulate import Call
 from cl_jax.errors import Fault, UserError
-from experiments import config, edge_calls, export, iree_rows, verify
+from experiments import config, edge_calls, edge_rows, export, iree_rows, verify
 
 ROUNDS, WARM = 400, 10
 
@@ -83,7 +83,7 @@ def run(
       said += f' (JAX moves by {own:.1e} itself when last bits of the initial state change)'
     raise Fault(f'{manifest["learner"]} in {read.folder}: {said}')
   if write is not None and rows:
-    iree_rows.write(write, rows)
+    edge_rows.write(write, rows, iree_rows.COLUMNS)
   return done
 
 

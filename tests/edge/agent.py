@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cl_jax.edge import targets
 from cl_jax.edge.c99 import FLAGS, Program
 
 SANITIZE = ('-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-O0')
@@ -56,6 +57,13 @@ class Entry(ctypes.Structure):
     ('offset', ctypes.c_size_t),
     ('bytes', ctypes.c_size_t),
   ]
+
+
+def need(*names: str) -> None:
+  """Skips, with the reason, where a target has no tools here."""
+  for name in names:
+    if reason := targets.absent(targets.TARGETS[name]):
+      pytest.skip(f'needs a cross compiler and an emulator: {name}: {reason}')
 
 
 def build(files: dict[str, str], place: Path, target: str, *flags: str) -> Path:

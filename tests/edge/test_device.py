@@ -11,6 +11,7 @@ from cl_jax.edge import artefact, emulate, power, ram, slots, targets, toolchain
 from cl_jax.edge.c99 import emit
 from cl_jax.errors import Fault
 from experiments import config, device, edge_calls, export
+from tests.edge.agent import need
 
 TINY = """
 from configs.common import words
@@ -35,11 +36,6 @@ def get_config(arg='er'):
 M7, HOST = targets.TARGETS['cortex-m7'], targets.TARGETS['host']
 
 
-def need(target: targets.Target) -> None:
-  if reason := targets.absent(target):
-    pytest.skip(f'{target.name}: {reason}')
-
-
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory) -> Path:
   path = tmp_path_factory.mktemp('device') / 'tiny.py'
@@ -50,7 +46,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def told(tiny) -> tuple[Path, dict]:
   """What the command found, on this machine and with the whole stream."""
-  need(HOST)
+  need('host')
   out = tiny.parent / 'out'
   words = [f'--config={tiny}', f'--out={out}', '--target=host', '--steps=6', '--every=3', '--whole']
   assert device.main([*words, '--ram=128K', f'--write={tiny.parent / "found.jsonl"}']) == 0
@@ -112,7 +108,7 @@ def test_a_device_that_trusts_a_torn_slot_is_found(told, tmp_path):
 
 def test_on_an_emulated_cortex_m7(told, tiny, capsys):
   """The same states as here, and the RAM that was planned, to the byte."""
-  need(M7)
+  need('cortex-m7')
   out, found = told
   read = artefact.read(out)
   made = export.subject(config.tuples(read.manifest['config']))
@@ -130,7 +126,7 @@ def test_on_an_emulated_cortex_m7(told, tiny, capsys):
   ],
 )
 def test_mistakes_are_one_line(words, message, tiny, tmp_path, capsys):
-  need(HOST)
+  need('host')
   code = device.main([f'--config={tiny}', f'--out={tmp_path / "out"}', *words])
   err = capsys.readouterr().err
   assert code == 2 and message in err and err.count('\n') == 1

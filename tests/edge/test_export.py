@@ -14,6 +14,7 @@ from cl_jax.edge import artefact, emulate, energy, parity, ram, targets, toolcha
 from cl_jax.edge.c99_expr import literal
 from cl_jax.errors import UserError
 from experiments import edge, edge_rows, export, verify
+from tests.edge.agent import need
 
 TINY = """
 from configs.common import words
@@ -38,13 +39,6 @@ def get_config(arg='er'):
   }
 """
 BARE = targets.TARGETS['cortex-m7']
-
-
-def need(*names: str) -> None:
-  """Skips, with the reason, where a target has no tools here."""
-  for name in names:
-    if reason := targets.absent(targets.TARGETS[name]):
-      pytest.skip(f'needs a cross compiler and an emulator: {name}: {reason}')
 
 
 def run(capsys, main, *argv) -> tuple[int, str, str]:
