@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +21,32 @@ def batch_of(ids, classes, valid=None):
   return Batch(ids[:, None].astype(jnp.uint8), ids % classes, w, jnp.full(ids.shape, -1, jnp.int32))
 
 
-def fill(writer, batches, key, draw=4):
-  """The memory after writing all batches, with one compiled step."""
-  m = memory.create(writer, batches[0], draw, 2)
+def filling(writer, draw=4):
+  """(batches, key) -> the memory after writing all batches; compiled once for any number of calls."""
   features = lambda b: jnp.stack([b.x[:, 0] % 17, b.x[:, 0] % 5], axis=1).astype(jnp.float32)  # noqa: E731
-  step = jax.jit(lambda m, b, k: memory.write_then_draw(writer, m, b, k, features=features(b)))
-  for i, b in enumerate(batches):
-    m = step(m, b, jax.random.fold_in(key, i))
-  return m
+  create = jax.jit(lambda b: memory.create(writer, b, draw, 2))
+
+  @jax.jit
+  def step(m, b, key, i):
+    return memory.write_then_draw(writer, m, b, jax.random.fold_in(key, i), features=features(b))
+
+  def fill(batches, key):
+    m = create(batches[0])
+    for i, b in enumerate(batches):
+      m = step(m, b, key, i)
+    return m
+
+  return fill
+
+
+def fill(writer, batches, key):
+  return filling(writer)(batches, key)
+
+
+@cache
+def named(name: str, capacity: int, classes: int):
+  """`filling` with the writer of that name, kept over the examples that hypothesis tries."""
+  return filling(writers.writer(name, capacity, classes))
 
 
 @pytest.mark.parametrize('name', writers.NAMES)
@@ -39,7 +59,7 @@ def test_memory_holds_only_what_was_shown(name, seed, padding):
   valid = np.ones((8, B))
   valid[:, B - padding :] = 0
   batches = [batch_of(i, classes, v) for i, v in zip(ids, valid, strict=True)]
-  m = fill(writers.writer(name, capacity, classes), batches, jax.random.key(seed % 1000))
+  m = named(name, capacity, classes)(batches, jax.random.key(seed % 1000))
   kept = np.asarray(m.rows.w)[:capacity] > 0
   held = np.asarray(m.rows.x)[:capacity, 0][kept]
   assert m.rows.x.dtype == jnp.uint8 and m.rows.x.shape[0] == capacity + 1

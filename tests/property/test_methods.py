@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +62,16 @@ def test_agem_never_goes_against_the_reference(seed):
   assert np.array_equal(same['p'], a)  # nothing to refer to
 
 
-def train(stream, method, tx=None, seed=0):
-  build = lambda hp, w: learner(mlp((16, 12), 6), tx or optax.sgd(0.02), method)  # noqa: E731
-  return jax.jit(lambda k, s: run(build, None, k, s))(jax.random.key(seed), stream)
+def training(method):
+  """(stream, seed) -> what a run gives; compiled once for all seeds."""
+  build = lambda hp, w: learner(mlp((16, 12), 6), optax.sgd(0.02), method)  # noqa: E731
+  program = jax.jit(lambda k, s: run(build, None, k, s))
+  return lambda stream, seed=0: program(jax.random.key(seed), stream)
 
 
 @pytest.fixture(scope='module')
-def naive(toy_stream):
-  return train(toy_stream, Method())
+def naive():
+  return training(Method())
 
 
 @pytest.mark.parametrize(
@@ -82,9 +85,10 @@ def naive(toy_stream):
   ids=['ewc', 'lwf', 'er', 'both'],
 )
 def test_coefficient_zero_is_naive(method, toy_stream, naive):
-  state, record = train(toy_stream, method())
-  np.testing.assert_allclose(record.R, naive[1].R, atol=0.011)  # one of 100 examples
-  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(naive[0].params), strict=True):
+  state, record = training(method())(toy_stream)
+  plain, expected = naive(toy_stream)
+  np.testing.assert_allclose(record.R, expected.R, atol=0.011)  # one of 100 examples
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -283,6 +287,19 @@ def test_ranpac_answers_where_a_ridge_parameter_is_too_small(lam):
   assert jnp.isfinite(found).all() and (found.argmax(-1) == y).mean() > 0.9
 
 
+@cache
+def closed_form(name, when):
+  """Compiled init, step and boundary, kept over the examples that hypothesis tries."""
+  method = {
+    'ncm': lambda: ncm(4, when=when),
+    'slda': lambda: slda(4, when=when),
+    'ranpac': lambda: ranpac(4, 16, 1.0, when),
+    'fecam': lambda: fecam(4, per_class=when == 'step'),  # it has the boundary only
+  }[name]()
+  learn = learner(identity(4), optax.sgd(0.0), method)
+  return jax.jit(learn.init), jax.jit(learn.step), jax.jit(learn.boundary)
+
+
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10_000))
 @pytest.mark.parametrize('when', ['step', 'boundary'])
@@ -292,19 +309,13 @@ def test_closed_forms_do_not_depend_on_the_order(name, when, seed):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(60, 5)).astype(np.float32)
   y = rng.integers(0, 4, 60).astype(np.int32)
-  method = {
-    'ncm': ncm(4, when=when),
-    'slda': slda(4, when=when),
-    'ranpac': ranpac(4, 16, 1.0, when),
-    'fecam': fecam(4, per_class=when == 'step'),  # it has the boundary only
-  }[name]
-  learn = learner(identity(4), optax.sgd(0.0), method)
-  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  init, step, end = closed_form(name, when)
 
   def fit(order, size):
     rows = order.reshape(-1, size)
-    batch = lambda i: Batch(x[i], y[i], jnp.ones(i.shape), jnp.full(i.shape, -1))  # noqa: E731
-    state = learn.init(jax.random.key(0), batch(rows[0]))
+    ones = lambda i: (np.ones(i.shape, np.float32), np.full(i.shape, -1, np.int32))  # noqa: E731
+    batch = lambda i: Batch(x[i], y[i], *ones(i))  # noqa: E731
+    state = init(jax.random.key(0), batch(rows[0]))
     for i in rows:
       state, _ = step(state, batch(i))
     return end(state, batch(rows)).method
@@ -460,8 +471,9 @@ def test_lora_starts_as_the_model_and_merges_exactly(toy_stream):
   state = learn.init(jax.random.key(1), batch)
   plain = model.apply({**frozen, **state.params}, batch, no_tap, False)
   np.testing.assert_array_equal(learn.predict(state, batch), plain.logits)
+  step = jax.jit(learn.step)
   for i in range(10):
-    state, _ = learn.step(state, take(toy_stream, toy_stream.index[0, i], 0))
+    state, _ = step(state, take(toy_stream, toy_stream.index[0, i], 0))
   merged = merge({**frozen, **state.params}, 4.0)
   out = model.apply(merged, batch, no_tap, False).logits
   np.testing.assert_allclose(out, learn.predict(state, batch), rtol=1e-4, atol=1e-5)
@@ -470,9 +482,9 @@ def test_lora_starts_as_the_model_and_merges_exactly(toy_stream):
 
 def test_replay_helps_and_regularisation_remembers(toy_stream, naive):
   """Over 4 seeds the first task is kept better than by fine-tuning (two-sided: and not perfectly)."""
-  gain = []
+  gain, replay = [], training(er(60, 10))
   for seed in range(4):
-    kept = train(toy_stream, er(60, 10), seed=seed)[1].R[-1, 0]
-    lost = train(toy_stream, Method(), seed=seed)[1].R[-1, 0]
+    kept = replay(toy_stream, seed)[1].R[-1, 0]
+    lost = naive(toy_stream, seed)[1].R[-1, 0]
     gain.append(float(kept - lost))
   assert 0.05 < np.mean(gain) < 0.9
