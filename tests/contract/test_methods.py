@@ -36,6 +36,7 @@ from cl_jax.streams import schedules
 from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
 from cl_jax.types import Method, State, Stream
+from tests.compiling import quick
 
 SMALL = {
   'capacity': 60,
@@ -145,7 +146,7 @@ def case(request, toy_stream) -> Case:
   def places():
     return list(run_chunks(build, HP, jax.random.key(KEY), stream, chunk=7, parts=parts))
 
-  own = (jax.jit(learn.step), jax.jit(learn.boundary), jax.jit(learn.predict))
+  own = (quick(learn.step), quick(learn.boundary), quick(learn.predict))
   return Case(name, method, build, stream, state, record, parts, places, *own)
 
 
@@ -156,7 +157,7 @@ def naive(toy_stream):
   @lru_cache
   def plain(transformer):
     name = min(TRANSFORMER) if transformer else ''
-    program = jax.jit(partial(trained, builder(Method(), name=name)))
+    program = quick(partial(trained, builder(Method(), name=name)))
     return program(HP, jax.random.key(KEY), short(toy_stream, name))
 
   return lambda name: plain(name in TRANSFORMER)
@@ -268,8 +269,8 @@ def test_mapped_runs(case):
   first = case.places()[1]
   assert (first.leg, first.done) == (0, few)
   single = first.state, first.record.loss[0, :few]
-  for width, compare in ((1, one_by_one), (2, partial(near, rtol=2e-4))):
-    program = jax.jit(map_runs(steps, (MAPPED, SHARED), 2, width, jax.devices()[:1]))
+  for width, compare, jit in ((1, one_by_one, jax.jit), (2, partial(near, rtol=2e-4), quick)):
+    program = jit(map_runs(steps, (MAPPED, SHARED), 2, width, jax.devices()[:1]))
     out = jax.tree.map(lambda a: a[0], program(keys, case.stream))
     compare(out, single)
 
@@ -341,7 +342,7 @@ def test_gated_off_is_absent(case, naive):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
     return learner(network(case.name), optax.sgd(hp['lr'], momentum=0.9), method)
 
-  program = jax.jit(partial(trained, switched))
+  program = quick(partial(trained, switched))
   if case.name in OTHER:
     with pytest.raises(UserError, match='cannot be gated'):
       program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)

@@ -19,6 +19,7 @@ from cl_jax.models.cnn import cnn
 from cl_jax.models.mlp import mlp
 from cl_jax.streams.take import take
 from cl_jax.types import Batch, Method
+from tests.compiling import quick
 from tests.contract.test_methods import HEADED, HP, NAMES, TRANSFORMER, builder, make, short
 from tests.edge.agent import Device, sanitized
 
@@ -37,7 +38,7 @@ def flat_of(name: str, toy_stream):
   learn = builder(method, name=name)(HP, None)
   batch = take(stream, stream.index[0, 0], 0)
   ends = jax.vmap(lambda rows: take(stream, rows, 0))(stream.ends[0])
-  state = jax.jit(learn.init)(jax.random.key(7), batch)
+  state = quick(learn.init)(jax.random.key(7), batch)
   return flatten(learn, state, batch, ends), stream, ends
 
 
@@ -52,11 +53,11 @@ def near(flat: Flat, got, want, tolerance: float) -> None:
 
 def follow(flat: Flat, device: Device, batches, ends, tolerance=1e-5) -> None:
   """The same calls in both; the boundary comes after 12 steps."""
-  step, predict = jax.jit(flat.step), jax.jit(flat.predict)
+  step, predict = quick(flat.step), quick(flat.predict)
   leaves = flat.leaves
   for i, rows in enumerate(batches):
     if i == 12 and flat.boundary is not None:
-      leaves = jax.jit(flat.boundary)(leaves, jax.tree.leaves(ends))
+      leaves = quick(flat.boundary)(leaves, jax.tree.leaves(ends))
       device.call('boundary', jax.tree.leaves(ends))
       near(flat, device.leaves(), leaves, tolerance)
     rows = jax.tree.leaves(rows)

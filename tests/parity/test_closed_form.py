@@ -18,7 +18,8 @@ from cl_jax.methods.heads.slca import slca
 from cl_jax.methods.isolation.first_session import first_session
 from cl_jax.methods.lowrank.lora import lora
 from cl_jax.models.identity import identity
-from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
+from tests.compiling import quick
+from tests.parity.shared import Golden, batch_of, build, close, close_trees, from_host, stacked
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +35,10 @@ def test_fecam(variant):
   L = learner(identity(6), optax.sgd(0.0), fecam(6, *numbers, per_class=variant != 'pooled'))
   starts, probe = g['task_start'], batch_of(g['probe'], np.zeros(12))
   state = L.init(jax.random.key(0), probe)
+  end = quick(L.boundary)
   for t in range(3):
     rows = slice(starts[t], starts[t + 1])
-    state = jax.jit(L.boundary)(state, stacked(g['x'][None, rows], g['y'][None, rows]))
+    state = end(state, stacked(g['x'][None, rows], g['y'][None, rows]))
     seen = 2 * t + 2
     m = state.method.moments
     close(m.mean[:seen], g[f'{variant}/means'][:seen])
@@ -69,17 +71,21 @@ def test_slca(variant, monkeypatch):
   L = build(g, method, 6, frozen=frozen)
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
-  step = jax.jit(L.step)
+  step, end = quick(L.step), quick(L.boundary)
+  coming = list(g['normals'][0])  # every epoch asks for its own noise
+
+  def given(key, mean, root, n):
+    return mean[:, None] + from_host(coming) @ root.mT
+
+  monkeypatch.setattr(slca_module, 'sample', given)
   for t in range(3):
     for i in range(xs.shape[1]):
       state, value = step(state, batch_of(xs[t, i], ys[t, i]))
       close(value, g[f'{variant}/loss'][t, i])
       close(state.params['head']['w'], g[f'{variant}/params/l2/w'][t, i])
-    noise = iter(g['normals'][t])
-    given = lambda key, mean, root, n, z=noise: mean[:, None] + jnp.asarray(next(z)) @ root.mT  # noqa: E731
-    monkeypatch.setattr(slca_module, 'sample', given)
-    with jax.disable_jit():  # so that every epoch asks for its own noise
-      state = L.boundary(state, stacked(xs[t], ys[t]))
+    coming[:] = g['normals'][t]
+    state = jax.block_until_ready(end(state, stacked(xs[t], ys[t])))
+    assert not coming
     seen, m = 2 * t + 2, state.method
     close(m.mean[:seen], g['means'][:seen])
     close(m.scatter[:seen] / (m.count[:seen, None, None] - 1), g['covariances'][:seen])
@@ -118,7 +124,7 @@ def test_first_session(variant, head):
   L = build(g, chain(**parts), 6, tx=tx, frozen=frozen)
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   for t in range(3):
     for i in range(2 * xs.shape[1]):
       k = i % xs.shape[1]

@@ -12,7 +12,17 @@ from cl_jax.methods.heads.cwr import cwr
 from cl_jax.methods.replay.latent import latent
 from cl_jax.methods.replay.remind import remind
 from cl_jax.models import layers
-from tests.parity.shared import Golden, batch_of, build, close, close_trees, drawn, stacked
+from tests.compiling import quick
+from tests.parity.shared import (
+  Golden,
+  batch_of,
+  build,
+  close,
+  close_trees,
+  drawn,
+  from_host,
+  stacked,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +39,15 @@ def test_latent_runs(variant, monkeypatch):
   L = build(g, latent('l0', K, D))
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
-  step = jax.jit(L.step)
   coming = []
   monkeypatch.setattr(jax.random, 'permutation', lambda key, n: coming.pop(0))
+  step, predict = quick(L.step), quick(L.predict)
+
+  @quick
+  def end(state, batches, *order):
+    coming[:] = order
+    return L.boundary(state, batches)
+
   for t in range(3):
     for i in range(xs.shape[1]):
       slots = g[f'{variant}/draw_slots'][t, i]
@@ -40,14 +56,14 @@ def test_latent_runs(variant, monkeypatch):
       state, value = step(state, batch_of(xs[t, i], ys[t, i]))
       close(value, g[f'{variant}/loss'][t, i])
       close_trees(state.params, g.params(f'{variant}/params', t, i))
-    coming[:] = [jnp.asarray(g[f'{variant}/{n}_perm'][t]) for n in ('examples', 'slots')]
-    state = L.boundary(state, stacked(xs[t], ys[t]))
+    order = [jnp.asarray(g[f'{variant}/{n}_perm'][t]) for n in ('examples', 'slots')]
+    state = end(state, stacked(xs[t], ys[t]), *order)
     rows = jax.tree.map(lambda a: np.asarray(a)[:K], state.method.rows)
     filled = g[f'{variant}/memory_filled'][t] > 0
     np.testing.assert_array_equal(rows.w > 0, filled)
     close(rows.x[filled], g[f'{variant}/memory_h0'][t][filled])
     np.testing.assert_array_equal(rows.y[filled], g[f'{variant}/memory_y'][t][filled])
-    close(L.predict(state, batch_of(g['probe'], np.zeros(12))), g[f'{variant}/probe_logits'][t])
+    close(predict(state, batch_of(g['probe'], np.zeros(12))), g[f'{variant}/probe_logits'][t])
 
 
 @pytest.mark.parametrize('variant', ['full', 'room'])
@@ -59,15 +75,24 @@ def test_remind_runs(variant, monkeypatch):
   xs, ys, flat_y = g['xs'], g['ys'], g['ys'].reshape(-1)
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   monkeypatch.setattr('cl_jax.quantise.starts', lambda *a: jnp.asarray(g['picks']))
-  coming, real = [], jax.random.uniform
+  coming, stored, real = [], list(g['u'][0]), jax.random.uniform
   monkeypatch.setattr(
-    jax.random, 'uniform', lambda *a, **k: coming.pop(0) if coming else real(*a, **k)
+    jax.random, 'uniform', lambda *a, **k: coming.pop(0)() if coming else real(*a, **k)
   )
 
-  @jax.jit
+  @quick
   def step(state, batch, u):
-    coming[:] = [u]
+    coming[:] = [lambda: u]
     return L.step(state, batch)
+
+  @quick
+  def end(state, batches):
+    coming[:] = [
+      lambda: from_host(stored)
+    ]  # one place in a loop over the batches of the first task
+    return L.boundary(state, batches)
+
+  predict = quick(L.predict)
 
   def holds(codes, y, stream):
     rows = jax.tree.map(lambda a: np.asarray(a)[:K], state.method.memory.rows)
@@ -89,14 +114,12 @@ def test_remind_runs(variant, monkeypatch):
       close_trees(state.params, g.params(f'{variant}/params', t, i))
       if t:
         holds(*(g[f'{variant}/memory_{n}'][t, i] for n in ('codes', 'y', 'stream')))
-    coming[:] = list(map(jnp.asarray, g['u'][0])) if t == 0 else []  # a batch at a time
-    with jax.disable_jit():
-      state = L.boundary(state, stacked(xs[t], ys[t]))
-    assert not coming
+    state = jax.block_until_ready(end(state, stacked(xs[t], ys[t])))
+    assert not coming and not stored
     if t == 0:
       close(state.method.books, g[f'{variant}/codewords'])
       holds(*(g[f'{variant}/first_{n}'] for n in ('codes', 'y', 'stream')))
-    close(L.predict(state, batch_of(g['probe'], np.zeros(12))), g[f'{variant}/probe_logits'][t])
+    close(predict(state, batch_of(g['probe'], np.zeros(12))), g[f'{variant}/probe_logits'][t])
 
 
 def test_quantise_is_lloyds_algorithm(monkeypatch):
@@ -119,16 +142,17 @@ def test_cwr_runs():
   L = build(g, cwr())
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  step, end, predict = quick(L.step), quick(L.boundary), quick(L.predict)
   for t in range(3):
     for i in range(xs.shape[1]):
-      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]))
       close(value, g['cwr/loss'][t, i])
       close_trees(state.params, g.params('cwr/params', t, i))
-    state = L.boundary(state, stacked(xs[t], ys[t]))
+    state = end(state, stacked(xs[t], ys[t]))
     close(state.method.consolidated, g['cwr/cw'][t])
     close(state.method.past, g['cwr/past'][t])
     close_trees(state.params, g.params('cwr/after', t))
-    close(L.predict(state, batch_of(g['probe'], np.zeros(12))), g['cwr/probe_logits'][t])
+    close(predict(state, batch_of(g['probe'], np.zeros(12))), g['cwr/probe_logits'][t])
 
 
 @pytest.mark.parametrize('variant', ['plain', 'weighted'])

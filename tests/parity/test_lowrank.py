@@ -16,6 +16,7 @@ from cl_jax.methods.lowrank.inflora import inflora
 from cl_jax.methods.lowrank.olora import olora
 from cl_jax.methods.lowrank.sdlora import sdlora
 from cl_jax.models.vit import Config, vit
+from tests.compiling import quick
 from tests.parity.shared import Golden, batch_of, build, close, fixed, stacked
 
 LAYERS = ('l0', 'l1')
@@ -40,7 +41,7 @@ def start(g, method, own):
 def follow(g, v, name, method, own, factors):
   """Yields (t, state) after every boundary, having compared every step; `factors` are {ours: theirs}."""
   L, state = start(g, method, own)
-  step, boundary = jax.jit(L.step), jax.jit(L.boundary)
+  step, boundary = quick(L.step), quick(L.boundary)
   xs, ys = g['xs'], g['ys']
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
@@ -115,7 +116,7 @@ def test_adapter(v):
   method = adapter(3, where, parallel, float(g['scale']))
   own = nest({f'{p}/{w}': jnp.asarray(g[f'init/adapter/{p}/{w}']) for p in where for w in WEIGHTS})
   L, state = transformer(g, method._replace(init=lambda *a: ({'adapter': own}, ())), 4)
-  step = jax.jit(L.step)
+  step = quick(L.step)
   for t in range(2):
     for i in range(g['xs'].shape[1]):
       state, loss = step(state, batch_of(g['xs'][t, i], g['ys'][t, i]))
@@ -138,7 +139,7 @@ def test_ease():
   inner = method.init
   own = {'ease': nest({w: jnp.asarray(g[f'init/adapter/{w}']) for w in WEIGHTS})}
   L, state = transformer(g, method._replace(init=lambda *a: (own, inner(*a)[1])), 6)
-  step, boundary = jax.jit(L.step), jax.jit(L.boundary)
+  step, boundary = quick(L.step), quick(L.boundary)
   for t in range(3):
     for i in range(g['xs'].shape[1]):
       state, loss = step(state, batch_of(g['xs'][t, i], g['ys'][t, i]))

@@ -32,6 +32,7 @@ from cl_jax.models.identity import identity
 from cl_jax.models.layers import in_line
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Forward, Method, overlay
+from tests.compiling import quick
 from tests.parity.shared import OURS, Golden, batch_of, build, close, close_trees, stacked
 
 
@@ -44,7 +45,7 @@ def double():
 def follow(golden, method, variant, xs, ys, classes=4, prefix='init', loss='loss', told=True):
   """Trains on the reference's batches and compares parameters, losses and predictions throughout."""
   L = build(golden, method, classes, prefix)
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0 if told else -1))
   probe = golden['probe']
   for t in range(len(golden[f'{variant}/loss'])):
@@ -166,7 +167,7 @@ def test_agem_runs(variant, tasks):
   xs, ys = g[f'{variant}/xs'], g[f'{variant}/ys']
   capacity = m * 4 * (3 if tasks > 1 else 1)
   L = build(g, agem(capacity, D, 4, tasks))
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
   stream = xs.reshape(-1, 6)
   for t in range(len(xs)):
@@ -201,15 +202,22 @@ def test_er(variant, monkeypatch):
   monkeypatch.setattr(
     jax.random, 'randint', lambda *a, **k: drawn.pop() if drawn else real(*a, **k)
   )
+
+  @quick
+  def step(state, batch, j):
+    drawn[:] = [] if j is None else [j]
+    out = L.step(state, batch)
+    assert not drawn
+    return out
+
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
       slots = g[f'{variant}/draw_slots'][t, i]
       rows = jax.tree.map(lambda a, slots=slots: a[np.maximum(slots, 0)], state.method.rows)
       draw = rows._replace(w=jnp.asarray(slots >= 0, jnp.float64))
       state = state._replace(method=state.method._replace(draw=draw))
-      if variant == 'reservoir':
-        drawn.append(jnp.asarray(g['reservoir/j'][t, i], jnp.int32))
-      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      j = jnp.asarray(g['reservoir/j'][t, i], jnp.int32) if variant == 'reservoir' else None
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]), j)
       close(value, g[f'{variant}/loss'][t, i])
       close_trees(state.params, g.params(f'{variant}/params', t, i))
       kept = g[f'{variant}/memory_stream'][t, i]
@@ -239,7 +247,7 @@ def test_hat_run():
     )
   )
   L = build(g, tied)
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
   probe = g['probe']
@@ -308,7 +316,7 @@ def test_packnet(variant):
   )
   named = chain(pack=method, head=task_head(HEADS, 4)) if heads else chain(pack=method)
   L = build(g, named, tx=packnet_tx(g, variant))
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   kind = 'heads' if heads else 'simple'
   xs, ys = g[f'xs_{kind}'], g[f'ys_{kind}']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
@@ -352,7 +360,7 @@ def test_packnet_momentum():
     for scale in [float(g['lr_retrain'] / g['lr'])]
   }
   (L,) = L.values()
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   xs, ys = g['xs_simple'], g['ys_simple']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
   fresh = state.opt
@@ -373,7 +381,7 @@ def closed_form(g, method, t):
   L = learner(identity(6), optax.sgd(0.0), method)
   ends = g['task_start']
   state = L.init(jax.random.key(0), batch_of(g['x'][:1], g['y'][:1]))
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   for k in range(t + 1):
     rows = slice(ends[k], ends[k + 1])
     for i in range(ends[k], ends[k + 1]):
@@ -459,7 +467,7 @@ def test_lora():
     method.init(jax.random.key(0), full, None, Forward(None, {}, {}))[0]
   ) == (jax.tree.structure({'lora': start}))
   L = build(g, given, frozen=frozen)
-  step = jax.jit(L.step)
+  step = quick(L.step)
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   assert set(state.params) == {'head', 'lora'}

@@ -15,6 +15,7 @@ from cl_jax.methods.regularisation.l2 import l2
 from cl_jax.methods.regularisation.mas import mas
 from cl_jax.methods.regularisation.rwalk import rwalk
 from cl_jax.methods.regularisation.si import si
+from tests.compiling import quick
 from tests.parity.shared import Golden, batch_of, build, close, close_trees, stacked
 
 
@@ -27,7 +28,7 @@ def double():
 def states(golden, method, variant, tx=None):
   """Compares parameters, losses and predictions throughout; yields (task, step or 'end', state)."""
   L = build(golden, method, tx=tx)
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   xs, ys = golden['xs'], golden['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   for t in range(len(xs)):

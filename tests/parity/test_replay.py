@@ -18,6 +18,7 @@ from cl_jax.methods.replay.gem import gem
 from cl_jax.methods.replay.icarl import icarl
 from cl_jax.methods.replay.mer import mer
 from cl_jax.methods.replay.mir import mir
+from tests.compiling import quick
 from tests.parity.shared import (
   LEAVES,
   OURS,
@@ -27,6 +28,7 @@ from tests.parity.shared import (
   close,
   close_trees,
   drawn,
+  from_host,
   stacked,
 )
 
@@ -37,7 +39,7 @@ def double():
     yield
 
 
-def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss'):
+def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss', compiled=True):
   """A run with a reservoir: before each step the draw is replaced by the reference's rows."""
   key = lambda name: f'{variant}/{name}' if f'{variant}/{name}' in g.data else name  # noqa: E731
   xs, ys = g[key('xs')], g[key('ys')]
@@ -47,15 +49,22 @@ def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss'):
   monkeypatch.setattr(
     jax.random, 'randint', lambda *a, **k: coming.pop() if coming else real(*a, **k)
   )
+
+  def step(state, batch, j):
+    coming.append(j)
+    out = L.step(state, batch)
+    assert not coming
+    return out
+
+  step = quick(step) if compiled else step
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
       held = state.method
       slots = np.concatenate([g[f'{variant}/{d}_slots'][t, i] for d in draws])
       state = state._replace(method=held._replace(draw=drawn(held.rows, slots)))
-      coming.append(jnp.asarray(np.maximum(g[f'{variant}/j'][t, i], 0), jnp.int32))
-      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
-      assert not coming
+      j = jnp.asarray(np.maximum(g[f'{variant}/j'][t, i], 0), jnp.int32)
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]), j)
       close(value, g[f'{variant}/{loss}'][t, i])
       close_trees(state.params, g.params(f'{variant}/params', t, i))
       kept = g[f'{variant}/memory_stream'][t, i]
@@ -99,7 +108,7 @@ def test_mir_runs(variant, monkeypatch):
   picked = []
   real = jax.lax.top_k
   monkeypatch.setattr(jax.lax, 'top_k', lambda *a: picked.append(real(*a)) or picked[-1])
-  follow(g, variant, method, monkeypatch, loss='loss_batch')
+  follow(g, variant, method, monkeypatch, loss='loss_batch', compiled=False)
   chosen = g[f'{variant}/chosen'].reshape(-1, k)
   scores = g[f'{variant}/scores'].reshape(-1, S)
   weights = g[f'{variant}/draw_weight'].reshape(-1, S)
@@ -115,7 +124,7 @@ def test_gem_runs(variant):
   g = Golden('gem')
   xs, ys, m = g['xs'], g['ys'], int(g['m'])
   L = build(g, gem(4, 4 * m, float(g[f'{variant}/margin']), float(g['eps'])))
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
   for t in range(len(xs)):
@@ -182,10 +191,11 @@ def test_gdumb_trains_as_torch_does(monkeypatch):
   state = state._replace(
     method=state.method._replace(memory=state.method.memory._replace(rows=rows))
   )
-  coming = [jnp.asarray(o) for o in orders]
-  monkeypatch.setattr(jax.random, 'permutation', lambda key, n: coming.pop(0))
-  with jax.disable_jit():
-    state = L.boundary(state, stacked(xs[None, :5], ys[None, :5]))
+  coming = list(orders)  # one place in a loop over the epochs
+  order = lambda key, n: from_host(coming).astype(jnp.int32)  # noqa: E731
+  monkeypatch.setattr(jax.random, 'permutation', order)
+  boundary = quick(L.boundary)
+  state = jax.block_until_ready(boundary(state, stacked(xs[None, :5], ys[None, :5])))
   assert not coming
 
   p = {n: torch.tensor(np.asarray(g[f'init/{n}']), requires_grad=True) for n in LEAVES}
@@ -234,7 +244,7 @@ def test_icarl_runs(variant):
   g = Golden('icarl')
   xs, ys, K = g['xs'], g['ys'], int(g['K'])
   L = build(g, icarl(6, K, int(g['D']), float(g[f'{variant}/coef'])), classes=6)
-  step, end = jax.jit(L.step), jax.jit(L.boundary)
+  step, end = quick(L.step), quick(L.boundary)
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
   for t in range(len(xs)):
@@ -275,11 +285,17 @@ def test_mer_runs(monkeypatch):
     return jnp.maximum(slots, 0), (slots >= 0).astype(jnp.float64)
 
   monkeypatch.setattr('cl_jax.methods.replay.mer.chosen', chosen)
+
+  @quick
+  def step(state, batch, j, slots):
+    now.update(j=j, slots=slots)
+    return L.step(state, batch)
+
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
-      now['j'] = jnp.asarray(np.maximum(g['mer/j'][t, i], 0).reshape(-1), jnp.int32)
-      now['slots'] = jnp.asarray(g['mer/draw_slots'][t, i], jnp.int32)
-      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      j = jnp.asarray(np.maximum(g['mer/j'][t, i], 0).reshape(-1), jnp.int32)
+      slots = jnp.asarray(g['mer/draw_slots'][t, i], jnp.int32)
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]), j, slots)
       close(value, g['mer/loss'][t, i])
       close_trees(state.params, g.params('mer/params', t, i))
       kept = g['mer/memory_stream'][t, i, -1]
@@ -301,13 +317,21 @@ def test_dgr_runs(monkeypatch):
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
   z = g['dgr/z_rep'].reshape(-1, R, latent)
+
+  @quick
+  def step(state, batch, *noise):
+    coming[:] = noise
+    out = L.step(state, batch)
+    assert not coming
+    return out
+
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
       if t > 0:
         close(state.method.replay, g['dgr/x_rep'][t, i])
       following = z[min(t * xs.shape[1] + i + 1, len(z) - 1)]
-      coming[:] = map(jnp.asarray, (g['dgr/eps'][t, i], g['dgr/eps_rep'][t, i], following))
-      state, value = L.step(state, batch_of(xs[t, i], ys[t, i]))
+      noise = map(jnp.asarray, (g['dgr/eps'][t, i], g['dgr/eps_rep'][t, i], following))
+      state, value = step(state, batch_of(xs[t, i], ys[t, i]), *noise)
       close(value, g['dgr/loss'][t, i])
       close_trees(state.params, g.params('dgr/params', t, i))
       for name in layers:

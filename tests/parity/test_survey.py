@@ -16,6 +16,7 @@ from cl_jax.methods.regularisation.ebll import ebll
 from cl_jax.methods.replay.dreamnet import dreamnet
 from cl_jax.methods.replay.rehearsal import rehearsal
 from cl_jax.models.mlp import mlp
+from tests.compiling import quick
 from tests.parity.shared import OURS, Golden, batch_of, build, close, close_trees, fixed, stacked
 
 HEADS = ((0, 1), (2, 3), (4, 5))
@@ -39,7 +40,7 @@ def test_ebll_runs(monkeypatch):
   L = build(g, chain(ebll=method, head=task_head(HEADS, 6)), 6)
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
-  step = jax.jit(L.step)
+  step = quick(L.step)
   for t in range(3):
     for i in range(xs.shape[1]):
       state, value = step(state, batch_of(xs[t, i], ys[t, i], t))
@@ -83,7 +84,7 @@ def test_pnn_runs():
   L = learner(model, optax.sgd(float(g['lr'])), chain(pnn=tied, head=task_head(HEADS, 6)))
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
-  step = jax.jit(L.step)
+  step = quick(L.step)
   for t in range(3):
     for i in range(xs.shape[1]):
       state, value = step(state, batch_of(xs[t, i], ys[t, i], t))
@@ -113,7 +114,7 @@ def test_dreamnet_runs():
   L = build(g, method._replace(init=init))
   xs, ys = g['xs'], g['ys']
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
-  step = jax.jit(L.step)
+  step = quick(L.step)
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
       state = state._replace(method=state.method._replace(noise=jnp.asarray(noise[t, i])))
@@ -134,7 +135,7 @@ def test_rehearsal_runs(variant, share):
   xs, ys = g['xs'], g['ys']
   flat = xs.reshape(-1, xs.shape[-1])
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
-  step = jax.jit(L.step)
+  step = quick(L.step)
   for t in range(3):
     for i in range(xs.shape[1]):
       x, y, w = (g[f'{variant}/draw_{n}'][t, i] for n in ('x', 'y', 'weight'))

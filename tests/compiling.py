@@ -1,0 +1,16 @@
+"""Compiler options for tests."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+
+# Half of the time that XLA's compiler takes for a CPU: LLVM optimises nothing, and the emitters of
+# fusions that are not the default have less to set up. For comparisons with a tolerance; what is said
+# to be bitwise, or is counted, timed or measured in bytes, is compiled as a user's programs are.
+QUICK: dict[str, bool | int] = {'xla_backend_optimization_level': 0}
+if jax.__version_info__ < (0, 11):  # an option that a compiler does not know is an error
+  QUICK['xla_cpu_use_fusion_emitters'] = False
+
+quick = partial(jax.jit, compiler_options=QUICK)
