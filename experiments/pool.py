@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -141,8 +142,11 @@ def shares(available: frozenset[int], workers: int) -> list[frozenset[int]]:
 
 def default_workers() -> int:
   """One a core; a single one where jax would use an accelerator, which processes cannot share."""
+  return 1 if accelerated() and os.environ.get('JAX_PLATFORMS') != 'cpu' else len(cores())
+
+
+@cache
+def accelerated() -> bool:
+  """Whether jax can use an accelerator; asked again and again, and 40 ms to find out."""
   names = {(d.metadata['Name'] or '').lower().replace('_', '-') for d in metadata.distributions()}
-  accelerated = (
-    any(n.startswith('jax-') and n.endswith('-plugin') for n in names) or 'libtpu' in names
-  )
-  return 1 if accelerated and os.environ.get('JAX_PLATFORMS') != 'cpu' else len(cores())
+  return any(n.startswith('jax-') and n.endswith('-plugin') for n in names) or 'libtpu' in names
