@@ -154,24 +154,36 @@ def test_gem_quadratic_programs():
   assert 0 < g['single/violated'].sum() < len(g['single/violated'])
 
 
-def shown(writer, features, labels, monkeypatch, u=None):
+def writing(writer, monkeypatch):
+  """`write_then_draw`, compiled; `u` are the numbers that it draws."""
+
+  @quick
+  def write(held, batch, key, f, u):
+    with monkeypatch.context() as patch:
+      if u is not None:
+        patch.setattr(jax.random, 'uniform', lambda *a: u)
+      return memory.write_then_draw(writer, held, batch, key, features=f)
+
+  return write
+
+
+def shown(writer, write, features, labels, u=None):
   """Yields the stored positions after each row of a stream, written in batches of 4."""
   batch = lambda at: batch_of(np.arange(at, at + 4)[:, None], labels[at : at + 4])  # noqa: E731
   held = memory.create(writer, batch(0), 1, 0 if features is None else features.shape[1])
   for at in range(0, len(labels), 4):
-    if u is not None:
-      monkeypatch.setattr(jax.random, 'uniform', lambda *a, at=at: jnp.asarray(u[at : at + 4]))
-    f = None if features is None else jnp.asarray(features[at : at + 4])
-    held = memory.write_then_draw(writer, held, batch(at), jax.random.key(at), features=f)
+    f, numbers = (None if a is None else jnp.asarray(a[at : at + 4]) for a in (features, u))
+    held = write(held, batch(at), jax.random.key(at), f, numbers)
     stored = np.asarray(held.rows.w)[: writer.capacity] > 0
     yield at + 3, np.where(stored, np.asarray(held.rows.x)[: writer.capacity, 0], -1), held.aux
 
 
 def test_gdumb_sampler(monkeypatch):
   g = Golden('gdumb')
+  writer = writers.greedy_balanced(int(g['K']), int(g['classes']))
+  write = writing(writer, monkeypatch)
   for labels, u, slots in zip(g['labels'], g['u'], g['slots'], strict=True):
-    writer = writers.greedy_balanced(int(g['K']), int(g['classes']))
-    for row, stored, _ in shown(writer, None, labels, monkeypatch, u):
+    for row, stored, _ in shown(writer, write, None, labels, u):
       assert np.array_equal(stored, slots[row])
 
 
@@ -227,12 +239,13 @@ def test_gdumb_trains_as_torch_does(monkeypatch):
 def test_er_writers(name, monkeypatch):
   g = Golden('writers')
   classes, m = int(g['classes']), int(g['m'])
+  writer = writers.writer(name, classes * m, classes)
+  write = writing(writer, monkeypatch)
   for features, labels, slots, means in zip(
     g['features'], g['labels'], g[f'{name}/slots'],
     g['mof/mean' if name == 'mof' else 'kmeans/centroid'], strict=True,
   ):  # fmt: skip
-    writer = writers.writer(name, classes * m, classes)
-    for row, stored, aux in shown(writer, features, labels, monkeypatch):
+    for row, stored, aux in shown(writer, write, features, labels):
       assert np.array_equal(stored, slots[row].reshape(-1))
       ours = aux.mean if name == 'mof' else aux.centroid
       close(ours, means[row].reshape(ours.shape))
