@@ -422,11 +422,11 @@ def test_slda_batch_equals_rows():
   rows = slice(0, 60)
   L = learner(identity(6), optax.sgd(0.0), slda(6, centre_first=False))
   state = L.init(jax.random.key(0), batch_of(g['x'][:1], g['y'][:1]))
-  state, _ = L.step(state, batch_of(g['x'][rows], g['y'][rows]))
+  state, _ = quick(L.step)(state, batch_of(g['x'][rows], g['y'][rows]))
   close(state.method.cov, g['slda/sigma'][59])
   L = learner(identity(6), optax.sgd(0.0), slda(6))
   state = L.init(jax.random.key(0), batch_of(g['x'][:1], g['y'][:1]))
-  state, _ = L.step(state, batch_of(g['x'][rows], g['y'][rows]))
+  state, _ = quick(L.step)(state, batch_of(g['x'][rows], g['y'][rows]))
   assert np.abs(np.asarray(state.method.cov) - g['slda/sigma'][59]).max() > 1e-3
 
 

@@ -139,11 +139,12 @@ def test_rehearsal_runs(variant, share):
   for t in range(3):
     for i in range(xs.shape[1]):
       x, y, w = (g[f'{variant}/draw_{n}'][t, i] for n in ('x', 'y', 'weight'))
+      memory, aux = jax.tree.map(np.asarray, (state.method.rows.x, state.method.aux))
       held = {
-        tuple(np.asarray(row)) for row, owner, filled in zip(
-          state.method.rows.x, state.method.aux.owner, state.method.aux.filled, strict=False
-        ) if filled and owner < t
-      }  # fmt: skip
+        tuple(row)
+        for row, owner, filled in zip(memory, aux.owner, aux.filled, strict=False)
+        if filled and owner < t
+      }
       ours = state.method.draw
       assert {tuple(row) for row in np.asarray(ours.x)[np.asarray(ours.w) > 0]} <= held
       assert (np.asarray(ours.w) > 0).sum() == min(len(held), int(g['D']))
@@ -152,13 +153,14 @@ def test_rehearsal_runs(variant, share):
       state, value = step(state, batch_of(xs[t, i], ys[t, i]))
       close(value, g[f'{variant}/loss'][t, i])
       close_trees(state.params, g.params(f'{variant}/params', t, i))
-      aux, stream = state.method.aux, g[f'{variant}/memory_stream'][t, i]
+      memory, aux = jax.tree.map(np.asarray, (state.method.rows.x, state.method.aux))
+      stream = g[f'{variant}/memory_stream'][t, i]
       for task in range(3):
         place = {
           int(p): n for n, p in enumerate(aux.position) if aux.filled[n] and aux.owner[n] == task
         }
         assert sorted(place) == list(np.flatnonzero(stream[task] >= 0))
         for p, n in place.items():
-          close(state.method.rows.x[n], flat[stream[task, p]])
+          close(memory[n], flat[stream[task, p]])
     state = L.boundary(state, stacked(xs[t], ys[t]))
     close(L.predict(state, batch_of(g['probe'], np.zeros(12))), g[f'{variant}/probe_logits'][t])
