@@ -7,8 +7,9 @@ from functools import partial
 import jax
 
 # Half of the time that XLA's compiler takes for a CPU: LLVM optimises nothing, and the emitters of
-# fusions that are not the default have less to set up. For comparisons with a tolerance; what is said
-# to be bitwise, or is counted, timed or measured in bytes, is compiled as a user's programs are.
+# fusions that are not the default have less to set up. Sums round in another way. For comparisons of a
+# program with itself, and in f64; what is said to be bitwise, is near another program's float32, or is
+# counted, timed or measured in bytes is compiled as a user's programs are.
 QUICK: dict[str, bool | int] = {'xla_backend_optimization_level': 0}
 if jax.__version_info__ < (0, 11):  # an option that a compiler does not know is an error
   QUICK['xla_cpu_use_fusion_emitters'] = False

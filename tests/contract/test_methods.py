@@ -157,7 +157,7 @@ def naive(toy_stream):
   @lru_cache
   def plain(transformer):
     name = min(TRANSFORMER) if transformer else ''
-    program = quick(partial(trained, builder(Method(), name=name)))
+    program = jax.jit(partial(trained, builder(Method(), name=name)))
     return program(HP, jax.random.key(KEY), short(toy_stream, name))
 
   return lambda name: plain(name in TRANSFORMER)
@@ -269,8 +269,8 @@ def test_mapped_runs(case):
   first = case.places()[1]
   assert (first.leg, first.done) == (0, few)
   single = first.state, first.record.loss[0, :few]
-  for width, compare, jit in ((1, one_by_one, jax.jit), (2, partial(near, rtol=2e-4), quick)):
-    program = jit(map_runs(steps, (MAPPED, SHARED), 2, width, jax.devices()[:1]))
+  for width, compare in ((1, one_by_one), (2, partial(near, rtol=2e-4))):
+    program = jax.jit(map_runs(steps, (MAPPED, SHARED), 2, width, jax.devices()[:1]))
     out = jax.tree.map(lambda a: a[0], program(keys, case.stream))
     compare(out, single)
 
@@ -342,7 +342,7 @@ def test_gated_off_is_absent(case, naive):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
     return learner(network(case.name), optax.sgd(hp['lr'], momentum=0.9), method)
 
-  program = quick(partial(trained, switched))
+  program = jax.jit(partial(trained, switched))
   if case.name in OTHER:
     with pytest.raises(UserError, match='cannot be gated'):
       program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
