@@ -39,8 +39,12 @@ def double():
     yield
 
 
-def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss', compiled=True):
-  """A run with a reservoir: before each step the draw is replaced by the reference's rows."""
+def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss', traced=None):
+  """A run with a reservoir: before each step the draw is replaced by the reference's rows.
+
+  Returns the last state, and for every step the values of what was put into the list `traced` inside it.
+  """
+  traced, found = [] if traced is None else traced, []
   key = lambda name: f'{variant}/{name}' if f'{variant}/{name}' in g.data else name  # noqa: E731
   xs, ys = g[key('xs')], g[key('ys')]
   L = build(g, method)
@@ -50,13 +54,14 @@ def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss', compil
     jax.random, 'randint', lambda *a, **k: coming.pop() if coming else real(*a, **k)
   )
 
+  @quick
   def step(state, batch, j):
     coming.append(j)
+    traced.clear()
     out = L.step(state, batch)
     assert not coming
-    return out
+    return *out, tuple(traced)
 
-  step = quick(step) if compiled else step
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
@@ -64,7 +69,8 @@ def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss', compil
       slots = np.concatenate([g[f'{variant}/{d}_slots'][t, i] for d in draws])
       state = state._replace(method=held._replace(draw=drawn(held.rows, slots)))
       j = jnp.asarray(np.maximum(g[f'{variant}/j'][t, i], 0), jnp.int32)
-      state, value = step(state, batch_of(xs[t, i], ys[t, i]), j)
+      state, value, values = step(state, batch_of(xs[t, i], ys[t, i]), j)
+      found.append(values)
       close(value, g[f'{variant}/{loss}'][t, i])
       close_trees(state.params, g.params(f'{variant}/params', t, i))
       kept = g[f'{variant}/memory_stream'][t, i]
@@ -73,14 +79,14 @@ def follow(g, variant, method, monkeypatch, draws=('draw',), loss='loss', compil
       x = rows.x['x'] if isinstance(rows.x, dict) else rows.x
       close(x[kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
     close(L.predict(state, probe), g[f'{variant}/probe_logits'][t])
-  return state
+  return state, found
 
 
 def test_der_runs(monkeypatch):
   g = Golden('der')
   D = g['der/draw_slots'].shape[-1]
   method = der(int(g['capacity']), D, float(g['der/alpha']))
-  state = follow(g, 'der', method, monkeypatch)
+  state, _ = follow(g, 'der', method, monkeypatch)
   kept = g['der/memory_stream'][-1, -1] >= 0
   logits = np.asarray(state.method.rows.x['logits'])[: len(kept)]
   close(logits[kept], g['der/memory_z'][-1, -1][kept])
@@ -105,15 +111,14 @@ def test_mir_runs(variant, monkeypatch):
   g = Golden('mir')
   S, k = g[f'{variant}/draw_slots'].shape[-1], int(g[f'{variant}/k'])
   method = mir(int(g['capacity']), k, S, float(g['lr_v']))
-  picked = []
-  real = jax.lax.top_k
-  monkeypatch.setattr(jax.lax, 'top_k', lambda *a: picked.append(real(*a)) or picked[-1])
-  follow(g, variant, method, monkeypatch, loss='loss_batch', compiled=False)
+  inside, real = [], jax.lax.top_k
+  monkeypatch.setattr(jax.lax, 'top_k', lambda *a: inside.append(real(*a)) or inside[-1])
+  _, picked = follow(g, variant, method, monkeypatch, loss='loss_batch', traced=inside)
   chosen = g[f'{variant}/chosen'].reshape(-1, k)
   scores = g[f'{variant}/scores'].reshape(-1, S)
   weights = g[f'{variant}/draw_weight'].reshape(-1, S)
   assert len(picked) == len(chosen)
-  for (values, where), theirs, score, w in zip(picked, chosen, scores, weights, strict=True):
+  for ((values, where),), theirs, score, w in zip(picked, chosen, scores, weights, strict=True):
     real_ones = w[theirs] > 0
     assert np.array_equal(np.asarray(where)[real_ones], theirs[real_ones])
     close(np.asarray(values)[real_ones], score[theirs][real_ones])
