@@ -53,11 +53,16 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   given, left = parser.parse_known_args(argv)
   if given.steps < 2 * given.every or given.every < 1:
     raise UserError('--steps must be at least twice --every, or there is no second save to cut')
-  (target,) = targets.find([given.target])
+  wanted = targets.find([given.target])
+  if len(wanted) != 1:
+    raise UserError(f'--target={given.target}: a device is one target')
+  (target,) = wanted
   if reason := targets.absent(target):
     raise UserError(f'{target.name}: {reason}')
   overrides = options.fields_of(left)
-  resolved, _, _ = options.overridden(config.load(given.config), overrides)
+  resolved, _, sweep = options.overridden(config.load(given.config), overrides)
+  if sweep:
+    raise UserError('config.sweep holds a grid: a device learns by one configuration')
   cli.devices(1)
   limits = {
     'ram': ram.size(given.ram, '--ram'),

@@ -81,9 +81,11 @@ int slots_save(slots *s, const void *state, size_t n, uint32_t position) {
   flash_erase(at, size_of_slot(n));
   flash_write(at + SLOTS_AHEAD, state, n);
   flash_write(at, &h, sizeof h);
-  uint32_t crc = crc32(0, &h, offsetof(slots_header, crc));
+  unsigned char back[64];
+  flash_read(at, back, sizeof h);
+  if (crc32(0, back, sizeof h) != crc32(0, &h, sizeof h)) return 0;
+  uint32_t crc = crc32(0, back, offsetof(slots_header, crc));
   for (size_t i = 0; i < n;) {
-    unsigned char back[64];
     const size_t m = n - i < sizeof back ? n - i : sizeof back;
     flash_read(at + SLOTS_AHEAD + (uint32_t)i, back, m);
     crc = crc32(crc, back, m);
@@ -102,7 +104,7 @@ INCLUDE = r"""/* Two slots in flash for the state; see slots.c. */
 #include <stddef.h>
 #include <stdint.h>
 
-#define SLOTS_KIND @KIND@u /* whose state: the CRC of the table of its leaves */
+#define SLOTS_KIND @KIND@u /* the layout of the state: the CRC of the table of its leaves */
 #define SLOTS_AHEAD @AHEAD@u
 #define SLOTS_PAGE @PAGE@u
 
@@ -150,7 +152,7 @@ def files(state: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def kind(state: Sequence[Mapping[str, Any]]) -> int:
-  """A number for the layout of a state: what another program has saved is not loaded."""
+  """A number for the layout of a state: one with other leaves is not loaded."""
   return zlib.crc32(';'.join(f'{a["name"]} {a["dtype"]} {a["bytes"]}' for a in state).encode())
 
 

@@ -123,6 +123,8 @@ def test_on_an_emulated_cortex_m7(told, tiny, capsys):
   [
     (['--steps=3', '--every=2'], 'at least twice'),
     (['--target=host', '--ram=24K'], 'bytes of RAM'),
+    (['--target=host,c99'], 'one target'),
+    (['--target=host', "--config.sweep={'optimizer.lr': (0.1, 0.2)}"], 'a grid'),
   ],
 )
 def test_mistakes_are_one_line(words, message, tiny, tmp_path, capsys):

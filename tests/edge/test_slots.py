@@ -82,7 +82,7 @@ BOARD = r"""
 #include "slots.h"
 /* A flash that only an erase sets bits in, and whose power goes after `left` bytes. */
 unsigned char flash[2 * SIZE];
-static long left;
+static long left, bad = -1; /* a byte that keeps what it is */
 static int faults, noise;
 static jmp_buf dark;
 static void lit(uint32_t at, unsigned char value) {
@@ -91,8 +91,9 @@ static void lit(uint32_t at, unsigned char value) {
     longjmp(dark, 1);
   }
   left -= left > 0;
-  flash[at] = value;
+  if ((long)at != bad) flash[at] = value;
 }
+void wear(long at) { bad = at; }
 void flash_read(uint32_t at, void *to, size_t n) { memcpy(to, flash + at, n); }
 void flash_erase(uint32_t at, size_t n) { for (size_t i = 0; i < n; i++) lit(at + (uint32_t)i, 0xff); }
 void flash_write(uint32_t at, const void *from, size_t n) {
@@ -196,3 +197,28 @@ def test_c_never_loses_more_than_the_save_that_was_cut(board, powers):
     last = state(k) if code == 1 else last
     there = slots.newest(bytes(flash), KIND, N)
     assert there is not None and there.state == last
+
+
+@pytest.mark.parametrize('slot', [0, 1])
+def test_flash_that_keeps_nothing_is_no_save(board, slot):
+  """Each byte of the header and of the state, worn out: the save says so and the older slot stays the one."""
+  flash = (ctypes.c_ubyte * (2 * slots.size(N))).in_dll(board, 'flash')
+  begin = first() if slot else first()[slots.size(N) :] + first()[: slots.size(N)]
+  held = slots.newest(begin, KIND, N)
+  found, now = (ctypes.c_ubyte * N)(), Slots()
+  new = (ctypes.c_ubyte * N).from_buffer_copy(state(3))
+  seal = [*range(slots.HEADER.size), *range(slots.AHEAD, slots.AHEAD + N)]
+  for at in seal:
+    flash[:] = list(begin)
+    flash[slot * slots.size(N) + at] ^= 0x5A  # what it keeps is nothing that would be right
+    board.wear(ctypes.c_long(slot * slots.size(N) + at))
+    try:
+      for _ in range(2):  # the next save must not go to the slot that is left
+        code = board.turn(new, ctypes.byref(now), found, N, ctypes.c_long(-1), 0)
+        written = slots.sealed(KIND, now.sequence + 1, now.position + 5, state(3))
+        kept = flash[slot * slots.size(N) + at]
+        assert (code == 3) == (kept != written[at]), at
+        if code == 3:
+          assert slots.newest(bytes(flash), KIND, N) == held, at
+    finally:
+      board.wear(ctypes.c_long(-1))
