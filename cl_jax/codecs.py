@@ -214,6 +214,8 @@ def pack(codec: str, x: Array) -> Packed:
     return Packed(half(x.astype(jnp.float32)), None, codec, shape)
   levels = dynamic_map(codec)
   blocks = _blocks(x.astype(jnp.float32))
+  if codec == 'udynamic8':
+    blocks = jnp.maximum(blocks, 0)
   high, low = blocks.max(1), blocks.min(1)
   scale = jnp.where(high >= -low, high, low)
   of_scale = blocks / jnp.where(scale != 0, scale, 1)[:, None]

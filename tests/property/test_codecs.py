@@ -114,6 +114,15 @@ def test_a_negative_extreme_is_exact_too():
   assert codecs.unpack(codecs.pack('dynamic8', x))[0] == -3.0
 
 
+def test_a_negative_number_is_0_where_none_is_meant():
+  """Even where it is the farthest from 0 in its block, whose other numbers keep their levels."""
+  x = jnp.linspace(0.0, 1.0, 600).at[jnp.array([0, 300, 599])].set(jnp.array([-2.0, -0.1, -5.0]))
+  back = codecs.unpack(codecs.pack('udynamic8', x))
+  np.testing.assert_array_equal(back, codecs.unpack(codecs.pack('udynamic8', jnp.maximum(x, 0))))
+  assert back[jnp.array([0, 300, 599])].tolist() == [0, 0, 0] and back[598] > 0.9
+  assert not codecs.unpack(codecs.pack('udynamic8', -x - 6)).any()
+
+
 def test_the_dynamic_map_is_that_of_the_paper():
   """7 decades of 1, 2, ..., 64 levels on either side (Dettmers et al. 2022, section 2.2), 0 and 1."""
   for codec, sides in (('dynamic8', 2), ('udynamic8', 1)):
