@@ -86,8 +86,8 @@ def examples(
     inputs: of the stream, f32[N, ...] or a tree of these.
     of: their features.
   """
-  rows = np.unique(stream.index)
-  rows = rows[rows >= 0]
+  rows = np.asarray(stream.index)
+  rows = np.unique(rows[rows >= 0] % len(stream.y))  # k * N + n where legs mix tasks, see `Stream`
   test = stream.test
   real = np.asarray(test.w).reshape(-1) > 0
   flat = jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[3:])[real], test.x)

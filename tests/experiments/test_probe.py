@@ -48,6 +48,8 @@ def test_the_command(call, tmp_path, monkeypatch):
   assert head == 'mlp on fashion_mnist_small: 200 examples of 10 classes, 75 to test, 12 features'
   found = [float(row.split()[-2]) for row in (mean, linear)]
   assert all(30 < a <= 100 for a in found)
+  joint = call(probe.main, f'--config={path}', '--config.scenario=joint')
+  assert joint.code == 0 and joint.out == done.out, joint.err  # all of them are read there too
   done = call(probe.main, f'--config={path}', '--config.cache_features=False')
   assert done.code == 2 and 'learns from no cached features' in done.line
 
