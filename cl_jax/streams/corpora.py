@@ -13,6 +13,7 @@ from cl_jax.streams.arrays import Arrays, arrays
 from cl_jax.streams.cache import cached, digest
 
 SPLITS = ('train', 'test')
+SAMPLE = 64  # pieces of a text, whose tokens are compared with those of the whole
 
 
 def load(
@@ -59,7 +60,7 @@ def blocks(file: Path, tokenizer: Path, length: int, cache_dir: Path | None = No
     )
   if not tokenizer.is_file():
     raise UserError(f'there is no tokenizer at {tokenizer}; pass the path of a tokenizer.json')
-  key = digest(file, tokenizer, 'whole')  # not by lines, as in earlier versions
+  key = digest(file, tokenizer, 'as a whole')  # not in pieces, as in earlier versions
   tokens = cached(
     ('corpora', f'{file.parent.name}-{file.stem}-{key[:16]}'),
     lambda: {'tokens': encode(file, tokenizer)},
@@ -73,18 +74,29 @@ def blocks(file: Path, tokenizer: Path, length: int, cache_dir: Path | None = No
 
 
 def encode(file: Path, tokenizer: str | Path) -> np.ndarray:
-  """All tokens of a text file in one row, i32[N], as of the whole text; no special ones are added."""
+  """All tokens of a text file in one row, i32[N], as of the whole text; no special ones are added.
+
+  The text is encoded in pieces where the first `SAMPLE` of them have the tokens that they have as one text,
+  and at once, which is slower, where they do not.
+  """
   model = tokenizers.load(tokenizer)
   model.no_padding()
   model.no_truncation()
   try:
-    # One long text would be slow where a tokenizer has no rules for splitting. Only a newline between two
-    # characters is a token of its own in every rule: several are merged, and so are spaces beside one.
-    parts = re.split(r'(?<=\S\n)(?=\S)', file.read_text('utf-8'))
+    text = file.read_text('utf-8')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'{file} cannot be read as UTF-8 text ({error})') from error
-  found = [e.ids for e in model.encode_batch(parts, add_special_tokens=False)]
-  return np.array([i for ids in found for i in ids], np.int32)
+
+  def ids(parts: list[str]) -> list[int]:
+    return [i for e in model.encode_batch(parts, add_special_tokens=False) for i in e.ids]
+
+  # One long text is slow where a tokenizer has no rules for splitting. A newline between two characters is a
+  # token of its own in most rules, where several are merged, and so are spaces beside one. Some tokenizers
+  # put a sign before every text (Llama 2), strip it or merge across a newline; a sample of pieces tells.
+  parts = re.split(r'(?<=\S\n)(?=\S)', text)
+  sample = parts[:SAMPLE]
+  apart = ids(sample) == ids([''.join(sample)])
+  return np.array(ids(parts if apart else [text]), np.int32)
 
 
 def _arrays(parts: list[np.ndarray], names: tuple[str, ...], length: int) -> Arrays:

@@ -163,6 +163,29 @@ def test_the_tokens_of_a_corpus_are_those_of_the_whole_text(tmp_path):
   assert found != lines and 5 in found
 
 
+@pytest.mark.parametrize('rule', ['prepend', 'metaspace', 'byte level', 'strip', 'merge'])
+def test_what_a_tokenizer_puts_before_a_text_comes_once(tmp_path, rule):
+  """Llama 2's normaliser puts a sign at the start of whatever it is given, others a space or nothing."""
+  tokenizers = pytest.importorskip('tokenizers')
+  signs, merges = [*'ab\n▁ĠĊ', '.', '\na'], [('\n', 'a')] if rule == 'merge' else []
+  made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(signs)}, merges))
+  normal, pre = tokenizers.normalizers, tokenizers.pre_tokenizers
+  if rule == 'prepend':
+    made.normalizer = normal.Sequence([normal.Prepend('▁'), normal.Replace(' ', '▁')])
+  elif rule == 'strip':
+    made.normalizer = normal.Strip()
+  elif rule != 'merge':
+    own = {'metaspace': pre.Metaspace(), 'byte level': pre.ByteLevel(add_prefix_space=True)}
+    made.pre_tokenizer = own[rule]
+  made.save(str(tmp_path / 'tokenizer.json'))
+  words = 'ab a.\nb ba\n\nab.\na\nab\n' * 20
+  (tmp_path / 'a.txt').write_text(words)
+  found = corpora.encode(tmp_path / 'a.txt', tmp_path / 'tokenizer.json').tolist()
+  assert found == made.encode(words).ids
+  pieces = [i for piece in words.splitlines(keepends=True) for i in made.encode(piece).ids]
+  assert found != pieces
+
+
 def test_corpora_are_cut_into_blocks_a_domain_each(tmp_path, tokenizer):
   for name, words in (
     ('a', 'turn on the light\nturn it off\n'),
