@@ -21,6 +21,7 @@ from cl_jax.loop import run
 from cl_jax.models.mlp import mlp
 from cl_jax.streams.take import take
 from cl_jax.types import Method
+from tests.compiling import quick
 from tests.contract.test_methods import make, same
 
 KEEP_EXAMPLES = 'er er_ace mir agem gem mer gdumb icarl rehearsal der derpp'.split()
@@ -55,7 +56,7 @@ def trained(stream, method, steps=8, tasks=2, **tx):
       state = learn.boundary(state, ends_of(stream, t))
     return state, loss
 
-  return jax.jit(whole)(jax.random.key(7), stream)
+  return quick(whole)(jax.random.key(7), stream)
 
 
 def test_the_methods_with_a_memory_are_those():
@@ -83,7 +84,8 @@ def test_every_method_that_keeps_examples_takes_a_codec(name, toy_stream):
   assert rows >= 30 and budget.tree_bytes(plain) - budget.tree_bytes(state.method) == saved
 
 
-@pytest.mark.parametrize('name', ['icarl'])
+# For every hook that is handed codes: mix with weights (er), loss, grads, boundary, and icarl has them all.
+@pytest.mark.parametrize('name', ['er', 'rehearsal', 'derpp', 'agem', 'gdumb', 'icarl'])
 def test_a_lossless_codec_changes_nothing(name, toy_stream):
   """The same run, bit for bit: draws, losses and parameters."""
   method = make(name, toy_stream)
