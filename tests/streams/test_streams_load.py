@@ -315,7 +315,9 @@ def test_damaged_spoken_digits(tmp_path):
 def damaged(good: bytes) -> list[bytes]:
   """An .npz with one byte wrong: EOFError, zlib.error, NotImplementedError; a short one; none."""
   kind = good.index(b'PK\x01\x02') + 10  # of compression, in the directory
-  wrong = [good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :] for at in (29, *range(64, 80), kind)]
+  wrong = [
+    good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :] for at in (29, *range(64, 80), kind)
+  ]
   return [*wrong, good[: len(good) // 2], b'']
 
 
