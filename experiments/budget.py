@@ -28,6 +28,7 @@ from experiments import budget_shape, build, cli, config, limits, options, resul
 
 PROGRAM = 'experiments.budget'
 LARGEST = 10
+OF_CONFIG = ('--data_dir', '--profile', '--plot')  # what a plan of --shape has no use for
 HERE = Path(__file__).resolve().parent.parent
 NOTE = (
   'bytes read, written: the whole inputs and outputs of every equation, once each time it runs; nothing is '
@@ -55,9 +56,11 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   if given.shape:
     if given.config or overrides:
       raise UserError('--shape is a plan without a configuration: leave --config out')
+    cli.refuse(given, OF_CONFIG, 'is of a run: leave it out of --shape')
     return budget_shape.command(given)
   if given.config is None:
     raise UserError('--config is missing: name a configuration, for example configs/edge.py:er')
+  cli.refuse(given, budget_shape.OPTIONS, 'is for --shape: with --config the configuration says it')
   if given.profile not in (None, *energy.PROFILES):
     raise UserError(
       f'--profile: no profile {given.profile!r}: there are {", ".join(energy.PROFILES)}'

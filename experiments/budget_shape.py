@@ -21,25 +21,29 @@ parameters, gradients and optimiser: exact, by the leaf rule of cl_jax/shard.py.
 cl_jax/footprint.py. It fits where the total is at most {ROOM:.0%} of the device; 1 GB is 10^9 bytes."""
 
 
+DEFAULTS = {  # filled in after parsing, so that --config can refuse what was given
+  'devices': '8x80GB', 'rows': 1, 'length': 2048, 'optimiser': 'adamw', 'dtype': 'float32', 'shard': 'fsdp',
+}  # fmt: skip
+OPTIONS = (*(f'--{name}' for name in DEFAULTS), '--no-remat', '--compile')
+
+
 def arguments(add: Any) -> None:
   add('--shape', metavar='NAME', help=f'a plan without a run, of {", ".join(footprint.SHAPES)}')
-  add(
-    '--devices',
-    metavar='NxSIZE',
-    default='8x80GB',
-    help='for --shape: how many, how large (8x80GB)',
-  )
-  add('--rows', type=int, default=1, help='for --shape: examples on a device at a time (1)')
-  add('--length', type=int, default=2048, help='for --shape: tokens of an example (2048)')
-  add('--optimiser', default='adamw', help='for --shape: a function of optax (adamw)')
-  add('--dtype', default='float32', help='for --shape: of the activations (float32)')
-  add('--shard', default='fsdp', help='for --shape: data or fsdp (fsdp)')
+  add('--devices', metavar='NxSIZE', help='for --shape: how many, how large (8x80GB)')
+  add('--rows', type=int, help='for --shape: examples on a device at a time (1)')
+  add('--length', type=int, help='for --shape: tokens of an example (2048)')
+  add('--optimiser', help='for --shape: a function of optax (adamw)')
+  add('--dtype', help='for --shape: of the activations (float32)')
+  add('--shard', help='for --shape: data or fsdp (fsdp)')
   add('--no-remat', action='store_true', help='for --shape: keep all activations of all layers')
   add('--compile', action='store_true', help='for --shape: compile the step, and ask XLA as well')
 
 
 def command(given: argparse.Namespace) -> int:
   """Prints the plan; 1 where the step does not fit on the devices that were named."""
+  given = argparse.Namespace(
+    **{k: DEFAULTS.get(k) if v is None else v for k, v in vars(given).items()}
+  )
   n, size = devices(given.devices)
   step = step_of(given)
   if given.compile:

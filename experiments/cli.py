@@ -52,6 +52,14 @@ def parser(program: str, about: str | None) -> argparse.ArgumentParser:
   return made
 
 
+def refuse(given: argparse.Namespace, options: Sequence[str], why: str) -> None:
+  """UserError for the first of these options that was given (is not None or False) and would do nothing."""
+  for option in options:
+    value = getattr(given, option.removeprefix('--').replace('-', '_'))
+    if value is not None and value is not False:
+      raise UserError(f'{option} {why}')
+
+
 def verdict(error: BaseException) -> tuple[int, str]:
   """The exit code of an error, and its line."""
   match error:

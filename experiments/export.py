@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--out', metavar='DIR', type=Path, help='the artefact; one that is there is replaced')
   add('--ram', metavar='BYTES', help='what the device has, as in 256K: the export fails above it')
   add('--flash', metavar='BYTES', help='the same for code and constants')
-  add('--stack', metavar='BYTES', default='4K', help='of it, for the stack (4K)')
+  add('--stack', metavar='BYTES', help='of it, for the stack (4K)')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   argv = sys.argv[1:] if argv is None else list(argv)
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
@@ -68,12 +68,14 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     raise UserError('an export needs --config=FILE[:ARG] and --out=DIR (see --help)')
   words = given.target or ['host']
   iree = given.backend == iree_compile.BACKEND
+  if iree:
+    cli.refuse(given, ('--stack',), 'is of C99 sources: a module of IREE has no planned stack')
   wanted = [] if iree else targets.find(words)
   machines = iree_compile.find(words) if iree else []
   budget = {
     'ram': given.ram and ram.size(given.ram, '--ram'),
     'flash': given.flash and ram.size(given.flash, '--flash'),
-    'stack': ram.size(given.stack, '--stack'),
+    'stack': ram.STACK if given.stack is None else ram.size(given.stack, '--stack'),
   }
   resolved, _, sweep = options.overridden(config.load(given.config), overrides)
   if sweep:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cl_jax import metrics
 from cl_jax.report.lines import flat
-from cl_jax.report.tables import LIKELIHOOD, nats
+from cl_jax.report.tables import LIKELIHOOD, nats, percent
 
 HEAD = ('method', 'scenario', 'dataset')
 FIGURES = ('seeds', 'acc %', 'forgetting %', 'state kB', 's / run')
@@ -50,9 +49,3 @@ def shown(values: Sequence[float | None], line: Mapping[str, Any]) -> str:
   if not known:
     return '-'
   return f'{nats(known)} nats' if line.get('metric') == LIKELIHOOD else percent(known)
-
-
-def percent(known: Sequence[float]) -> str:
-  """'63.2 ± 1.4' of values between 0 and 1."""
-  mean, half = metrics.interval([100 * v for v in known])
-  return f'{mean:.1f}' if half is None else f'{mean:.1f} ± {half:.1f}'

@@ -59,6 +59,7 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     given.write = Path('results/edge_iree.csv' if iree else 'results/edge.csv')
   if iree:
     return of_iree(read, given)
+  cli.refuse(given, ('--time', '--install'), 'is of IREE: export with --backend=iree')
   wanted = targets.find(given.targets or read.manifest['targets'])
   cli.devices(1)
   verify(read, wanted, given.steps, given.write, given.accuracy, given.data_dir)
@@ -71,8 +72,9 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 def of_iree(read: artefact.Artefact, given: argparse.Namespace) -> int:
   from experiments import verify_iree
 
-  if given.accuracy:
-    raise UserError('--accuracy is of the C99 program: export with --backend=c99')
+  cli.refuse(given, ('--accuracy',), 'is of the C99 program: export with --backend=c99')
+  if given.time and 'host' not in read.manifest['targets']:
+    raise UserError('--time is of a module for this machine: export with --target=host')
   names = iree_compile.find(given.targets or read.manifest['targets'])
   if given.install:
     iree_device.install()

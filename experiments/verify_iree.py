@@ -72,7 +72,8 @@ def run(
       lines.append(f'{name}: not verified: {reason}')
       continue
     done.append(on_machine(read, made, name, calls, want, logits))
-  times = time_step(read, made, calls) if timed and 'host' in manifest['module_bytes'] else None
+  here = 'host' in manifest['module_bytes'] and not iree_device.absent('host')
+  times = time_step(read, made, calls) if timed and here else None
   rows = [iree_rows.row(manifest, v, steps, times) for v in done]
   print('\n'.join([iree_rows.table(rows), *lines]), flush=True)
   wrong = [text for v in done for text in complaints(v)]

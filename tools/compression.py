@@ -8,30 +8,26 @@ Without --write the command only says whether the page is current.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
-from cl_jax import metrics
+from cl_jax.report.tables import NONE, percent, spread
 from tools.figures import FAINT, OURS, RESULTS, THEIRS, markdown
-from tools.pages import fill, update
+from tools.pages import fill, lines_of, update
 from tools.pictures import FIGURES, ROOT, check, drawn, shown, stamp
 
 MAKER = 'tools/compression.py'
 PAGE, FIGURE, SOURCE = ROOT / 'docs/memory.md', 'compression', RESULTS / 'compression'
 MEMORIES = {'er': 'images (`er`)', 'latent': 'activations (`latent`)'}
 STATES = {'ewc': 'penalty of `ewc`', 'adam': 'moments of Adam'}
-NONE = '–'
 
 Lines = list[dict[str, Any]]
 
 
 def read(name: str) -> dict[str, Lines]:
   """{codec or rules: a line a seed}, in the order in which they ran."""
-  file = RESULTS / 'compression' / name / 'results.jsonl'
   found: dict[str, Lines] = {}
-  for text in file.read_text().splitlines() if file.exists() else ():
-    line = json.loads(text)
+  for line in lines_of(RESULTS / 'compression' / name / 'results.jsonl'):
     found.setdefault(label(line['config'].get('compress', {})), []).append(line)
   return found
 
@@ -44,9 +40,8 @@ def label(compress: dict[str, Any]) -> str:
   return compress.get('memory') or compress.get('optimizer') or 'float32'
 
 
-def percent(lines: Lines) -> str:
-  centre, half = metrics.interval([100 * line['acc'] for line in lines])
-  return f'{centre:.1f}' + ('' if half is None else f' ± {half:.1f}')
+def accuracy(lines: Lines) -> str:
+  return percent([line['acc'] for line in lines])
 
 
 def row_bytes(name: str, lines: Lines) -> str:
@@ -62,8 +57,7 @@ def gained(lines: Lines, base: Lines) -> str:
     return NONE
   known = {line['seed']: line['acc'] for line in base}
   pairs = [100 * (line['acc'] - known[line['seed']]) for line in lines if line['seed'] in known]
-  centre, half = metrics.interval(pairs)
-  return f'{centre:+.1f}' + ('' if half is None else f' ± {half:.1f}')
+  return spread(pairs, sign='+')
 
 
 def part() -> str:
@@ -73,7 +67,7 @@ def part() -> str:
     for codec, lines in cells.items():
       slots, base = lines[0]['slots'][name], cells.get('float32', lines)
       rows.append((
-        title, codec, row_bytes(name, lines), f'{slots:,}', percent(lines), gained(lines, base),
+        title, codec, row_bytes(name, lines), f'{slots:,}', accuracy(lines), gained(lines, base),
         str(len(lines)),
       ))  # fmt: skip
   if not rows:
@@ -86,7 +80,7 @@ def part() -> str:
     role, cells = 'optimiser' if name == 'adam' else 'method/ewc', read(name)
     for codec, lines in cells.items():
       size, base = f'{lines[0]["state_bytes"][role]:,}', cells.get('float32', lines)
-      rows.append((title, codec, size, percent(lines), gained(lines, base), str(len(lines))))
+      rows.append((title, codec, size, accuracy(lines), gained(lines, base), str(len(lines))))
   state = markdown(('kept', 'as', 'bytes', 'ACC %', 'against float32', 'seeds'), rows)
   picture = shown(
     FIGURE, 'accuracy by codec within one budget', 'results/compression',
@@ -103,10 +97,10 @@ def draw() -> None:
     for (name, title), colour, marker in zip(MEMORIES.items(), (OURS, THEIRS), 'os', strict=True):
       cells = read(name)
       slots = [lines[0]['slots'][name] for lines in cells.values()]
-      accuracy = [[100 * line['acc'] for line in lines] for lines in cells.values()]
-      for one in zip(*accuracy, strict=True):
+      values = [[100 * line['acc'] for line in lines] for lines in cells.values()]
+      for one in zip(*values, strict=True):
         axis.plot(slots, one, f'{marker}:', color=colour, alpha=0.35, markersize=3, linewidth=1)
-      middle = [sum(values) / len(values) for values in accuracy]
+      middle = [sum(seeds) / len(seeds) for seeds in values]
       axis.plot(slots, middle, f'{marker}-', color=colour, label=title.replace('`', ''))
       for codec, x, y in zip(cells, slots, middle, strict=True):
         place = (5, 7) if codec == 'int8' else (4, -11)

@@ -7,21 +7,19 @@ found on the emulated device. Without --write the command only says whether the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cl_jax import metrics
+from cl_jax.report.tables import NONE, spread
 from tools.figures import RESULTS, ROOT, markdown
-from tools.pages import fill, update
+from tools.pages import fill, lines_of, update
 
 MAKER = 'tools/device.py'
 PAGE = ROOT / 'docs/edge.md'
 FOLDER = RESULTS / 'spoken_digits'
-NONE = '–'
 NAMES = {
   'joint': 'all at once, the bound',
   'naive': 'fine-tuning',
@@ -35,8 +33,7 @@ Line = dict[str, Any]
 
 
 def read(name: str) -> list[Line]:
-  path = FOLDER / name
-  return [json.loads(row) for row in path.read_text().splitlines() if row] if path.exists() else []
+  return lines_of(FOLDER / name)
 
 
 def stream_of(config: Mapping[str, Any]) -> str:
@@ -69,13 +66,6 @@ def accuracies(lines: Sequence[Line], found: Sequence[Line]) -> str:
   first = lines[0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}'
   return f'{markdown(head, rows)}\n\nAccuracies in JAX on {where}; RAM as linked for the Cortex-M7.'
-
-
-def spread(values: Sequence[float]) -> str:
-  if not values:
-    return NONE
-  centre, half = metrics.interval(values)
-  return f'{centre:.1f}' + ('' if half is None else f' ± {half:.1f}')
 
 
 def count(n: int | None) -> str:

@@ -8,7 +8,6 @@ Without --write the command only says whether the page is current.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from cl_jax import durable, metrics
 from cl_jax.edge import energy
 from cl_jax.report import pareto
 from cl_jax.report.pareto import Point
+from cl_jax.report.tables import NONE, spread
 from configs import demo, edge_sparse
 from tools.figures import RESULTS, markdown, read
-from tools.pages import fill, update
+from tools.pages import fill, lines_of, update
 from tools.pictures import FIGURES, FORMS, ROOT, check, shown, stamp
 
 MAKER = 'tools/edge.py'
@@ -54,7 +54,6 @@ FROM = {  # what each figure is drawn from, the command that made that, its conf
     '[configs/edge_sparse.py](../configs/edge_sparse.py)',
   ),
 }
-NONE = '–'
 
 
 def kind_of(method: str, kinds: dict[str, tuple[str, ...]]) -> str:
@@ -109,10 +108,6 @@ def point(name: str, kind: str, lines: list, state: int, macs: int, apart: bool 
   return Point(name, kind, float(centre), half, costs, apart)
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-  return [json.loads(r) for r in path.read_text().splitlines() if r] if path.exists() else []
-
-
 def grouped(lines: Sequence[dict], key) -> dict[Any, list[dict]]:
   found: dict[Any, list[dict]] = {}
   for line in lines:
@@ -156,8 +151,8 @@ def sparse_table(cells: Sequence[tuple[str, list[dict], dict]]) -> str:
   for words, lines, about in cells:
     macs, roles = about['step']['macs'], about['state_bytes_by_role']
     whole = whole or macs['total']
-    acc = interval([100 * line['acc'] for line in lines])
-    apart = interval([100 * (line['acc'] - dense[line['seed']]) for line in lines], '+')
+    acc = spread([100 * line['acc'] for line in lines])
+    apart = spread([100 * (line['acc'] - dense[line['seed']]) for line in lines], sign='+')
     rows.append((
       f'`{words}`', acc, NONE if words == cells[0][0] else apart, f'{macs["forward"]:,}',
       f'{macs["backward"]:,}', f'{macs["total"] / whole:.1%}', f'{about["peak"]["temporary"]:,}',
@@ -167,11 +162,6 @@ def sparse_table(cells: Sequence[tuple[str, list[dict], dict]]) -> str:
   first = cells[0][1][0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}; {len(cells[0][1])} seeds, 95 % intervals.'
   return '\n\n'.join((markdown(head, rows), f'On {where}'))
-
-
-def interval(values: Sequence[float], sign: str = '') -> str:
-  centre, half = metrics.interval(values)
-  return f'{centre:{sign}.1f}' + ('' if half is None else f' ± {half:.1f}')
 
 
 # --- the page ---------------------------------------------------------------------------------------

@@ -13,19 +13,18 @@ import io
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cl_jax import durable, metrics
+from cl_jax import durable
 from cl_jax.editing import tracing
 from cl_jax.report import tracing as maps
-from cl_jax.report.tables import size
+from cl_jax.report.tables import NONE, percent, size, spread
 from experiments.edit_trace import read as read_trace
 from tools.figures import FAINT, RESULTS, markdown
-from tools.pages import fill, update
+from tools.pages import fill, lines_of, update
 from tools.pictures import FIGURES, FORMS, ROOT, check, drawn, stamp
 from tools.pictures import shown as picture
 
@@ -37,7 +36,6 @@ COLUMNS = (
   'seconds_per_edit', 'state_bytes', 'seeds', 'command',
 )  # fmt: skip
 MODES = ('single', 'batch', 'sequential')
-NONE = '–'
 
 Lines = list[dict[str, Any]]
 
@@ -46,10 +44,8 @@ def read() -> dict[str, dict[tuple, Lines]]:
   """{data: {(model, editor, edits, mode, batch): a line a seed}}, in the order of the tables."""
   found: dict[str, dict[tuple, Lines]] = {}
   for name in DATA:
-    file = RESULTS / 'edit' / name / 'results.jsonl'
     groups: dict[tuple, Lines] = defaultdict(list)
-    for text in file.read_text().splitlines() if file.exists() else ():
-      line = json.loads(text)
+    for line in lines_of(RESULTS / 'edit' / name / 'results.jsonl'):
       key = (line['model'], line['editor'], line['edits'], line['mode'], line['config']['batch'])
       groups[key].append(line)
     found[name] = dict(sorted(groups.items(), key=order))
@@ -76,13 +72,6 @@ def perplexity(lines: Lines, which: int) -> dict[str, float]:
   return {n: float(np.mean([line['perplexity'][n][which] for line in lines])) for n in names}
 
 
-def shown(found: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
-  if not found:
-    return NONE
-  centre, half = metrics.interval([scale * v for v in found])
-  return f'{centre:.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
-
-
 def table(groups: dict[tuple, Lines]) -> str:
   """A row an editor, number and mode."""
   head = ('edits', 'how', 'editor', 'S', 'ES', 'PS', 'NS', 'forgotten', 'wiki, math', 'fluency',
@@ -92,33 +81,44 @@ def table(groups: dict[tuple, Lines]) -> str:
     one, two = (perplexity(lines, which) for which in (0, 1))
     how = f'{mode}, {batch} at a time' if mode == 'sequential' else mode
     rows.append((
-      str(edits), how, editor, *(shown(values(lines, k)) for k in ('s', 'es', 'ps', 'ns')),
-      shown(values(lines, 'forgetting')), ', '.join(f'{one[n]:.1f} → {two[n]:.1f}' for n in one) or NONE,
-      shown(values(lines, 'ge'), 1, 2), shown(values(lines, 'rs')),
-      shown(values(lines, 'seconds_per_edit'), 1, 2), size(round(mean(lines, 'state_bytes'))),
+      str(edits), how, editor, *(percent(values(lines, k)) for k in ('s', 'es', 'ps', 'ns')),
+      percent(values(lines, 'forgetting')), ', '.join(f'{one[n]:.1f} → {two[n]:.1f}' for n in one) or NONE,
+      spread(values(lines, 'ge'), 2), percent(values(lines, 'rs')),
+      spread(values(lines, 'seconds_per_edit'), 2), size(round(mean(lines, 'state_bytes'))),
       str(len(lines)),
     ))  # fmt: skip
   return markdown(head, rows)
 
 
 def start(groups: dict[tuple, Lines]) -> str:
-  """What the model says before."""
-  seeds = {
-    (line['seed'], line['edits']): line['before'] for lines in groups.values() for line in lines
-  }
-  most = max(edits for _, edits in seeds)
-  of = [before for (_, edits), before in seeds.items() if edits == most]
-  parts = (
-    f'{k.upper()} {shown([b[k] for b in of if b[k] is not None])}' for k in ('s', 'es', 'ps', 'ns')
-  )
-  return f'Before: {", ".join(parts)} ({most} edits).'
+  """What the model says before, a line a number of edits: each is asked about other facts."""
+  found: dict[int, dict[int, dict[str, Any]]] = {}
+  for lines in groups.values():
+    for line in lines:
+      found.setdefault(line['edits'], {})[line['seed']] = line
+  text = ['Before, in the rows of', '']
+  for edits, seeds in sorted(found.items()):
+    measures = ((k, [line['before'] for line in seeds.values()]) for k in ('s', 'es', 'ps', 'ns'))
+    parts = (f'{k.upper()} {percent(values(before, k))}' for k, before in measures)
+    asked = ', '.join(dict.fromkeys(str(line['asked']) for line in seeds.values()))
+    how = f'{asked} facts asked about' + (
+      f' in each of {len(seeds)} seeds' if len(seeds) > 1 else ''
+    )
+    text.append(f'- {edits} edits: {", ".join(parts)} ({how})')
+  return '\n'.join(text)
+
+
+def commits(groups: dict[tuple, Lines]) -> str:
+  """Those of all rows, shortened."""
+  found = dict.fromkeys(line['commit'][:7] for lines in groups.values() for line in lines)
+  return f'commit{"s" if len(found) > 1 else ""} {", ".join(found)}'
 
 
 def part(groups: dict[tuple, Lines], name: str) -> str:
   if not groups:
     return f'Not run yet: results/edit/{name} is not there.'
   first = next(iter(groups.values()))[0]
-  where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
+  where = f'{first["device"]}; jax {first["versions"].get("jax")}; {commits(groups)}'
   command = f'`{first["command"]}`; each run has its own in its line, with its configuration'
   config = f'configs/edit_{name}.py'
   beneath = (f'results/edit/{name}', command, f'[{config}](../{config})')

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+  """The objects of a file of JSON lines; none where there is no file."""
+  return [json.loads(r) for r in path.read_text().splitlines() if r] if path.exists() else []
 
 
 def marks(maker: str) -> tuple[str, str]:

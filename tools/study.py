@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cl_jax import metrics
-from cl_jax.report.tables import size
+from cl_jax.report.tables import NONE, nats, percent, size
 from experiments.study import cell_of
 from tools.figures import FAINT, OURS, RESULTS, THEIRS, canvas, markdown
-from tools.pages import fill, update
+from tools.pages import fill, lines_of, update
 from tools.pictures import FIGURES, ROOT, check, drawn, stamp
 from tools.pictures import shown as picture
 
@@ -33,7 +32,6 @@ STUDIES = {  # folder: module of its configuration
   'vit_omniglot': 'study_vit',
   'lm': 'study_lm',
 }
-NONE = '–'
 
 
 class Cell(NamedTuple):
@@ -57,12 +55,11 @@ def read(folder: Path) -> list[Cell]:
   """The cells in the order of the configuration."""
   if not (folder / 'results.jsonl').exists():
     return []
-  rows = lambda name: [json.loads(r) for r in (folder / name).read_text().splitlines() if r]  # noqa: E731
   names = importlib.import_module(f'configs.{STUDIES[folder.name]}').CELLS
   found: dict[str, Cell] = {name: Cell(name, [], []) for name in names}
-  for line in rows('results.jsonl'):
+  for line in lines_of(folder / 'results.jsonl'):
     found[plain(cell_of(line))].lines.append(line)
-  for row in rows('drift.jsonl'):
+  for row in lines_of(folder / 'drift.jsonl'):
     found[plain(row['cell'])].drift.append(row)
   return [c for c in found.values() if c.lines]
 
@@ -70,13 +67,6 @@ def read(folder: Path) -> list[Cell]:
 def plain(words: str) -> str:
   """The words of a cell without those that name the data."""
   return ','.join(w for w in words.split(',') if w not in (*STUDIES, 'cifar10', 'omniglot'))
-
-
-def shown(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
-  if not values:
-    return NONE
-  centre, half = metrics.interval([scale * v for v in values])
-  return f'{centre:.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
 
 
 def table(cells: Sequence[Cell], names: dict[str, str]) -> str:
@@ -92,8 +82,8 @@ def table(cells: Sequence[Cell], names: dict[str, str]) -> str:
     passes = first['passes']
     moved = [row['cka'] for row in c.drift]
     rows.append((
-      names[adapted], method, ', '.join(first['needs']) or NONE, shown(c.values('acc')),
-      shown(c.values('forgetting')), shown(c.values('learning_acc')),
+      names[adapted], method, ', '.join(first['needs']) or NONE, percent(c.values('acc')),
+      percent(c.values('forgetting')), percent(c.values('learning_acc')),
       f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside),
       ' / '.join(f'{passes[k]:.3g}' for k in ('train_forward', 'train_backward', 'predict_forward')),
       f'{first["flops_per_step"]:.2g}' if first['flops_per_step'] else NONE,
@@ -120,9 +110,9 @@ def language(cells: Sequence[Cell], names: dict[str, str]) -> str:
     }
     moved = [row['cka'] for row in c.drift]
     rows.append((
-      names[adapted], method, shown(before(c), 1, 3), shown(c.values('acc'), 1, 3),
+      names[adapted], method, nats(before(c)), nats(c.values('acc')),
       f'{np.exp(-np.mean(c.values("acc"))):.1f}',
-      shown(c.values('forgetting'), 1, 3), shown(c.values('learning_acc'), 1, 3),
+      nats(c.values('forgetting')), nats(c.values('learning_acc')),
       *(f'{pairs[n][0]:.1f}, {pairs[n][1]:.1f}' if np.ndim(pairs[n]) else NONE for n in held),
       f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside), f'{np.mean(c.values("wall_s")):.0f}',
       str(len(c.lines)),

@@ -7,6 +7,7 @@ exported, unchanged; its constants are mapped from the file. The tool prints wha
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -50,7 +51,10 @@ class Ran(NamedTuple):
 def absent(name: str) -> str:
   """'' where a machine can be run, else what is missing and how to get it."""
   if not MACHINES[name].emulator:
-    return ''
+    here, built = platform.machine(), MACHINES[name].triple.partition('-')[0]
+    if here.lower() in (built, 'amd64'):
+      return ''
+    return f'its module is for {built} and this machine is {here or "unknown"}: verify it on one of that kind'
   if emulator() is None or not (SYSROOT / 'lib/libstdc++.so.6').exists():
     return f'qemu-aarch64 or the libraries for aarch64 are not installed (Debian: {PACKAGES})'
   if not tool(name).is_file():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cl_jax.edge.emulate import Call
+from cl_jax.edge.emulate import TIMEOUT, Call
 from cl_jax.edge.iree_compile import extra
 from cl_jax.edge.iree_plan import Host
 from cl_jax.errors import Fault
@@ -104,7 +104,7 @@ def play(
     calls: in order.
 
   Raises:
-    Fault: the process failed.
+    Fault: the process failed, or did not end within TIMEOUT.
   """
   whole = [('load', leaves), *calls, ('save', [])]
   with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,10 @@ def play(
     flat = [a for _, arrays in whole for a in arrays]
     np.savez(place / 'in.npz', **{str(k): a for k, a in enumerate(flat)})
     words = [sys.executable, '-m', 'cl_jax.edge.iree_host', folder]
-    done = subprocess.run(words, capture_output=True, text=True)
+    try:
+      done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+      raise Fault(f'host: the module did not end within {TIMEOUT:g} s') from error
     if done.returncode:
       tail = ' / '.join(done.stderr.strip().splitlines()[-2:])
       raise Fault(f'host: the module ended with code {done.returncode} ({tail[:300]})')

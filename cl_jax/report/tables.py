@@ -148,18 +148,20 @@ def mean(g: Group, key: str) -> float | None:
 
 def percent(values: Sequence[float]) -> str:
   """'86.4 ± 0.3', the mean and its 95 % interval in percent; '86.4' for one seed."""
-  if not values:
-    return NONE
-  centre, half = metrics.interval([100 * v for v in values])
-  return f'{centre:.1f}' if half is None else f'{centre:.1f} ± {half:.1f}'
+  return spread([100 * v for v in values])
 
 
 def nats(values: Sequence[float]) -> str:
   """'-3.214 ± 0.010', the mean log-likelihood of a token and its 95 % interval."""
+  return spread(values, 3)
+
+
+def spread(values: Sequence[float], digits: int = 1, sign: str = '') -> str:
+  """'86.4 ± 0.3': the mean and its 95 % interval; '86.4' of one value, '–' of none; `sign` is '' or '+'."""
   if not values:
     return NONE
-  centre, half = metrics.interval(list(values))
-  return f'{centre:.3f}' if half is None else f'{centre:.3f} ± {half:.3f}'
+  centre, half = metrics.interval(values)
+  return f'{centre:{sign}.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
 
 
 def size(n: float | None) -> str:

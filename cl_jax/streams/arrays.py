@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +33,10 @@ class Arrays(NamedTuple):
   domain: np.ndarray | None = None
   names: tuple[str, ...] = ()
   domain_names: tuple[str, ...] = ()
+
+
+# What numpy and zipfile raise for an .npz that is cut short, changed or something else.
+DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 def arrays(x: Tree, y, domain=None, names=(), domain_names=(), where: str = 'data') -> Arrays:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.streams.arrays import Arrays, arrays
+from cl_jax.streams.arrays import DAMAGED, Arrays, arrays
 
 FILE = 'audio/spoken_digit.npz'
 FRAME, HOP, FFT = 200, 80, 256  # samples at 8 kHz: 25 ms every 10 ms
@@ -36,9 +35,10 @@ def spoken_digit(root: Path) -> tuple[Arrays, Arrays]:
     with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
       parts = {key: stored[key] for key in stored.files}
     samples, offsets, take = parts['samples'], parts['offsets'], parts['take']
+    _check(samples, offsets, {name: parts[name] for name in ('label', 'speaker', 'take')})
     label, speaker = parts['label'].astype(np.int32), parts['speaker'].astype(np.int32)
     names, rate = tuple(map(str, parts['speaker_names'])), int(parts['rate'])
-  except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+  except (*DAMAGED, TypeError) as error:
     raise UserError(f'{path} cannot be read as spoken digits ({error})') from error
   x = np.stack([log_mel(samples[a:b], rate) for a, b in zip(offsets, offsets[1:], strict=False)])
   digits = tuple(map(str, range(int(label.max()) + 1)))
@@ -48,6 +48,29 @@ def spoken_digit(root: Path) -> tuple[Arrays, Arrays]:
     for split, of in (('train', ~test), ('test', test))
   ]
   return pair[0], pair[1]
+
+
+def _check(samples: np.ndarray, offsets: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+  """ValueError unless `offsets` cut `samples` into clips that hold something, with a row of `rows` each."""
+  if samples.ndim != 1 or samples.dtype.kind not in 'iuf':
+    raise ValueError(
+      f'samples must be one row of numbers; got {samples.dtype}{list(samples.shape)}'
+    )
+  if offsets.ndim != 1 or offsets.dtype.kind not in 'iu' or len(offsets) < 2:
+    raise ValueError(
+      f'offsets must be whole numbers, one more than clips; got {offsets.dtype}{list(offsets.shape)}'
+    )
+  clips = len(offsets) - 1
+  for name, found in rows.items():
+    if found.shape != (clips,):
+      raise ValueError(f'{name} has the shape {list(found.shape)} and offsets are of {clips} clips')
+  ends = offsets.astype(np.int64)
+  if ends[0] < 0 or ends[-1] > len(samples):
+    raise ValueError(
+      f'offsets go from {ends[0]} to {ends[-1]} and there are {len(samples)} samples'
+    )
+  if len(empty := np.flatnonzero(np.diff(ends) < 1)):
+    raise ValueError(f'clip {empty[0]} is empty: from {ends[empty[0]]} to {ends[empty[0] + 1]}')
 
 
 def log_mel(samples: np.ndarray, rate: int, frames: int = FRAMES, bands: int = BANDS) -> np.ndarray:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.streams import audio, builtin, corpora, folders, text, tfds
-from cl_jax.streams.arrays import Arrays, arrays, check_pair, compact, hold_out
+from cl_jax.streams.arrays import DAMAGED, Arrays, arrays, check_pair, compact, hold_out
 from cl_jax.streams.images import check_shape
 
 SHIPPED = ('fashion_mnist_small', 'clinc150')
@@ -151,7 +150,7 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
       if not isinstance(stored, np.lib.npyio.NpzFile):
         raise ValueError('it holds a single array')
       parts = {key: stored[key] for key in stored.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except DAMAGED as error:
     raise UserError(f'{path} cannot be read as an .npz of plain arrays ({error})') from error
   if missing := [k for k in ('x_train', 'y_train', 'x_test', 'y_test') if k not in parts]:
     raise UserError(f'{path} lacks {", ".join(missing)}; it has {", ".join(parts) or "nothing"}')

@@ -270,6 +270,15 @@ def test_mistakes_are_one_line(words, message, tiny, tmp_path, capsys):
   assert code == 2 and message in err and err.count('\n') == 1
 
 
+@pytest.mark.parametrize('option', ['--time', '--install'])
+def test_options_of_iree(option, tmp_path, capsys):
+  artefact.write(
+    tmp_path, {'backend': 'c99', 'targets': ['host'], 'state': []}, {artefact.STATE: b''}
+  )
+  code, _, err = run(capsys, verify.main, tmp_path, option)
+  assert code == 2 and f'{option} is of IREE' in err and err.count('\n') == 1
+
+
 def test_other_files_are_left_alone(tiny, tmp_path, capsys):
   (tmp_path / 'thesis.tex').write_text('x')
   code, _, err = run(capsys, export.main, f'--config={tiny}:er', f'--out={tmp_path}')

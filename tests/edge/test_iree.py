@@ -13,10 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax.edge import artefact, iree_module, iree_safe, iree_solve, learner, lint, platforms
+from cl_jax.edge import (
+  artefact,
+  iree_compile,
+  iree_device,
+  iree_host,
+  iree_module,
+  iree_safe,
+  iree_solve,
+  learner,
+  lint,
+  parity,
+  platforms,
+)
 from cl_jax.edge.learner import Leaf
-from cl_jax.errors import UserError
-from experiments import config, edge_calls, export, export_iree, iree_rows, verify
+from cl_jax.errors import Fault, UserError
+from experiments import config, edge_calls, export, export_iree, iree_rows, verify, verify_iree
 
 TINY = """
 from configs.common import words
@@ -123,13 +135,26 @@ def test_lint_names_the_method(flat, tiny):
   assert any('(method seen_head)' in f.place for f in found if f.rule == 'scatter')
   assert any('(method er)' in f.place for f in found if f.rule == 'while')
   lint.check(found)
-  unsigned = flat._replace(state=(*flat.state[:-1], flat.state[-1]._replace(dtype='uint32')))
-  assert lint.Finding('step', 'unsigned', unsigned.state[-1].name, '').rule in lint.REFUSED
-  donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(jnp.zeros(3))
-  assert [f.rule for f in lint.donated('step', donated.as_text())] == ['donation']
   slca = export.subject(config.resolve(config.load(f'{tiny}:slca'))).flat
   with pytest.raises(UserError, match=r'a call of Eigh at .*slca\.py:\d+ \(method slca\)'):
     lint.check(lint.lint(slca))
+
+
+def test_lint_refuses_unsigned_state_and_donation():
+  table = (Leaf('count', (3,), 'uint32', 'uint32'), Leaf('w', (3,), 'float32', 'float32'))
+  made = learner.Flat(
+    lambda state, rows: ([state[0] + 1, state[1]], rows[0].sum()),
+    lambda state, rows: state[1] * rows[0],
+    None, table, table[1:], (), [],
+  )  # fmt: skip
+  (found,) = lint.lint(made)
+  assert (found.part, found.rule, found.place) == ('step', 'unsigned', 'count')
+  with pytest.raises(UserError, match='a leaf of the state of type uint32 at count'):
+    lint.check([found])
+  donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(jnp.zeros(3))
+  (found,) = lint.donated('step', donated.as_text())
+  with pytest.raises(UserError, match='a donated argument'):
+    lint.check([found])
 
 
 def test_other_platforms_are_compile_checked(flat):
@@ -153,6 +178,36 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys):
   words = (f'--config={tiny}:er', '--backend=iree', f'--out={tmp_path / "out"}')
   code, _, err = run(capsys, export.main, *words, '--target=cortex-m7')
   assert code == 2 and "no target 'cortex-m7'" in err and err.count('\n') == 1
+  code, _, err = run(capsys, export.main, *words, '--stack=8K')
+  assert code == 2 and '--stack is of C99 sources' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (('--accuracy',), '--accuracy is of the C99 program'),
+    (('--time', '--targets=cortex-a53'), '--time is of a module for this machine'),
+  ],
+)
+def test_options_that_would_do_nothing(options, message, tmp_path, capsys):
+  artefact.write(
+    tmp_path, {'backend': 'iree', 'targets': ['cortex-a53'], 'state': []}, {artefact.STATE: b''}
+  )
+  code, _, err = run(capsys, verify.main, tmp_path, *options)
+  assert code == 2 and message in err and err.count('\n') == 1
+
+
+def test_a_module_without_an_end(monkeypatch):
+  monkeypatch.setattr(iree_host, 'TIMEOUT', 0.05)
+  with pytest.raises(Fault, match=r'host: the module did not end within 0.05 s'):
+    iree_host.play(b'', None, [], [])
+
+
+def test_a_machine_of_another_kind(monkeypatch):
+  monkeypatch.setattr(iree_device.platform, 'machine', lambda: 'arm64')
+  assert 'is for x86_64 and this machine is arm64' in iree_device.absent('host')
+  monkeypatch.setattr(iree_device.platform, 'machine', lambda: 'AMD64')
+  assert iree_device.absent('host') == ''
 
 
 @needs_iree
@@ -173,27 +228,35 @@ def test_equals_jax_and_its_plan(er, tmp_path, capsys):
   assert manifest['macs']['predict'] == 4 * (784 * 8 + 8 * 10)
 
 
-@needs_iree
-def test_what_differs_is_found(er, tmp_path, capsys):
-  """A module with another rate, and a plan that is not this module's."""
-  from cl_jax.edge import iree_compile, iree_host
+def another(flat: learner.Flat) -> iree_compile.Compiled:
+  """A module with the functions and arguments of the learner's, which keep and compute nothing."""
+  functions = [('load', flat.state), ('save', ()), ('step', flat.batch), ('predict', flat.batch)]
+  lines = []
+  for name, table in (*functions, ('boundary', flat.ends)):
+    given = ', '.join(f'%a{k}: {iree_module.kind(leaf)}' for k, leaf in enumerate(table))
+    lines.append(f' func.func public @{name}({given}) {{\n  return\n }}')
+  return iree_compile.compile('module @learner {\n' + '\n'.join(lines) + '\n}\n', 'host')
 
+
+@needs_iree
+def test_what_differs_is_found(er, tmp_path, monkeypatch):
+  """A module with another rate, and a plan that is not this module's."""
   read = artefact.read(er)
   made = export.subject(config.tuples(read.manifest['config']))
   calls = edge_calls.calls_of(made, 2)
   text = (er / 'learner.mlir').read_text()
   other = iree_compile.compile(text.replace('dense<-3.000000e-02>', 'dense<-3.100000e-02>'), 'host')
   played = iree_host.play(other.vmfb, other.vm, read.leaves, calls)
-  want, _ = edge_calls.reference(made, calls)
-  from cl_jax.edge import parity
-
+  want, logits = edge_calls.reference(made, calls)
   assert parity.compare(read.manifest['state'], played.leaves, want).error > 1e-5
   assert played.apart == ()
-  smaller = [leaf[: len(leaf) // 2] if leaf.ndim else leaf for leaf in read.leaves]
-  plan = iree_host.Host(other.vm)
-  plan.call('load', [a.nbytes for a in smaller])
-  assert plan.heap.peak['device'] != read.manifest['planned']['host']['load']
   manifest = read.manifest
+  (tmp_path / 'learner-host.vmfb').write_bytes((er / 'learner-host.vmfb').read_bytes())
+  (tmp_path / 'learner-host.vm').write_bytes(another(made.flat).vm)
+  monkeypatch.setattr(export, 'subject', lambda *_: made)  # both are known
+  monkeypatch.setattr(edge_calls, 'reference', lambda *_: (want, logits))
+  with pytest.raises(Fault, match='host: the memory is not the planned one: after load '):
+    verify_iree.run(read._replace(folder=tmp_path), ['host'], 2)
   with pytest.raises(UserError, match=r'1 too few \(largest: '):
     export_iree.check(manifest, {'ram': manifest['planned']['host']['peak'] - 1, 'flash': None})
   export_iree.check(manifest, {'ram': manifest['planned']['host']['peak'], 'flash': None})
@@ -202,8 +265,6 @@ def test_what_differs_is_found(er, tmp_path, capsys):
 @needs_iree
 def test_the_driver_and_the_tool_of_iree(er):
   """What runs on aarch64, on this machine: another module that calls the learner's, and its planned peak."""
-  from cl_jax.edge import iree_compile, iree_device, parity
-
   read = artefact.read(er)
   made = export.subject(config.tuples(read.manifest['config']))
   calls = edge_calls.calls_of(made, 4)
@@ -223,7 +284,6 @@ def test_the_driver_and_the_tool_of_iree(er):
 @needs_iree
 def test_gathers_and_scatters_out_of_range_are_those_of_jax(tmp_path):
   """IREE alone reads and writes beyond the arrays."""
-  from cl_jax.edge import iree_compile, iree_host
 
   def f(x, i, u):
     x, i, u = x[0], i[0], u[0]
@@ -251,8 +311,6 @@ def test_gathers_and_scatters_out_of_range_are_those_of_jax(tmp_path):
 
 @needs_iree
 def test_on_aarch64(tiny, er, capsys):
-  from cl_jax.edge import iree_device
-
   if reason := iree_device.absent('cortex-a53'):
     pytest.skip(f'needs a cross compiler and an emulator: cortex-a53: {reason}')
   folder = tiny.parent / 'naive'

@@ -148,6 +148,22 @@ def test_the_plan_of_a_shape(call):
     (('--shape=llama-9b',), "no shape 'llama-9b': there are smollm2-135m, llama-1b"),
     (('--shape=llama-8b', '--devices=8'), 'as in 8x80GB'),
     (('--shape=llama-8b', '--config=x'), 'leave --config out'),
+    (('--shape=llama-8b', '--plot=x.png'), '--plot is of a run'),
+    (('--shape=llama-8b', '--profile=cortex-m4'), '--profile is of a run'),
+    (('--shape=llama-8b', '--data_dir=x'), '--data_dir is of a run'),
+    *(
+      (('--config=x', word), f'{word.partition("=")[0]} is for --shape')
+      for word in (
+        '--rows=1',
+        '--length=9',
+        '--optimiser=adamw',
+        '--dtype=x',
+        '--shard=fsdp',
+        '--no-remat',
+        '--compile',
+        '--devices=8x80GB',
+      )
+    ),
     (('--shape=llama-8b', '--optimiser=adamx'), "no optimiser 'adamx'"),
   ):
     done = call(budget.main, *argv)

@@ -281,3 +281,50 @@ def test_spoken_digits_that_are_not_there(tmp_path):
   path = tmp_path / 'audio/spoken_digit.npz'
   path.write_bytes(path.read_bytes()[:1000])
   says('cannot be read as spoken digits', dataset, 'spoken_digit', tmp_path)
+
+
+def test_damaged_spoken_digits(tmp_path):
+  spoken(tmp_path)
+  path = tmp_path / 'audio/spoken_digit.npz'
+  with np.load(path) as stored:
+    whole = dict(stored)
+  offsets = whole['offsets']
+  empty, backwards = offsets.copy(), offsets.copy()
+  empty[2], backwards[2] = empty[1], backwards[1] - 5
+  for changes, message in (
+    ({'offsets': empty}, 'clip 1 is empty'),
+    ({'offsets': backwards}, 'clip 1 is empty'),
+    ({'offsets': offsets.astype(float)}, 'offsets must be whole numbers'),
+    ({'offsets': offsets - 1}, 'offsets go from -1'),
+    ({'offsets': (offsets + 1).astype(np.uint32)}, 'samples)'),
+    ({'offsets': offsets[:-1]}, 'label has the shape [24] and offsets are of 23 clips'),
+    ({'take': whole['take'][:-1]}, 'take has the shape [23]'),
+    ({'samples': whole['samples'][:, None]}, 'samples must be one row'),
+    ({'rate': np.array([8000, 8000])}, ''),
+  ):
+    spoken(tmp_path, **changes)
+    says(f'{path} cannot be read as spoken digits', dataset, 'spoken_digit', tmp_path)
+    says(message, dataset, 'spoken_digit', tmp_path)
+  np.savez_compressed(path, **whole)
+  good = path.read_bytes()
+  for bad in damaged(good):
+    path.write_bytes(bad)
+    says('cannot be read as spoken digits', dataset, 'spoken_digit', tmp_path)
+
+
+def damaged(good: bytes) -> list[bytes]:
+  """An .npz with one byte wrong: EOFError, zlib.error, NotImplementedError; a short one; none."""
+  kind = good.index(b'PK\x01\x02') + 10  # of compression, in the directory
+  wrong = [
+    good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :] for at in (29, *range(64, 80), kind)
+  ]
+  return [*wrong, good[: len(good) // 2], b'']
+
+
+def test_a_damaged_npz(tmp_path):
+  path = tmp_path / 'own.npz'
+  x, y = np.zeros((20, 12, 12, 1), np.uint8), np.arange(20) % 2
+  np.savez_compressed(path, x_train=x, y_train=y, x_test=x, y_test=y)
+  for bad in damaged(path.read_bytes()):
+    path.write_bytes(bad)
+    says('cannot be read as an .npz of plain arrays', dataset, f'npz:{path}')
