@@ -105,10 +105,14 @@ def test_the_budget_tells_what_is_saved():
 
 def test_a_run_without_them_is_the_run_it_was():
   resolved = config.resolve(RAW)
-  older = {k: v for k, v in resolved.items() if k not in ('update', 'micro_batches')}
+  younger = ('budget', 'update', 'micro_batches', 'compress')
+  older = {k: v for k, v in resolved.items() if k not in younger}
+  assert len(older) == len(resolved) - 4
   assert config.sha256(older) == config.sha256(resolved)
   assert lines.setting({'config': older}) == lines.setting({'config': resolved})
-  for fields in ({'update': {'parts': SOME}}, {'micro_batches': 2}):
+  for fields in (
+    {'update': {'parts': SOME}}, {'micro_batches': 2}, {'compress': {'optimizer': 'dynamic8'}}
+  ):  # fmt: skip
     other = config.resolve({**RAW, **fields})
     assert config.sha256(other) != config.sha256(resolved)
     assert lines.setting({'config': other}) != lines.setting({'config': resolved})
