@@ -243,7 +243,7 @@ def test_gradients_of_the_first_task_by_hand():
     ((('.*', 'half'),), "update 'half' for head/b"),
     ((('.*', 'out 0'),), "use 'all'"),
     ((('.*', 'in 1.5'),), "use 'all'"),
-    ((('.*', 'last 70'),), 'has'),
+    ((('.*', 'last 1'),), 'of no stack of layers'),
     ((('l0/.*', 'all'),), 'no pattern covers'),
     ((('l9/.*', 'all'), ('.*', 'none')), "'l9/.*' matches no parameter"),
   ],
@@ -251,6 +251,11 @@ def test_gradients_of_the_first_task_by_hand():
 def test_mistakes_are_named(rules, message):
   with pytest.raises(UserError, match=message):
     sparse.sparse(MLP, rules).init(jax.random.key(0), batch())
+
+
+def test_more_layers_than_there_are():
+  with pytest.raises(UserError, match="update 'last 5': backbone/layers/.* has 4 layers"):
+    sparse.parts(jax.eval_shape(VIT.init, jax.random.key(0), batch())[0], (('.*', 'last 5'),))
 
 
 def test_methods_that_share_units_out_are_refused():
