@@ -83,6 +83,11 @@ def dequantise(stored: dict[str, Array]) -> Array:
   return (levels.reshape(*lead, -1, GROUP, columns) * scale[..., None, :]).reshape(levels.shape)
 
 
+def dequantise_tree(tree: Tree) -> Tree:
+  """The tree with arrays in the place of weights in few bits."""
+  return jax.tree.map(lambda a: dequantise(a) if is_stored(a) else a, tree, is_leaf=is_stored)
+
+
 def quantise_tree(tree: Tree, bits: int, targets: str = '.*layers/.*/w') -> Tree:
   """The tree with the weights whose whole path matches `targets` in `bits` bits."""
   leaves = paths(tree)

@@ -254,8 +254,9 @@ def test_mistakes_are_named(rules, message):
 
 
 def test_more_layers_than_there_are():
+  rules = (('backbone/layers/.*', 'last 5'), ('.*', 'all'))
   with pytest.raises(UserError, match="update 'last 5': backbone/layers/.* has 4 layers"):
-    sparse.parts(jax.eval_shape(VIT.init, jax.random.key(0), batch())[0], (('.*', 'last 5'),))
+    sparse.parts(jax.eval_shape(VIT.init, jax.random.key(0), batch())[0], rules)
 
 
 def test_methods_that_share_units_out_are_refused():
