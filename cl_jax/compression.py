@@ -117,8 +117,8 @@ def state(
     name: of the rules, for errors.
 
   Raises:
-    UserError: at init: a pattern that is none or packs nothing, or one that matches the rows of a memory, which would
-      be unpacked whole in every step.
+    UserError: at init: a pattern that is none or packs nothing, or one that matches the rows of a memory,
+      which would be unpacked whole in every step.
   """
 
   def init(key, params, batch, fwd):

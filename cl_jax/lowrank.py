@@ -39,7 +39,7 @@ def select(name: str, targets: str, params: Tree, fwd: Forward) -> dict[str, jax
   cut = [p for p in found if p in apart or p.startswith(f'{REST}/')]
   if cut:
     raise UserError(
-      f"{name} targets {targets!r} match {cut[0]!r}, of which config.update.parts trains a part: adapters "
+      f'{name} targets {targets!r} match {cut[0]!r}, of which config.update.parts trains a part: adapters '
       "need whole weights, 'all' or 'none'"
     )
   return found

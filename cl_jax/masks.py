@@ -58,8 +58,8 @@ def mark(
     is_leaf: of nodes that count as one parameter, as weights in few bits do.
 
   Raises:
-    UserError: a pattern that is no regular expression, a leaf that no rule covers, or a rule that covers nothing; both are usually a typo,
-      and would silently train or freeze the wrong weights.
+    UserError: a pattern that is no regular expression; a leaf that no rule covers, or a rule that covers
+      nothing: both are usually a typo, and would silently train or freeze the wrong weights.
   """
   used = [False] * len(rules)
 
@@ -77,7 +77,9 @@ def mark(
   marked = jax.tree_util.tree_map_with_path(value, tree, is_leaf=is_leaf)
   for hit, (pattern, _) in zip(used, rules, strict=True):
     if not hit and pattern != '.*':
-      raise UserError(f'pattern {pattern!r} matches no parameter; there are {list(paths(tree, is_leaf))}')
+      raise UserError(
+        f'pattern {pattern!r} matches no parameter; there are {list(paths(tree, is_leaf))}'
+      )
   return marked
 
 

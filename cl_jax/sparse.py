@@ -216,6 +216,15 @@ def whole(variables: Tree, orders: Orders | None = None) -> Tree:
   return jax.tree.map(one, tree, is_leaf=apart)
 
 
+def layers(variables: Tree) -> int:
+  """How many layers the stack 'backbone/layers' has, those below the trained ones too; 0 without one."""
+  stack = joined(variables, {}).get('backbone', {}).get('layers', {})
+  is_upper = lambda a: isinstance(a, Upper)  # noqa: E731
+  first = lambda a: jax.tree.leaves(a)[0].shape[0]  # noqa: E731
+  nodes = [a for a in jax.tree.leaves(stack, is_leaf=is_upper) if is_upper(a) or jnp.ndim(a)]
+  return max((first(a.lower) + first(a.upper) if is_upper(a) else first(a) for a in nodes), default=0)
+
+
 # --- which channels ---------------------------------------------------------------------------------
 
 

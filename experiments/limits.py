@@ -112,7 +112,9 @@ def state_fits(
 
 def rounded(config: Mapping[str, Any], frozen: Tree) -> dict[int, int]:
   """{bits: bytes of the frozen weights rounded to so many}; {} where `frozen_bits` does not apply."""
-  still = config['freeze'] or config.get('update', {}).get('parts')  # older artefacts have no update
+  still = config['freeze'] or config.get('update', {}).get(
+    'parts'
+  )  # older artefacts have no update
   if config['frozen_bits'] or not (config['model'].get('pretrained') and still):
     return {}
   found = {}

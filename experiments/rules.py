@@ -251,7 +251,8 @@ def _together(c: Mapping[str, Any]) -> None:
     )
   if c['frozen_bits'] and not ((c['freeze'] or parts) and c['model'].get('pretrained')):
     raise UserError(
-      'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained and config.freeze'
+      'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained, and config.freeze '
+      'or config.update.parts'
     )
   memory = c['compress']['memory']
   if memory and not any('capacity' in c[name] for name in c['methods']):

@@ -105,7 +105,11 @@ def test_parts_of_pretrained_weights_above_frozen_bits(tmp_path, bits):
   }
   few, plain = setup(**given, frozen_bits=bits), setup(**given)
   name = {16: 'bfloat16', 8: 'int8', 4: 'int4'}[bits]
-  for path in ('backbone/layers/k/w', 'rest/out/backbone/layers/up/w', 'rest/last/backbone/layers/q/w'):
+  for path in (
+    'backbone/layers/k/w',
+    'rest/out/backbone/layers/up/w',
+    'rest/last/backbone/layers/q/w',
+  ):
     assert f'{path}/{name}' in paths(few.frozen), path
   shapes = lambda one: jax.tree.map(jnp.shape, jax.eval_shape(lambda: begun(one)[1].params))  # noqa: E731
   assert shapes(few) == shapes(plain)

@@ -60,7 +60,10 @@ def test_norm_statistics_are_the_mean_of_those_of_the_parts():
   """By the weight of each, rows i, i + n, ...; not those of the whole batch."""
 
   def init(key, batch):
-    params = {'norm': {'scale': jnp.ones(6), 'bias': jnp.zeros(6)}, 'head': dense_init(key, 6, 4, 'he')}
+    params = {
+      'norm': {'scale': jnp.ones(6), 'bias': jnp.zeros(6)},
+      'head': dense_init(key, 6, 4, 'he'),
+    }
     return params, {'norm': {'mean': jnp.zeros(6), 'var': jnp.ones(6)}}
 
   def apply(variables, batch, tap=no_tap, train=False):

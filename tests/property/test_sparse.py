@@ -16,6 +16,7 @@ from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.masks import paths
 from cl_jax.methods.isolation.hat import hat
+from cl_jax.methods.lowrank.ease import ease
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.replay.er import er
 from cl_jax.models.cnn import cnn
@@ -186,6 +187,16 @@ def test_the_lower_layers_of_a_stack_run_without_a_backward_pass():
   )  # fmt: skip
   one, two, all_ = (macs(VIT, rules(n))['backward'] for n in (1, 2, 4))
   assert 0 < one < two < all_ and two - one == pytest.approx((all_ - two) / 2, rel=0.01)
+
+
+def test_prompts_and_adapters_see_all_layers_of_a_stack():
+  rules = (('backbone/layers/.*', 'last 1'), ('.*', 'all'))
+  for model in (VIT, sparse.sparse(VIT, rules)):
+    L = learner(model, TX, ease(4, 2, rank=2))
+    state = jax.eval_shape(L.init, jax.random.key(0), batch())
+    assert state.params['ease']['down']['w'].shape[:2] == (2, 4)
+    assert sparse.layers(state.params) == 4
+  assert sparse.layers(jax.eval_shape(MLP.init, jax.random.key(0), batch())[0]) == 0
 
 
 def test_activations_that_no_gradient_needs_are_not_kept():
