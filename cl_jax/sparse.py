@@ -222,7 +222,9 @@ def layers(variables: Tree) -> int:
   is_upper = lambda a: isinstance(a, Upper)  # noqa: E731
   first = lambda a: jax.tree.leaves(a)[0].shape[0]  # noqa: E731
   nodes = [a for a in jax.tree.leaves(stack, is_leaf=is_upper) if is_upper(a) or jnp.ndim(a)]
-  return max((first(a.lower) + first(a.upper) if is_upper(a) else first(a) for a in nodes), default=0)
+  return max(
+    (first(a.lower) + first(a.upper) if is_upper(a) else first(a) for a in nodes), default=0
+  )
 
 
 # --- which channels ---------------------------------------------------------------------------------
