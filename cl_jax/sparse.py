@@ -145,7 +145,7 @@ def frozen(params: Tree, rules: Rules) -> Tree:
   return nest(still) | ({REST: params[REST]} if REST in params else {})
 
 
-def divided(a: Array, part: Part, order: np.ndarray | None) -> tuple[Array, Array | None]:
+def divided(a: Any, part: Part, order: np.ndarray | None) -> tuple[Array, Array | None]:
   """(what is trained of a parameter, the rest of it or None)."""
   if part.kind in ('all', 'none'):
     return a, None
