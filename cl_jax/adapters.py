@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cl_jax import sparse
 from cl_jax.errors import UserError
 from cl_jax.lowrank import bounds
 from cl_jax.types import Array, Batch, Forward, Tree, overlay
@@ -30,14 +31,14 @@ def sites(
     return h
 
   jax.eval_shape(lambda p, b: fwd(p, b, look), params, batch)
-  stack = overlay(fwd.frozen, params).get('backbone', {}).get('layers')
+  depth = sparse.layers(overlay(fwd.frozen, params))
   missing = [tap for tap in at if tap not in widths]
-  if missing or stack is None:
+  if missing or not depth:
     raise UserError(
       f'{name} needs the taps {", ".join(at)} of a transformer (vit, bert); '
       f'this network has {", ".join(sorted(widths)) or "none"}'
     )
-  return jax.tree.leaves(stack)[0].shape[0], widths[at[0]]
+  return depth, widths[at[0]]
 
 
 def draw(key: Array, lead: tuple[int, ...], d: int, rank: int) -> Tree:

@@ -16,7 +16,8 @@ from jax.extend import core, source_info_util
 from jax.interpreters import partial_eval
 
 from cl_jax.learner import learner
-from cl_jax.types import Batch, Learner, Model, State, Tree
+from cl_jax.models import quantised
+from cl_jax.types import Array, Batch, Learner, Model, State, Tree
 
 
 def tree_bytes(tree: Tree) -> int:
@@ -266,7 +267,12 @@ def passes(
     state: a state of the run (arrays or shapes).
     batch: a stream batch (arrays or shapes).
   """
-  own, naive = build(scoped(model)), learner(scoped(model), optax.identity())
+
+  def init(key: Array, batch: Batch) -> tuple[Tree, Tree]:
+    params, stats = model.init(key, batch)
+    return quantised.dequantise_tree(params), stats  # what is kept in few bits would be trained too
+
+  own, naive = build(scoped(model)), learner(scoped(model._replace(init=init)), optax.identity())
   plain = jax.eval_shape(naive.init, jax.random.key(0), batch)
 
   def roles(f, *args) -> Counter:

@@ -6,7 +6,6 @@ sees codes: arrays are decoded when they are read and encoded when they are writ
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from cl_jax import codecs
 from cl_jax.codecs import Packed, Rows
 from cl_jax.cut import Joined
 from cl_jax.errors import UserError
-from cl_jax.masks import path_name
+from cl_jax.masks import matches, path_name
 from cl_jax.types import Array, Batch, Forward, Method, Tree
 
 MOMENTS = ('bfloat16', 'dynamic8')
@@ -102,7 +101,9 @@ def decoding(fwd: Forward) -> Forward:
   return fwd._replace(apply=apply)
 
 
-def state(rules: Sequence[tuple[str, str]], method: Method) -> Method:
+def state(
+  rules: Sequence[tuple[str, str]], method: Method, name: str = 'a state in fewer bits'
+) -> Method:
   """`method`, with parts of its state packed between its hooks.
 
   Importances in 8 bits are (('.*importance/.*', 'udynamic8'),), an old network in bfloat16
@@ -113,15 +114,19 @@ def state(rules: Sequence[tuple[str, str]], method: Method) -> Method:
       that matches a float32 array counts. The dynamic codecs leave arrays of less than 256 numbers as they
       are; 'udynamic8' is for numbers >= 0 alone.
     method: or a chain, whose paths begin with the names of its methods.
+    name: of the rules, for errors.
 
   Raises:
-    UserError: at init: a pattern that packs nothing, or one that matches the rows of a memory, which would
-      be unpacked whole in every step.
+    UserError: at init: a pattern that is none or packs nothing, or one that matches the rows of a memory,
+      which would be unpacked whole in every step.
   """
 
   def init(key, params, batch, fwd):
     added, s = method.init(key, params, batch, fwd)
-    return added, packed_by(rules, s)
+    try:
+      return added, packed_by(rules, s)
+    except UserError as error:
+      raise UserError(f'{name}: {error}') from error
 
   def run(hook: Callable, s: Tree, *args):
     """hook(unpacked s, ...) -> (value, s) with the new state packed as the old one was."""
@@ -160,7 +165,7 @@ def packed_by(rules: Sequence[tuple[str, str]], tree: Tree) -> Tree:
     for i, (pattern, codec) in enumerate(rules):
       if codec not in codecs.TENSORS:
         raise UserError(f'no codec {codec!r} for a state: one of {", ".join(codecs.TENSORS)}')
-      if re.fullmatch(pattern, name) and codecs.packs(codec, node):
+      if matches(pattern, name) and codecs.packs(codec, node):
         if rows:
           raise UserError(
             f'pattern {pattern!r} matches {name}, rows of a memory: those have a codec of their own'

@@ -6,16 +6,16 @@ axis of a stack of layers, if there is one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
-from cl_jax.masks import nest, path_name, paths
+from cl_jax.masks import matches, nest, path_name, paths
 from cl_jax.models.layers import LowRank
 from cl_jax.models.quantised import is_stored, matrix
+from cl_jax.sparse import REST
 from cl_jax.types import Array, Forward, Method, Tree, overlay
 
 
@@ -25,13 +25,23 @@ def select(name: str, targets: str, params: Tree, fwd: Forward) -> dict[str, jax
   Weights in few bits count as the matrices that they stand for.
 
   Raises:
-    UserError: there is none; `name` says whose argument it was.
+    UserError: there is none, or a part of one is trained (`sparse`); `name` says whose argument it was.
   """
   known = paths(overlay(fwd.frozen, params), is_stored)
-  shapes = {p: matrix(a) for p, a in known.items() if re.fullmatch(targets, p)}
+  try:
+    shapes = {p: matrix(a) for p, a in known.items() if matches(targets, p)}
+  except UserError as error:
+    raise UserError(f'{name} targets: {error}') from error
   found = {p: a for p, a in shapes.items() if a.ndim >= 2}
   if not found:
     raise UserError(f'{name} targets {targets!r} match no weight matrix of the model')
+  apart = {p.split('/', 2)[-1] for p in known if p.startswith(f'{REST}/')}
+  cut = [p for p in found if p in apart or p.startswith(f'{REST}/')]
+  if cut:
+    raise UserError(
+      f'{name} targets {targets!r} match {cut[0]!r}, of which config.update.parts trains a part: adapters '
+      "need whole weights, 'all' or 'none'"
+    )
   return found
 
 

@@ -35,23 +35,38 @@ def nest(leaves: Mapping[str, Any]) -> Tree:
   return tree
 
 
-def mark(tree: Tree, rules: Sequence[tuple[str, Any]]) -> Tree:
+def matches(pattern: str, name: str) -> bool:
+  """Whether a regular expression matches the whole of a name.
+
+  Raises:
+    UserError: it is no regular expression.
+  """
+  try:
+    return re.fullmatch(pattern, name) is not None
+  except re.error as error:
+    raise UserError(f'pattern {pattern!r} is no regular expression: {error}') from error
+
+
+def mark(
+  tree: Tree, rules: Sequence[tuple[str, Any]], is_leaf: Callable[[Any], bool] | None = None
+) -> Tree:
   """A tree like `tree` with the value of the first rule whose pattern matches the whole path.
 
   Args:
     tree: nested dicts of arrays.
     rules: (regular expression, value) pairs, tried in order.
+    is_leaf: of nodes that count as one parameter, as weights in few bits do.
 
   Raises:
-    UserError: a leaf that no rule covers, or a rule that covers nothing; both are usually a typo,
-      and would silently train or freeze the wrong weights.
+    UserError: a pattern that is no regular expression; a leaf that no rule covers, or a rule that covers
+      nothing: both are usually a typo, and would silently train or freeze the wrong weights.
   """
   used = [False] * len(rules)
 
   def value(path, _):
     name = path_name(path)
     for i, (pattern, v) in enumerate(rules):
-      if re.fullmatch(pattern, name):
+      if matches(pattern, name):
         used[i] = True
         return v
     raise UserError(
@@ -59,10 +74,12 @@ def mark(tree: Tree, rules: Sequence[tuple[str, Any]]) -> Tree:
       f'patterns: {[p for p, _ in rules]}'
     )
 
-  marked = jax.tree_util.tree_map_with_path(value, tree)
+  marked = jax.tree_util.tree_map_with_path(value, tree, is_leaf=is_leaf)
   for hit, (pattern, _) in zip(used, rules, strict=True):
     if not hit and pattern != '.*':
-      raise UserError(f'pattern {pattern!r} matches no parameter; there are {list(paths(tree))}')
+      raise UserError(
+        f'pattern {pattern!r} matches no parameter; there are {list(paths(tree, is_leaf))}'
+      )
   return marked
 
 
@@ -80,6 +97,7 @@ def split(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
 
 
 def subtract(tree: Tree, other: Tree) -> Tree:
-  """`tree` without the leaves whose path is in `other`."""
-  drop = paths(other)
+  """`tree` without the leaves whose path is in `other`, as a leaf or as a dict: a weight in few bits."""
+  drop = {*paths(other)}
+  drop |= {p[:i] for p in drop for i, letter in enumerate(p) if letter == '/'}
   return nest({p: a for p, a in paths(tree).items() if p not in drop}) if drop else tree

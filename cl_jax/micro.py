@@ -17,10 +17,11 @@ def accumulated(grad_fn: Callable, n: int) -> Callable:
   Micro-batch i has the rows i, i + n, ...: as many of the stream and of a memory as any other. Each counts by
   its share of the weights, so that the weighted mean over rows and what depends on the parameters
   alone (penalties) come out as from the whole batch, up to rounding. Not the same is what looks at a batch as
-  a whole: norms with statistics of it (these are of a micro-batch, and the new running ones the mean of
-  theirs); heads that count the classes in it as seen (`seen_head`, `current_head`), in steps that bring
-  a class for the first time; a method's own mean over rows of unequal weights. What a method computes for
-  rows of its own (`der`, `rehearsal`) is computed n times.
+  a whole: `er_ace`, whose loss is among the classes of the batch and would be another one in every step
+  (`experiments.rules` refuses it); norms with statistics of it (these are of a micro-batch, and the new
+  running ones the mean of theirs); what counts the classes in it as seen (`seen_head`, `current_head`,
+  `ease`), in steps that bring a class for the first time; a method's own mean over rows of unequal
+  weights. What a method computes for rows of its own (`der`, `rehearsal`) is computed n times.
 
   Args:
     grad_fn: (params, batch) -> ((loss, Out), gradient).

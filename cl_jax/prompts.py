@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_jax import sparse
 from cl_jax.errors import UserError
 from cl_jax.types import Array, Batch, Forward, Tree, no_tap, overlay
 
@@ -51,13 +52,12 @@ def network(method: str, params: Tree, batch: Batch, fwd: Forward) -> Network:
     return h
 
   out = jax.eval_shape(lambda p, b: fwd(p, b, look), params, batch)
-  stack = overlay(fwd.frozen, params).get('backbone', {}).get('layers', {})
-  if not {'embed', 'k', 'v', 'scores'} <= set(seen) or not stack:
+  layers = sparse.layers(overlay(fwd.frozen, params))
+  if not {'embed', 'k', 'v', 'scores'} <= set(seen) or not layers:
     raise UserError(
       f"{method} puts prompts at the taps 'embed', 'k' and 'v' of a transformer; this network has "
       f'{", ".join(sorted(seen)) or "no taps"}: take a vit or bert, without cached features'
     )
-  layers = max(a.shape[0] for a in jax.tree.leaves(stack) if a.ndim)
   return Network(seen['embed'], seen['k'], out.features.shape[-1], layers)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from cl_jax.errors import UserError
 from cl_jax.linalg import weighted_mean
 from cl_jax.masks import mark, nest, paths
-from cl_jax.models.quantised import dequantise, is_stored
+from cl_jax.models.quantised import dequantise, is_stored, matrix
 from cl_jax.models.sliced import Sliced, Upper
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap, overlay
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
   Attributes:
     kind: 'all', 'none', or the first `count` along an axis: 'out' (the last axis), 'in' (the one before); or
-      the last `count` of the first axis, 'last'.
+      the last `count` layers of a stack, its first axis, 'last'.
     count: 0 for 'all' and 'none'.
   """
 
@@ -59,7 +59,7 @@ def parts(params: Tree, rules: Rules) -> dict[str, Part]:
   """What is trained of every parameter, by path.
 
   Args:
-    params: all parameters of the network, arrays or shapes.
+    params: all parameters of the network, arrays or shapes; a weight in few bits is one of them.
     rules: (pattern of whole paths, words) pairs that cover all parameters, the first that matches counts.
       The words: 'all', 'none'; 'bias': all of leaves called 'b' or 'bias', nothing of others; 'out F' and
       'in F': the fraction F of the output or input channels of weights 'w', at least one, and of the other
@@ -69,8 +69,9 @@ def parts(params: Tree, rules: Rules) -> dict[str, Part]:
   Raises:
     UserError: other words, more layers than there are, patterns that do not cover or do not match.
   """
-  words = paths(mark(params, rules))
-  return {path: _part(path, jnp.shape(a), words[path]) for path, a in paths(params).items()}
+  words = paths(mark(params, rules, _is_leaf))
+  leaves = paths(params, _is_leaf)
+  return {path: _part(path, matrix(a).shape, words[path]) for path, a in leaves.items()}
 
 
 def _part(path: str, shape: tuple[int, ...], words: str) -> Part:
@@ -85,6 +86,11 @@ def _part(path: str, shape: tuple[int, ...], words: str) -> Part:
   except ValueError:
     value = 0.0
   if kind == 'last' and value >= 1 and value == int(value) and shape:
+    if 'layers' not in path.split('/'):
+      raise UserError(
+        f"update {words!r}: {path}{list(shape)} is of no stack of layers ('.../layers/...', as "
+        "transformers have): use 'all' or 'none'"
+      )
     if value > shape[0]:
       raise UserError(f'update {words!r}: {path} has {shape[0]} layers')
     return Part('all') if value == shape[0] else Part('last', int(value))
@@ -114,7 +120,7 @@ def sparse(model: Model, rules: Rules, orders: Orders | None = None) -> Model:
     own: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     of = parts(params, rules)
-    for path, a in paths(params).items():
+    for path, a in paths(params, _is_leaf).items():
       own[path], left = divided(a, of[path], orders.get(path))
       if left is not None:
         rest[f'{of[path].kind}/{path}'] = left
@@ -130,19 +136,20 @@ def sparse(model: Model, rules: Rules, orders: Orders | None = None) -> Model:
 def frozen(params: Tree, rules: Rules) -> Tree:
   """Of the parameters of a sparse model, what is not trained: for `learner(frozen=...)`."""
   trained = {k: v for k, v in params.items() if k != REST}
-  words = paths(mark(trained, rules))
+  words = paths(mark(trained, rules, _is_leaf))
   still = {
     path: a
-    for path, a in paths(trained).items()
+    for path, a in paths(trained, _is_leaf).items()
     if words[path] == 'none' or (words[path] == 'bias' and path.rsplit('/', 1)[-1] not in BIASES)
   }
   return nest(still) | ({REST: params[REST]} if REST in params else {})
 
 
-def divided(a: Array, part: Part, order: np.ndarray | None) -> tuple[Array, Array | None]:
+def divided(a: Any, part: Part, order: np.ndarray | None) -> tuple[Array, Array | None]:
   """(what is trained of a parameter, the rest of it or None)."""
   if part.kind in ('all', 'none'):
     return a, None
+  a = dequantise(a) if is_stored(a) else a
   if part.kind == 'last':
     below = a.shape[0] - part.count
     return a[below:], a[:below]
@@ -185,14 +192,18 @@ def _both(order: np.ndarray | None) -> tuple[Any, Any]:
 
 
 def whole(variables: Tree, orders: Orders | None = None) -> Tree:
-  """The plain parameters again, every weight in one array: for inspection, or to go on without `sparse`."""
+  """The plain parameters again, every weight in one array: for inspection, or to go on without `sparse`.
+
+  A weight of which nothing is trained stays as it is stored, in few bits or not.
+  """
+  array = lambda a: dequantise(a) if is_stored(a) else a  # noqa: E731
 
   def one(a: Any) -> Any:
     if isinstance(a, Upper):
-      return jnp.concatenate([a.lower, a.upper])
+      return jnp.concatenate([array(a.lower), a.upper])
     if not isinstance(a, Sliced):
       return a
-    rest = dequantise(a.rest) if is_stored(a.rest) else a.rest
+    rest = array(a.rest)
     axis = jnp.ndim(rest) - (1 if a.axis == 'out' else 2)
     w = jnp.concatenate([a.own, rest], axis)
     if isinstance(a.inverse, tuple):
@@ -203,6 +214,17 @@ def whole(variables: Tree, orders: Orders | None = None) -> Tree:
   tree = joined(variables, {} if orders is None else orders)
   apart = lambda a: dataclasses.is_dataclass(a) or isinstance(a, Upper)  # noqa: E731
   return jax.tree.map(one, tree, is_leaf=apart)
+
+
+def layers(variables: Tree) -> int:
+  """How many layers the stack 'backbone/layers' has, those below the trained ones too; 0 without one."""
+  stack = joined(variables, {}).get('backbone', {}).get('layers', {})
+  is_upper = lambda a: isinstance(a, Upper)  # noqa: E731
+  first = lambda a: jax.tree.leaves(a)[0].shape[0]  # noqa: E731
+  nodes = [a for a in jax.tree.leaves(stack, is_leaf=is_upper) if is_upper(a) or jnp.ndim(a)]
+  return max(
+    (first(a.lower) + first(a.upper) if is_upper(a) else first(a) for a in nodes), default=0
+  )
 
 
 # --- which channels ---------------------------------------------------------------------------------

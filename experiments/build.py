@@ -227,7 +227,8 @@ def split_weights(config, make, initial: Tree, first: Batch) -> tuple[dict[str, 
   try:
     frozen = sparse.frozen(params, chosen) if chosen else masks.split(params, config['freeze'])[0]
   except UserError as error:
-    raise UserError(f'config.freeze: {error}') from error
+    name = 'update.parts' if chosen else 'freeze'
+    raise UserError(f'config.{name}: {error}') from error
   rest = masks.subtract(params, frozen)
   rest = {k: v for k, v in rest.items() if k in pretrained_tree}
   if config['frozen_bits']:

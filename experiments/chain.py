@@ -52,7 +52,9 @@ def chain_of(
     else:
       chosen[name] = methods.find(name)(stream.classes)
   whole = compose.chain(**chosen) if chosen else Method()
-  return compression.state(compress['state'], whole) if compress.get('state') else whole
+  if not compress.get('state'):
+    return whole
+  return compression.state(compress['state'], whole, 'config.compress.state')
 
 
 def known(

@@ -17,6 +17,7 @@ import optax
 
 from cl_jax import methods, models
 from cl_jax.errors import UserError
+from cl_jax.idle import idle
 from cl_jax.types import Model
 from configs import common
 from experiments import fields, rules
@@ -218,13 +219,8 @@ def sha256(config: Mapping[str, Any]) -> str:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   """What tells a run from others; younger fields only where they do something: older runs have none."""
-  idle = {
-    'budget': all(v is None for v in config.get('budget', {}).values()),
-    'update': not config.get('update', {}).get('parts'),
-    'micro_batches': config.get('micro_batches', 1) == 1,
-    'compress': not any(config.get('compress', {}).values()),
-  }
-  return {k: v for k, v in config.items() if not idle.get(k)}
+  nothing = idle(config)
+  return {k: v for k, v in config.items() if k not in nothing}
 
 
 def tuples(node: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 
 from cl_jax import budget
 from cl_jax.errors import UserError
-from cl_jax.models.quantised import quantise_tree
+from cl_jax.models.quantised import BITS, quantise_tree
 from cl_jax.types import Batch, State, Tree
 from experiments import capacity
 
@@ -112,10 +112,13 @@ def state_fits(
 
 def rounded(config: Mapping[str, Any], frozen: Tree) -> dict[int, int]:
   """{bits: bytes of the frozen weights rounded to so many}; {} where `frozen_bits` does not apply."""
-  if config['frozen_bits'] or not (config['model'].get('pretrained') and config['freeze']):
+  still = config['freeze'] or config.get('update', {}).get(
+    'parts'
+  )  # older artefacts have no update
+  if config['frozen_bits'] or not (config['model'].get('pretrained') and still):
     return {}
   found = {}
-  for bits in (8, 4):
+  for bits in BITS:
     try:
       made = jax.eval_shape(lambda w, bits=bits: quantise_tree(w, bits), frozen)
     except UserError:  # these weights cannot be rounded to so many

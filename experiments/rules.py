@@ -7,6 +7,7 @@ from typing import Any
 
 from cl_jax import codecs, compression
 from cl_jax.errors import UserError
+from cl_jax.masks import matches
 from cl_jax.sparse import CHOICES
 from configs.common import SCHEDULES, SEPARATE, Maybe, defaults
 
@@ -133,6 +134,8 @@ RULES: dict[str, Rule] = {
   'chunk': least(1),
   'eval_every': least(0),
 }
+# Lists of regular expressions, or of pairs that begin with one.
+PATTERNS = ('compress.state', 'update.parts', 'freeze', 'optimizer.groups')
 # By the name of an argument, of optimisers and of methods alike. Others follow from their default: what
 # is a positive number there may not become 0 or negative (0.0 may stay where a float is concerned).
 ARGUMENTS: dict[str, Rule] = {
@@ -150,6 +153,12 @@ def check(config: Mapping[str, Any], chosen: tuple[str, ...]) -> None:
     value = _at(config, dotted)
     if value is not None and not holds(value):
       raise UserError(f'config.{dotted} {text}; got {value!r}')
+  for dotted in PATTERNS:
+    for rule in _at(config, dotted):
+      try:
+        matches(rule if isinstance(rule, str) else rule[0], '')
+      except UserError as error:
+        raise UserError(f'config.{dotted}: {error}') from error
   for part in ('optimizer', *chosen):
     for name, value in config[part].items():
       _argument(f'config.{part}.{name}', name, value)
@@ -235,9 +244,15 @@ def _together(c: Mapping[str, Any]) -> None:
     raise UserError(
       f'config.micro_batches={c["micro_batches"]} must divide config.batch={c["batch"]}'
     )
+  if c['micro_batches'] > 1 and 'er_ace' in c['methods']:
+    raise UserError(
+      'config.micro_batches: er_ace lets a batch compete among its own classes, and those of a part of it '
+      'are fewer: leave it at 1'
+    )
   if c['frozen_bits'] and not ((c['freeze'] or parts) and c['model'].get('pretrained')):
     raise UserError(
-      'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained and config.freeze'
+      'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained, and config.freeze '
+      'or config.update.parts'
     )
   memory = c['compress']['memory']
   if memory and not any('capacity' in c[name] for name in c['methods']):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from cl_jax import codecs
 from cl_jax.errors import UserError
-from cl_jax.masks import nest, paths
+from cl_jax.masks import matches, nest, paths
 from cl_jax.types import Array, Tree
 
 BITS = (16, 8, 4)
@@ -84,10 +83,15 @@ def dequantise(stored: dict[str, Array]) -> Array:
   return (levels.reshape(*lead, -1, GROUP, columns) * scale[..., None, :]).reshape(levels.shape)
 
 
+def dequantise_tree(tree: Tree) -> Tree:
+  """The tree with arrays in the place of weights in few bits."""
+  return jax.tree.map(lambda a: dequantise(a) if is_stored(a) else a, tree, is_leaf=is_stored)
+
+
 def quantise_tree(tree: Tree, bits: int, targets: str = '.*layers/.*/w') -> Tree:
   """The tree with the weights whose whole path matches `targets` in `bits` bits."""
   leaves = paths(tree)
-  chosen = [p for p in leaves if re.fullmatch(targets, p)]
+  chosen = [p for p in leaves if matches(targets, p)]
   if not chosen:
     raise UserError(f'{targets!r} matches none of the frozen weights')
   made = jax.jit(lambda w: quantise(w, bits))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cl_jax.errors import UserError
+from cl_jax.idle import idle
 
 Line = dict[str, Any]
 
@@ -193,10 +194,7 @@ def curves(line: Mapping[str, Any]) -> np.ndarray | None:
 def setting(line: Mapping[str, Any]) -> dict[str, Any]:
   """The configuration without what is allowed to differ within a group; limits change nothing of a run."""
   config = line['config']
-  free = {'seed', 'seeds', 'budget'}
-  # Fields that earlier versions did not have, where they do nothing.
-  free |= set() if config.get('update', {}).get('parts') else {'update'}
-  free |= {'micro_batches'} if config.get('micro_batches', 1) == 1 else set()
+  free = {'seed', 'seeds', 'budget'} | idle(config)
   return {k: v for k, v in config.items() if k not in free}
 
 

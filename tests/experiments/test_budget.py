@@ -218,10 +218,16 @@ def test_frozen_weights_count_and_may_be_rounded(tmp_path):
   }
   sizes = results.costs(prepared(raw))['state_bytes']
   assert sizes['frozen'] > sizes['total'] / 2
-  message = r'frozen weights included.*largest: frozen [\d,]+.*; config\.frozen_bits=8 would fit'
+  message = r'frozen weights included.*largest: frozen [\d,]+.*; config\.frozen_bits=16 would fit'
   with pytest.raises(UserError, match=message):
     prepared(raw, state_bytes=sizes['total'] - 1)
-  prepared({**raw, 'frozen_bits': 8}, state_bytes=sizes['total'] - 1)
+  held = results.costs(prepared({**raw, 'frozen_bits': 16}))['state_bytes']['total']
+  prepared({**raw, 'frozen_bits': 16}, state_bytes=held)
+  with pytest.raises(UserError, match=r'config\.frozen_bits=8 would fit'):
+    prepared(raw, state_bytes=held - 1)
+  parts = {'freeze': (), 'update': {'parts': (('backbone/.*', 'none'), ('.*', 'all'))}}
+  with pytest.raises(UserError, match=message):
+    prepared({**raw, **parts}, state_bytes=sizes['total'] - 1)
 
 
 def test_run_refuses_before_it_trains_and_runs_at_an_exact_fit(call, tiny, tmp_path):

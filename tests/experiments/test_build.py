@@ -517,16 +517,16 @@ def test_pretrained_weights_are_arguments_of_the_program(freeze):
   assert checkpoint.digest(got) == checkpoint.digest(one.weights['initial'].get('backbone', {}))
 
 
-def saved_vit(folder) -> vit.Config:
+def saved_vit(folder, d: int = 8) -> vit.Config:
   """Writes a small pretrained ViT and returns its shape."""
   numpy_files = pytest.importorskip('safetensors.numpy', reason='needs safetensors')
-  shape = vit.Config(12, 4, 1, 8, 3, 2, 16, 1e-6)
+  shape = vit.Config(12, 4, 1, d, 3, 2, 2 * d, 1e-6)
   rng = np.random.default_rng(0)
   wanted = vit._shapes(shape, vit._DINOV2)
   tensors = {name: rng.standard_normal(size).astype(np.float32) for name, size in wanted.items()}
   numpy_files.save_file(tensors, folder / 'model.safetensors')
   known = {'model_type': 'dinov2', 'hidden_act': 'gelu', 'image_size': 12, 'patch_size': 4}
-  known |= {'num_channels': 1, 'hidden_size': 8, 'num_hidden_layers': 3, 'mlp_ratio': 2}
+  known |= {'num_channels': 1, 'hidden_size': d, 'num_hidden_layers': 3, 'mlp_ratio': 2}
   (folder / 'config.json').write_text(json.dumps(known | {'num_attention_heads': 2}))
   return shape
 

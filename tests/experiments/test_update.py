@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,6 +31,8 @@ RAW = {
 }
 SOME = (('l0/.*', 'in 0.25'), ('l1/.*', 'bias'), ('head/.*', 'all'))
 UPDATE = {'parts': SOME, 'channels': 'gradient'}
+LORA = {'methods': ('lora',), 'update': {'parts': SOME}}
+ACE = {'micro_batches': 2, 'methods': ('er_ace',), 'er_ace': {'capacity': 9, 'draw': 4}}
 
 
 def setup(**fields) -> build.Setup:
@@ -85,6 +88,42 @@ def test_pretrained_weights_are_apart_and_whole_again(tmp_path):
   assert made['q']['w'].shape == (1, shape.d, shape.d)
 
 
+@pytest.mark.parametrize('bits', [16, 8, 4])
+def test_parts_of_pretrained_weights_above_frozen_bits(tmp_path, bits):
+  """The same is trained as above float32: no frozen weight in few bits counts as a parameter of its own."""
+  saved_vit(tmp_path, 64)
+  parts = (
+    ('backbone/layers/up/.*', 'out 0.5'), ('backbone/layers/q/.*', 'last 1'),
+    # Covers the weights and not the arrays that they are stored in.
+    (r'backbone/(.*/[wb]|.*norm.*|.*scale\d|cls|positions)', 'none'),
+    ('head/.*', 'all'),
+  )  # fmt: skip
+  given = {
+    'model': {'name': 'vit', 'pretrained': str(tmp_path), 'image': 28},
+    'update': {'parts': parts},
+    'data': {**RAW['data'], 'examples_per_class': 4},
+  }
+  few, plain = setup(**given, frozen_bits=bits), setup(**given)
+  name = {16: 'bfloat16', 8: 'int8', 4: 'int4'}[bits]
+  for path in (
+    'backbone/layers/k/w',
+    'rest/out/backbone/layers/up/w',
+    'rest/last/backbone/layers/q/w',
+  ):
+    assert f'{path}/{name}' in paths(few.frozen), path
+  shapes = lambda one: jax.tree.map(jnp.shape, jax.eval_shape(lambda: begun(one)[1].params))  # noqa: E731
+  assert shapes(few) == shapes(plain)
+  got, want = (
+    sparse.whole(overlay(one.weights['frozen'], one.weights['initial']))['backbone']['layers']
+    for one in (few, plain)
+  )
+  assert set(got['k']['w']) >= {name}  # as it is stored
+  for layer, trained in (('up', np.s_[..., :64]), ('q', np.s_[2:])):
+    a, b = got[layer]['w'], want[layer]['w']
+    np.testing.assert_array_equal(a[trained], b[trained])
+    assert 0 < jnp.abs(a - b).max() < {16: 0.02, 8: 0.03, 4: 0.5}[bits]
+
+
 def test_the_budget_tells_what_is_saved():
   """784-8-8-10, 8 rows, in halves: by hand."""
   resolved = config.resolve({**RAW, 'update': {'parts': SOME}, 'micro_batches': 2})
@@ -105,10 +144,14 @@ def test_the_budget_tells_what_is_saved():
 
 def test_a_run_without_them_is_the_run_it_was():
   resolved = config.resolve(RAW)
-  older = {k: v for k, v in resolved.items() if k not in ('update', 'micro_batches')}
+  younger = ('budget', 'update', 'micro_batches', 'compress')
+  older = {k: v for k, v in resolved.items() if k not in younger}
+  assert len(older) == len(resolved) - 4
   assert config.sha256(older) == config.sha256(resolved)
   assert lines.setting({'config': older}) == lines.setting({'config': resolved})
-  for fields in ({'update': {'parts': SOME}}, {'micro_batches': 2}):
+  for fields in (
+    {'update': {'parts': SOME}}, {'micro_batches': 2}, {'compress': {'optimizer': 'dynamic8'}}
+  ):  # fmt: skip
     other = config.resolve({**RAW, **fields})
     assert config.sha256(other) != config.sha256(resolved)
     assert lines.setting({'config': other}) != lines.setting({'config': resolved})
@@ -125,6 +168,15 @@ def test_a_run_without_them_is_the_run_it_was():
     ({'update': {'parts': (('l0/.*', 'half'), ('.*', 'all'))}}, r"config\.update\.parts: update 'half'"),
     ({'update': {'parts': (('l0/.*', 'all'),)}}, r'config\.update\.parts: no pattern covers'),
     ({'micro_batches': 3}, r'config\.micro_batches=3 must divide config\.batch=8'),
+    ({'update': {'parts': (('l0/.*', 'last 3'), ('.*', 'all'))}}, r"update 'last 3': l0/\w.* of no stack"),
+    (LORA | {'lora': {'targets': '.*l0/w'}}, r"lora targets .* match 'l0/w', of which config.update"),
+    (LORA | {'lora': {'targets': 'rest/.*'}}, "match 'rest/in/l0/w', of which config.update"),
+    ({'update': {'parts': (('(', 'all'),)}}, r"config\.update\.parts: pattern '\(' is no regular"),
+    ({'freeze': ('*',)}, r"config\.freeze: pattern '\*' is no regular"),
+    ({'optimizer': {'groups': (('[', 1.0),)}}, r"config\.optimizer\.groups: pattern '\[' is no reg"),
+    ({'compress': {'state': (('(', 'bfloat16'),)}}, r"config\.compress\.state: pattern '\(' is no reg"),
+    ({'compress': {'state': (('x', 'bfloat16'),)}}, r"config\.compress\.state: pattern 'x' packs noth"),
+    (ACE, r'config\.micro_batches: er_ace'),
     ({'micro_batches': 4, 'methods': ('er',), 'er': {'capacity': 9, 'draw': 3}}, 'there are 11'),
   ],
 )  # fmt: skip

@@ -13,9 +13,12 @@ from cl_jax.compose import chain
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.methods.regularisation.ewc import ewc
+from cl_jax.methods.replay.der import der
 from cl_jax.methods.replay.er import er
+from cl_jax.methods.replay.latent import latent
+from cl_jax.models.layers import batch_norm, dense, dense_init
 from cl_jax.models.mlp import mlp
-from cl_jax.types import Batch
+from cl_jax.types import Batch, Model, Out, no_tap, overlay
 
 MODEL = mlp((8,), 4)
 
@@ -26,9 +29,17 @@ def batch(seed: int, rows: int = 8) -> Batch:
   return Batch(x, jnp.arange(rows) % 4, w, jnp.full(rows, -1))
 
 
-def test_a_step_equals_that_of_the_whole_batch():
+METHODS = {
+  'er with ewc': chain(er=er(capacity=20, draw=4), ewc=ewc(30.0)),
+  'der': der(capacity=20, draw=4, alpha=1.0),  # keeps the logits of each row
+  'latent': latent('l0', capacity=20, draw=4),  # rows that enter inside the network
+}
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_step_equals_that_of_the_whole_batch(name):
   """With rehearsed rows, padding, a penalty and memory: parameters, loss, and what memory was given."""
-  method = chain(er=er(capacity=20, draw=4), ewc=ewc(30.0))
+  method = METHODS[name]
   whole, parts = (learner(MODEL, optax.sgd(0.1), method, micro_batches=n) for n in (1, 4))
   state = jax.jit(whole.init)(jax.random.key(0), batch(0))
   other = state
@@ -43,6 +54,35 @@ def test_a_step_equals_that_of_the_whole_batch():
       )
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
   jax.tree.map(close, (state.params, state.method), (other.params, other.method))
+
+
+def test_norm_statistics_are_the_mean_of_those_of_the_parts():
+  """By the weight of each, rows i, i + n, ...; not those of the whole batch."""
+
+  def init(key, batch):
+    params = {
+      'norm': {'scale': jnp.ones(6), 'bias': jnp.zeros(6)},
+      'head': dense_init(key, 6, 4, 'he'),
+    }
+    return params, {'norm': {'mean': jnp.zeros(6), 'var': jnp.ones(6)}}
+
+  def apply(variables, batch, tap=no_tap, train=False):
+    h, stats = batch_norm(variables['norm'], batch.x, batch.w, train)
+    return Out(dense(variables['head'], h), h, {'norm': stats} if train else {})
+
+  model, rows = Model(init, apply, MODEL.loss), batch(0)
+  L = learner(model, optax.sgd(0.1), micro_batches=2)
+  state = jax.jit(L.init)(jax.random.key(0), rows)
+  got = jax.jit(L.step)(state, rows)[0]
+  variables = overlay(state.stats, state.params)
+  each = [jax.tree.map(lambda a, i=i: a[i::2], rows) for i in (0, 1)]
+  assert [float(b.w.sum()) for b in each] == [2.0, 3.0]
+  run = jax.jit(lambda b: model.apply(variables, b, train=True).stats)
+  stats, other = [run(b) for b in each], run(rows)
+  share = [float(b.w.sum() / rows.w.sum()) for b in each]
+  want = jax.tree.map(lambda a, b: share[0] * a + share[1] * b, *stats)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got.stats, want)
+  assert jnp.abs(got.stats['norm']['var'] - other['norm']['var']).max() > 1e-3
 
 
 def test_the_parts_run_one_after_the_other():

@@ -16,6 +16,7 @@ from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.masks import paths
 from cl_jax.methods.isolation.hat import hat
+from cl_jax.methods.lowrank.ease import ease
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.replay.er import er
 from cl_jax.models.cnn import cnn
@@ -188,6 +189,16 @@ def test_the_lower_layers_of_a_stack_run_without_a_backward_pass():
   assert 0 < one < two < all_ and two - one == pytest.approx((all_ - two) / 2, rel=0.01)
 
 
+def test_prompts_and_adapters_see_all_layers_of_a_stack():
+  rules = (('backbone/layers/.*', 'last 1'), ('.*', 'all'))
+  for model in (VIT, sparse.sparse(VIT, rules)):
+    L = learner(model, TX, ease(4, 2, rank=2))
+    state = jax.eval_shape(L.init, jax.random.key(0), batch())
+    assert state.params['ease']['down']['w'].shape[:2] == (2, 4)
+    assert sparse.layers(state.params) == 4
+  assert sparse.layers(jax.eval_shape(MLP.init, jax.random.key(0), batch())[0]) == 0
+
+
 def test_activations_that_no_gradient_needs_are_not_kept():
   """Of the inputs of a layer the chosen channels alone outlive the forward pass, and one bit a unit above."""
   model, rows = mlp((256, 256), 4), 512
@@ -243,7 +254,7 @@ def test_gradients_of_the_first_task_by_hand():
     ((('.*', 'half'),), "update 'half' for head/b"),
     ((('.*', 'out 0'),), "use 'all'"),
     ((('.*', 'in 1.5'),), "use 'all'"),
-    ((('.*', 'last 70'),), 'has'),
+    ((('.*', 'last 1'),), 'of no stack of layers'),
     ((('l0/.*', 'all'),), 'no pattern covers'),
     ((('l9/.*', 'all'), ('.*', 'none')), "'l9/.*' matches no parameter"),
   ],
@@ -251,6 +262,12 @@ def test_gradients_of_the_first_task_by_hand():
 def test_mistakes_are_named(rules, message):
   with pytest.raises(UserError, match=message):
     sparse.sparse(MLP, rules).init(jax.random.key(0), batch())
+
+
+def test_more_layers_than_there_are():
+  rules = (('backbone/layers/.*', 'last 5'), ('.*', 'all'))
+  with pytest.raises(UserError, match="update 'last 5': backbone/layers/.* has 4 layers"):
+    sparse.parts(jax.eval_shape(VIT.init, jax.random.key(0), batch())[0], rules)
 
 
 def test_methods_that_share_units_out_are_refused():
