@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cl_jax.durable import files, first_line, reason, sha256, sync, sync_one
+from cl_jax.durable import files, first_line, full, reason, sha256, sync, sync_one
 from cl_jax.errors import UserError
 from cl_jax.masks import path_name
 from cl_jax.types import Tree
@@ -224,8 +224,8 @@ def restore(
 ) -> Restored | None:
   """The latest checkpoint that is whole; None when there is none at all.
 
-  Damaged ones after it are renamed to STEP.damaged. Processes that share leaves of `like` must all call it, and
-  what one of them finds damaged is so for all.
+  Damaged ones after it are renamed to STEP.damaged. Processes that share leaves of `like` must all call it,
+  and what one of them finds damaged is so for all.
 
   Args:
     directory: what `save` was given.

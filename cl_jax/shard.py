@@ -8,9 +8,9 @@ THE LEAF RULE (`rule`), for weights, gradients, moments and all that methods kee
   a leaf is cut along ONE axis, its longest among those that the number of devices divides, the last one of
   several; the first axis of a stack of layers (a path with 'layers' in it) is not cut, since the scan over
   layers takes one layer whole from it. Leaves of less than SMALL values and those that are no floats (pixels
-  of a memory that are bytes, tokens, counters, keys) are whole on every device: cutting them costs a message
-  each. A memory has no rule of its own: its float rows (latent activations, features, logits) are cut as weights
-  are, along the axis of rows or another one, and each device keeps a part of every leaf.
+  of a memory that are bytes, tokens, counters, keys) are whole on every device: cutting them saves little and
+  costs a message each. A memory has no rule of its own: its float rows (latent activations, features, logits)
+  are cut as weights are.
 In the mode 'data' every leaf is whole, and the batch alone is cut.
 
 Zhao et al., PyTorch FSDP, 2023 (VLDB), sections 3.2 and 4: weights cut, gathered layer by layer, gradients

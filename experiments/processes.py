@@ -1,8 +1,8 @@
 """One run by several processes on this machine: started together, and ended together.
 
 A process that is killed leaves the others waiting for it in a collective. So the one that started them ends
-them all, and says so: the same command goes on from the last checkpoint, which is whole. And they end with it:
-each has one end of a pipe as its standard input, whose other end is open as long as it lives.
+them all, and says so: the same command goes on from the last checkpoint, which is whole. They end with it as
+well: the standard input of each is a pipe whose other end is open as long as it lives.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def verdict(codes: Sequence[int], workdir: Path) -> int:
   """0, or the exit code that a process gave itself, with what it said where nobody has seen that.
 
   Raises:
-    Interrupted: one was ended by a signal (SIGKILL, SIGSEGV, SIGBUS, ...), whatever became of the others then.
+    Interrupted: one was ended by a signal (SIGKILL, SIGSEGV, ...), whatever became of the others then.
   """
   signals = sorted({c for c in codes if c < 0} - {-signal.SIGKILL, ABORT})
   for wanted in (-signal.SIGKILL, *signals, 2, 3, ABORT):
