@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cl_jax import checkpoint
@@ -152,6 +153,30 @@ def test_a_command_alone_in_the_directory_is_not_disturbed(tmp_path):
   with workdir.claimed(tmp_path), pytest.raises(UserError, match='another process is at work'):
     processes.watched([], 2, tmp_path)
   assert (tmp_path / 'process-1.txt').read_text() == 'words'
+
+
+def test_a_signal_to_one_process_is_one_to_all(vit, tmp_path, monkeypatch):
+  """Each listens before it prepares anything, since jax has taken SIGTERM to itself when it connected."""
+  heard = []
+
+  def prepares(options, place, shown, leg=None, stop=None):
+    os.kill(os.getpid(), signal.SIGTERM)
+    heard.append(stop())
+    return []
+
+  monkeypatch.setattr(run, 'run', prepares)
+  monkeypatch.setattr(run.devices, 'start', lambda spread: None)
+  argv = [f'--config={vit}', f'--workdir={tmp_path}', '--shard=fsdp', '--processes=2']
+  for i in (0, 1):
+    monkeypatch.setattr(run.devices, 'first', lambda i=i: i == 0)
+    monkeypatch.setattr(run.tables, 'table', lambda lines: '')
+    monkeypatch.setattr(run.workdir, 'report', lambda place, shown: None)
+    assert run.main([*argv, f'--process={i}', '--coordinator=127.0.0.1:1']) == 0
+  assert heard == [signal.SIGTERM] * 2
+  monkeypatch.setattr(run.devices.jax, 'process_count', lambda: 2)
+  said = np.array([[0, 1], [signal.SIGTERM, 0]])
+  monkeypatch.setattr(run.devices.multihost_utils, 'process_allgather', lambda own: said)
+  assert run.devices.agreed(0, True) == (signal.SIGTERM, True)
 
 
 def test_a_signal_promises_nothing_that_was_not_done(tmp_path):
