@@ -130,7 +130,7 @@ def test_they_end_with_the_one_that_started_them(vit, tmp_path):
       processes.watched([], 2, tmp_path)
     assert 'words' in log.read_text()
     process.kill()
-    process.communicate()
+    process.wait(10)
     end = time.monotonic() + 20
     while any(alive(pid) for pid in own.values()) and time.monotonic() < end:
       time.sleep(0.05)
@@ -141,6 +141,7 @@ def test_they_end_with_the_one_that_started_them(vit, tmp_path):
     for pid in [process.pid, *own.values()]:
       if alive(pid):
         os.kill(pid, signal.SIGKILL)
+    process.communicate()  # closes its pipes, which they have as well
 
 
 def alive(pid: int) -> bool:
