@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_is_one_to_all(vit, tmp_path, monkeypatch):
 
   def prepares(options, place, shown, leg=None, stop=None):
     os.kill(os.getpid(), signal.SIGTERM)
-    heard.append(stop())
+    heard.append((stop or int)())
     return []
 
   monkeypatch.setattr(run, 'run', prepares)
