@@ -3,7 +3,8 @@
 A checkpoint is a folder named by its step. It is written beside its place, synced to the disk and
 renamed into it, so a killed process leaves the one before. Two digests guard it: sha256.json has one of
 every file, and orbax's custom metadata has one of the arrays themselves (orbax loads a flipped payload
-byte without a word). What fails either is reported loudly and the step before it is used.
+byte without a word). What fails either is reported loudly and the step before it is used; the damaged one
+is set aside under another name, so that the run can save that step again.
 
 Leaves are stored by path: a checkpoint opens with orbax alone (one of several processes where orbax is told
 the shapes, which its metadata says). Nothing is pickled. It does not depend on devices: what several
@@ -16,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cl_jax.durable import files, first_line, reason, sha256, sync, sync_one
+from cl_jax.durable import files, first_line, full, reason, sha256, sync, sync_one
 from cl_jax.errors import UserError
 from cl_jax.masks import path_name
 from cl_jax.types import Tree
@@ -127,7 +129,8 @@ def save(
   disk that they share. Each writes what it holds; the first one names the result.
 
   Raises:
-    UserError: the disk is full or the directory cannot be written; the checkpoints before stay whole.
+    UserError: the disk is full, the directory cannot be written, or is not shared; the checkpoints before
+      stay whole. What else happens between processes, such as the end of one of them, is raised as it is.
   """
   ocp = orbax()
   directory = Path(directory).absolute()
@@ -135,15 +138,24 @@ def save(
   shared = any(map(apart, jax.tree.leaves(tree)))
   first = not shared or jax.process_index() == 0
   meet = multihost_utils.sync_global_devices if shared else lambda name: None
-  part = directory / f'.{place.name}.{"shared" if shared else os.getpid()}.part'
+  part = directory / f'.{place.name}.{os.getpid()}.part'
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    if place.exists():
+    # The first one's answer is all's; a number of this attempt, so that nothing of an earlier one is seen.
+    there, attempt = everywhere((place.exists(), secrets.randbits(30)), shared)[0]
+    if there:
       return place
+    part = directory / f'.{place.name}.{attempt}.part'
     if first:
       sweep_up(directory)
       part.mkdir()
     meet(f'checkpoint {step} begins')
+    seen = everywhere((visible(part),), shared)[:, 0]
+    if not seen.all():
+      raise UserError(
+        f'{directory} is not on a disk that all {len(seen)} processes share: process {int(seen.argmin())} '
+        'does not see what process 0 writes there; name a --workdir that they do'
+      )
     leaves = {name: plain(leaf) for name, leaf in named(tree)}
     stored = {
       name: a for name, a in leaves.items() if a.size
@@ -162,12 +174,37 @@ def save(
       for old in steps(directory)[:-keep]:
         remove(directory / f'{old:010d}')
     meet(f'checkpoint {step} has its name')
+  except UserError:
+    discard(part)
+    raise
   except Exception as error:
     discard(part)
+    if shared and not of_disk(error):
+      raise
     raise UserError(
       f'no checkpoint could be written to {directory}, those before it are whole: {reason(error)}'
     ) from error
   return place
+
+
+def everywhere(values: Sequence[int], shared: bool) -> np.ndarray:
+  """i32[processes, values]: what each process says; this one alone where nothing is `shared`."""
+  own = np.array(values, np.int32)
+  return np.asarray(multihost_utils.process_allgather(own)) if shared else own[None]
+
+
+def visible(part: Path, patience: float = 10.0) -> bool:
+  """Whether a folder that was made on another machine is there; network disks may take seconds to show it."""
+  end = time.monotonic() + patience
+  while not (found := part.is_dir()) and time.monotonic() < end:
+    time.sleep(0.1)
+  return found
+
+
+def of_disk(error: BaseException) -> bool:
+  """Whether an error is one of writing, and not of talking to other processes."""
+  talk = isinstance(error, ConnectionError | TimeoutError)
+  return (isinstance(error, OSError) and not talk) or full(error)
 
 
 def discard(part: Path, patience: float = 2.0) -> None:
@@ -187,6 +224,9 @@ def restore(
 ) -> Restored | None:
   """The latest checkpoint that is whole; None when there is none at all.
 
+  Damaged ones after it are renamed to STEP.damaged. Processes that share leaves of `like` must all call it,
+  and what one of them finds damaged is so for all.
+
   Args:
     directory: what `save` was given.
     like: arrays or `jax.ShapeDtypeStruct`s of the structure, shapes and dtypes that must be there. Those with
@@ -195,30 +235,44 @@ def restore(
     tell: gets one line for every checkpoint that is damaged.
 
   Raises:
-    UserError: the checkpoint is of another config or program, or none of them is whole.
+    UserError: the checkpoint is of another config or program, none of them is whole, or processes that read
+      one together do not see the same ones.
   """
   directory = Path(directory).absolute()
-  if not directory.is_dir():
+  shared = any(map(apart, jax.tree.leaves(like)))
+  first = not shared or jax.process_index() == 0
+  found = steps(directory) if directory.is_dir() else []
+  seen = everywhere((len(found), found[-1] if found else -1), shared)
+  if (seen != seen[0]).any():
+    raise UserError(
+      f'the {len(seen)} processes do not see the same checkpoints in {directory}: it must be on a disk that '
+      'they share, and have had a moment to show what was written last'
+    )
+  if not found:
     return None
-  try:
-    if not any(map(apart, jax.tree.leaves(like))) or jax.process_index() == 0:
+  if first:
+    try:
       sweep_up(directory)
-  except OSError:
-    pass  # reading does not need a tidy or writable directory
-  found = steps(directory)
+    except OSError:
+      pass  # reading does not need a tidy or writable directory
+  damaged: list[Path] = []
   for step in reversed(found):
     place = directory / f'{step:010d}'
     try:
-      return _read(place, step, like, config_sha256)
+      read = _read(place, step, like, config_sha256, shared)
     except Damaged as damage:
+      damaged.append(place)
       earlier = [s for s in found if s < step]
       then = f'going back to step {earlier[-1]}' if earlier else 'there is none before it'
       tell(f'WARNING: THE CHECKPOINT {place} IS DAMAGED ({damage}); {then}')
-  if found:
-    raise UserError(
-      f'none of the checkpoints in {directory} is whole: remove that folder to start from the beginning'
-    )
-  return None
+      continue
+    if first:  # only now: where none is whole the folder stays as it is
+      for other in damaged:
+        set_aside(other)
+    return read
+  raise UserError(
+    f'none of the checkpoints in {directory} is whole: remove that folder to start from the beginning'
+  )
 
 
 def steps(directory: Path) -> list[int]:
@@ -226,18 +280,17 @@ def steps(directory: Path) -> list[int]:
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
 
 
-def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
+def _read(place: Path, step: int, like: Tree, config_sha256: str, shared: bool) -> Restored:
   ocp = orbax()
-  try:
+
+  def described() -> tuple[dict, dict]:
     _check_files(place)
     metadata = ocp.metadata(place / 'tree')
-    about, stored = metadata.custom_metadata, metadata.metadata
-  except Damaged:
-    raise
-  except Exception as error:  # orbax and tensorstore raise deep chains of their own
-    raise Damaged(first_line(error)) from error
-  if not isinstance(about, dict) or not isinstance(stored, dict):
-    raise Damaged('its metadata is missing')
+    if not isinstance(metadata.custom_metadata, dict) or not isinstance(metadata.metadata, dict):
+      raise Damaged('its metadata is missing')
+    return metadata.custom_metadata, metadata.metadata
+
+  about, stored = _agreed(described, shared)
   if about['config_sha256'] != config_sha256:
     raise UserError(
       f'{place} belongs to another config ({about["config_sha256"][:12]}..., this one is '
@@ -259,10 +312,7 @@ def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
       wanted[name] = np.broadcast_to(np.zeros((), dtype), shape)
   if stored:
     raise UserError(f'{place} holds {next(iter(stored))}, which this program has no place for')
-  try:
-    found = ocp.load(place / 'tree', wanted)
-  except Exception as error:
-    raise Damaged(first_line(error)) from error
+  found = _agreed(lambda: ocp.load(place / 'tree', wanted), shared)
   leaves = []
   for name, want in named(like):
     a = found.get(name) if name in wanted else np.zeros(np.shape(want), want.dtype)
@@ -272,6 +322,24 @@ def _read(place: Path, step: int, like: Tree, config_sha256: str) -> Restored:
   if digest(tree) != about['leaves_sha256']:
     raise Damaged('its arrays do not have their sha256')
   return Restored(tree, step, about['extra'])
+
+
+def _agreed(work: Callable[[], Any], shared: bool) -> Any:
+  """What `work` gives; Damaged, for all processes, where it fails in any."""
+  found, damage = None, None
+  try:
+    found = work()
+  except Damaged as error:
+    damage = error
+  except Exception as error:  # orbax and tensorstore raise deep chains of their own
+    damage = Damaged(first_line(error))
+    damage.__cause__ = error
+  bad = everywhere((damage is not None,), shared)[:, 0]
+  if damage is not None:
+    raise damage
+  if bad.any():
+    raise Damaged(f'as process {int(bad.argmax())} of {len(bad)} finds')
+  return found
 
 
 def _fits(place: Path, name: str, a: Any, shape: tuple, dtype: np.dtype) -> None:
@@ -314,6 +382,16 @@ def remove(place: Path) -> None:
   grave = place.with_name(f'.{place.name}.{os.getpid()}.old')
   place.rename(grave)
   shutil.rmtree(grave, ignore_errors=True)
+
+
+def set_aside(place: Path) -> None:
+  """Takes its name from a damaged checkpoint; nothing happens where the directory cannot be written."""
+  grave = place.with_name(f'{place.name}.damaged')
+  shutil.rmtree(grave, ignore_errors=True)
+  try:
+    place.rename(grave)
+  except OSError:
+    pass  # whoever saves that step will say why it cannot be
 
 
 def sweep_up(directory: Path) -> None:

@@ -4,11 +4,13 @@
 the same learner whose state lies where `rule` says. The step between them is that of every learner
 (`cl_jax.learner`): XLA's partitioner, which reads the statements, adds what has to be communicated.
 
-THE LEAF RULE (`rule`), for weights, gradients, moments and what methods keep in the shape of weights:
+THE LEAF RULE (`rule`), for weights, gradients, moments and all that methods keep:
   a leaf is cut along ONE axis, its longest among those that the number of devices divides, the last one of
   several; the first axis of a stack of layers (a path with 'layers' in it) is not cut, since the scan over
-  layers takes one layer whole from it. Leaves of less than SMALL values and those that are no floats (replay
-  rows, counters, keys) are whole on every device: cutting them saves nothing and costs a message each.
+  layers takes one layer whole from it. Leaves of less than SMALL values and those that are no floats (pixels
+  of a memory that are bytes, tokens, counters, keys) are whole on every device: cutting them saves little and
+  costs a message each. A memory has no rule of its own: its float rows (latent activations, features, logits)
+  are cut as weights are.
 In the mode 'data' every leaf is whole, and the batch alone is cut.
 
 Zhao et al., PyTorch FSDP, 2023 (VLDB), sections 3.2 and 4: weights cut, gathered layer by layer, gradients

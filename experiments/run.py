@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +51,19 @@ def command(argv: list[str]) -> int:
     return processes.watched(argv, spread.processes, options.workdir)
   if devices.joined(spread):
     devices.start(spread)
-    if not devices.first():  # the first process reads and writes the directory for all
+    # jax takes SIGTERM for itself while it connects; from here on it is noted, as late as in the first step.
+    with Stop().listening() as stop:
+      if devices.first():
+        return lead(options, stop)
+      # The first process reads and writes the directory for all.
       with cli.network(options.offline), Path(os.devnull).open('w') as nowhere:
-        run(options, options.workdir, show.Show(nowhere))
+        run(options, options.workdir, show.Show(nowhere), stop=stop)
       return 0
+  return lead(options)
+
+
+def lead(options: Options, stop: Stop | None = None) -> int:
+  """The command in the only process, or in the first."""
   shown = show.make()
   with (
     cli.network(options.offline),
@@ -62,7 +72,7 @@ def command(argv: list[str]) -> int:
   ):
     try:
       workdir.remember(place, options.config)
-      finished = run(options, place, shown, out.leg)
+      finished = run(options, place, shown, out.leg, stop)
       out.lines(finished)
     finally:
       shown.close()
@@ -72,9 +82,17 @@ def command(argv: list[str]) -> int:
 
 
 def run(
-  options: Options, place: Path, shown: show.Show, leg: Callable[..., None] = engine.ignore
+  options: Options,
+  place: Path,
+  shown: show.Show,
+  leg: Callable[..., None] = engine.ignore,
+  stop: Stop | None = None,
 ) -> list[dict[str, Any]]:
-  """The lines of all seeds, of this process and of those before it; `leg` is for `engine.train`."""
+  """The lines of all seeds, of this process and of those before it; `leg` is for `engine.train`.
+
+  Args:
+    stop: what listens to signals already; None where only the work is to be stopped by them.
+  """
   resolved = options.config
   sha = config.sha256(resolved)
   if {(sha, seed) for seed in resolved['seeds']} <= results.done(place):
@@ -94,8 +112,8 @@ def run(
       work = job(setup, place, sha)._replace(width=options.width)
       if mode:
         work = devices.spread(work, mode)
-      with Stop().listening() as stop:
-        outcome = engine.train(work, options.save_every, stop, shown, leg=leg)
+      with nullcontext(stop) if stop is not None else Stop().listening() as asked:
+        outcome = engine.train(work, options.save_every, asked, shown, leg=leg)
       lines = results.lines(work, outcome, options.command)
       if not mode or devices.first():
         results.append(place, lines)

@@ -16,9 +16,14 @@ from experiments.show import Show
 
 
 @contextmanager
-def claimed(workdir: Path) -> Iterator[Path]:
-  """The working directory, made, writable, and ours alone as long as this lasts."""
-  lock = workdir / '.lock'
+def claimed(workdir: Path, name: str = '.lock') -> Iterator[Path]:
+  """The working directory, made, writable, and ours alone as long as this lasts.
+
+  Args:
+    workdir: of the command.
+    name: of the file that is locked.
+  """
+  lock = workdir / name
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     handle = lock.open('a')

@@ -15,6 +15,7 @@ import pytest
 
 from cl_jax import footprint, shard
 from cl_jax.errors import UserError
+from cl_jax.masks import paths
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch
 
@@ -49,9 +50,31 @@ def test_the_leaf_rule():
   assert axis('head/b', (4096,), 8) == 0
   assert axis('head/b', (4088,), 8) is None  # a small one
   assert axis('backbone/embed/tokens', (128256, 4096), 1) is None
-  cut = shard.over(jax.devices()[:1])
-  tree = {'rows': jax.ShapeDtypeStruct((4096, 4096), jnp.int32)}
-  assert shard.rule(cut._replace(mode='data'), tree)['rows'].is_fully_replicated
+
+
+def test_floats_are_cut_and_nothing_else():
+  mesh = jax.sharding.AbstractMesh((2,), (shard.AXIS,))
+  cut = shard.Cut(mesh, 'fsdp')  # pyright: ignore[reportArgumentType]
+  struct = jax.ShapeDtypeStruct
+  tree = {
+    'w': struct((64, 128), jnp.float32),
+    'half': struct((128, 64), jnp.bfloat16),
+    'pixels': struct((4096, 4096), jnp.uint8),
+    'tokens': struct((4096, 4096), jnp.int32),
+    'key': struct((4096, 2), jax.random.key(0).dtype),
+    'few': struct((63, 64), jnp.float32),
+    'method': {
+      'der': {'rows': {'logits': struct((4097, 10), jnp.float32)}}
+    },  # floats of a memory are no exception
+  }
+  P = jax.sharding.PartitionSpec
+  found = {name: s.spec for name, s in paths(shard.rule(cut, tree)).items()}
+  assert found == {
+    'w': P(None, shard.AXIS), 'half': P(shard.AXIS, None), 'method/der/rows/logits': P(None, shard.AXIS),
+    'pixels': P(), 'tokens': P(), 'key': P(), 'few': P(),
+  }  # fmt: skip
+  whole = shard.rule(cut._replace(mode='data'), tree)
+  assert all(s.spec == P() for s in paths(whole).values())
 
 
 @pytest.mark.parametrize('name', ['llama fsdp', 'vit fsdp', 'vit data'])

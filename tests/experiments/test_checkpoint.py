@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -91,12 +92,26 @@ def test_a_flipped_bit_in_any_file_is_detected_and_the_step_before_is_used(saved
       heard = []
       found = restored(saved, tell=heard.append)
       assert found.step == 2, (file, at)
+      (saved / '0000000003.damaged').rename(latest)
       assert checkpoint.digest(found.tree) == checkpoint.digest(progress(2))
       assert len(heard) == 1 and 'IS DAMAGED' in heard[0] and 'step 2' in heard[0]
       tried += 1
     file.write_bytes(data)
   assert tried >= 20
   assert restored(saved).step == 3
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_saved_again(saved):
+  (saved / '0000000003' / checkpoint.SUMS).write_text('{}')
+  assert restored(saved).step == 2
+  assert sorted(p.name for p in saved.iterdir()) == ['0000000002', '0000000003.damaged']
+  checkpoint.save(saved, 3, progress(3), 'sha')
+  heard = []
+  found = restored(saved, tell=heard.append)
+  assert found.step == 3 and not heard
+  assert checkpoint.digest(found.tree) == checkpoint.digest(progress(3))
+  (saved / '0000000003' / checkpoint.SUMS).write_text('{}')
+  assert restored(saved).step == 2  # the one set aside before gives way
 
 
 def test_arrays_that_load_but_are_not_the_saved_ones_are_detected(saved, monkeypatch):
@@ -139,8 +154,9 @@ def test_other_harm_is_detected_too(saved, harm):
 def test_when_none_is_whole_it_says_so(saved):
   for step in (2, 3):
     (saved / f'{step:010d}' / checkpoint.SUMS).unlink()
-  with pytest.raises(UserError, match='none of the checkpoints'):
-    restored(saved)
+  for _ in range(2):  # nothing is set aside: the next try must not begin anew without a word
+    with pytest.raises(UserError, match='none of the checkpoints'):
+      restored(saved)
 
 
 def test_another_config_is_refused(saved):
@@ -183,6 +199,55 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='no checkpoint could be written'):
     checkpoint.save(tmp_path / 'file' / 'below', 1, progress(1))
+
+
+@pytest.fixture
+def two(monkeypatch) -> Callable[..., None]:
+  """Makes this process the first of two; what the other says is given, or what this one says."""
+  answers: list[list[int]] = []
+
+  def everywhere(values, shared):
+    own = [int(v) for v in values]
+    return np.array([own, answers.pop(0) if shared and answers else own], np.int32)
+
+  monkeypatch.setattr(checkpoint, 'apart', lambda leaf: isinstance(leaf, jax.Array))
+  monkeypatch.setattr(checkpoint, 'everywhere', everywhere)
+  return lambda *said: answers.extend(said)
+
+
+def test_a_directory_that_is_not_shared_is_refused(tmp_path, two):
+  tree = {'w': jnp.arange(6.0)}
+  two([0, 0], [0])  # nothing is there; the folder of this checkpoint is not seen
+  with pytest.raises(UserError, match='not on a disk that all 2 processes share: process 1'):
+    checkpoint.save(tmp_path, 1, tree)
+  assert not list(tmp_path.iterdir())
+  two([1, 0])  # an own one of that step: the first one's word counts
+  checkpoint.save(tmp_path, 1, tree)
+  assert checkpoint.steps(tmp_path) == [1]
+  two([0, -1])
+  with pytest.raises(UserError, match='do not see the same checkpoints'):
+    checkpoint.restore(tmp_path, tree)
+  two([1, 1], [1])  # the other finds it damaged
+  with pytest.raises(UserError, match='none of the checkpoints'):
+    checkpoint.restore(tmp_path, tree, tell=lambda line: None)
+  found = checkpoint.restore(tmp_path, tree)
+  assert found is not None and found.step == 1
+
+
+def test_the_end_of_another_process_is_no_fault_of_the_disk(tmp_path, two, monkeypatch):
+  def fails(error):
+    def meet(name):
+      raise error
+
+    monkeypatch.setattr(checkpoint.multihost_utils, 'sync_global_devices', meet)
+    checkpoint.save(tmp_path, 1, {'w': jnp.arange(6.0)})
+
+  for error in (RuntimeError('Gloo: Connection closed by peer'), TimeoutError(), ConnectionError()):
+    with pytest.raises(type(error)):
+      fails(error)
+  with pytest.raises(UserError, match='no checkpoint could be written.*No such device'):
+    fails(OSError(19, 'No such device'))
+  assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_swept_up(saved):

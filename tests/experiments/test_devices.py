@@ -7,14 +7,28 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cl_jax import checkpoint
-from experiments import budget, config, launch, launch_follow, launch_plan, processes, run, sweep
+from cl_jax.errors import UserError
+from experiments import (
+  budget,
+  config,
+  launch,
+  launch_follow,
+  launch_plan,
+  processes,
+  run,
+  sweep,
+  workdir,
+)
 from experiments.options import Spread, parse
 from experiments.watch import Interrupted
 from tests.experiments.conftest import lines
@@ -39,13 +53,21 @@ def vit(tmp_path_factory) -> Path:
   return path
 
 
-def started(config: Path, place: Path, processes: int, every: int = 999) -> subprocess.Popen:
+def started(
+  config: Path, place: Path, processes: int, every: int = 999, more: Sequence[str] = ()
+) -> subprocess.Popen:
   """The command over two devices, of so many processes; checkpoints after so many seconds."""
   environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(2 // processes)}
   environment['XLA_FLAGS'] = (
     '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
   )
-  argv = [f'--config={config}', f'--workdir={place}', '--shard=fsdp', f'--save_every={every}']
+  argv = [
+    f'--config={config}',
+    f'--workdir={place}',
+    '--shard=fsdp',
+    f'--save_every={every}',
+    *more,
+  ]
   argv += [f'--processes={processes}'] if processes > 1 else []
   pipe = subprocess.PIPE
   return subprocess.Popen(
@@ -94,6 +116,83 @@ def test_killed_one_of_two_processes_and_went_on(vit, tmp_path):
   assert end is not None and checkpoint.digest(end.state) == wanted['state_sha256']
 
 
+def test_they_end_with_the_one_that_started_them(vit, tmp_path):
+  """And leave the directory free; a second command touches nothing before."""
+  process = started(vit, tmp_path, 2, more=('--config.iterations=200000',))
+  log, own = tmp_path / 'process-1.txt', {}
+  try:
+    while len(own := children(process)) < 2 or not (tmp_path / 'config.json').exists():
+      assert process.poll() is None, process.communicate()
+      time.sleep(0.05)
+    with log.open('a') as file:
+      file.write('words')
+    with pytest.raises(UserError, match='another process is at work'):
+      processes.watched([], 2, tmp_path)
+    assert 'words' in log.read_text()
+    process.kill()
+    process.wait(10)
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in own.values()) and time.monotonic() < end:
+      time.sleep(0.05)
+    assert not any(alive(pid) for pid in own.values())
+    with workdir.claimed(tmp_path), workdir.claimed(tmp_path, processes.LOCK):
+      pass
+  finally:
+    for pid in [process.pid, *own.values()]:
+      if alive(pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()  # closes its pipes, which they have as well
+
+
+def alive(pid: int) -> bool:
+  words = ['ps', '-o', 'stat=', '-p', str(pid)]
+  return subprocess.run(words, capture_output=True, text=True).stdout.strip()[:1] not in ('', 'Z')
+
+
+def test_a_command_alone_in_the_directory_is_not_disturbed(tmp_path):
+  (tmp_path / 'process-1.txt').write_text('words')
+  with workdir.claimed(tmp_path), pytest.raises(UserError, match='another process is at work'):
+    processes.watched([], 2, tmp_path)
+  assert (tmp_path / 'process-1.txt').read_text() == 'words'
+
+
+def test_a_signal_to_one_process_is_one_to_all(vit, tmp_path, monkeypatch):
+  """Each listens before it prepares anything, since jax has taken SIGTERM to itself when it connected."""
+  heard = []
+
+  def prepares(options, place, shown, leg=None, stop=None):
+    os.kill(os.getpid(), signal.SIGTERM)
+    heard.append((stop or int)())
+    return []
+
+  monkeypatch.setattr(run, 'run', prepares)
+  monkeypatch.setattr(run.devices, 'start', lambda spread: None)
+  argv = [f'--config={vit}', f'--workdir={tmp_path}', '--shard=fsdp', '--processes=2']
+  for i in (0, 1):
+    monkeypatch.setattr(run.devices, 'first', lambda i=i: i == 0)
+    monkeypatch.setattr(run.tables, 'table', lambda lines: '')
+    monkeypatch.setattr(run.workdir, 'report', lambda place, shown: None)
+    assert run.main([*argv, f'--process={i}', '--coordinator=127.0.0.1:1']) == 0
+  assert heard == [signal.SIGTERM] * 2
+  monkeypatch.setattr(run.devices.jax, 'process_count', lambda: 2)
+  said = np.array([[0, 1], [signal.SIGTERM, 0]])
+  monkeypatch.setattr(run.devices.multihost_utils, 'process_allgather', lambda own: said)
+  assert run.devices.agreed(0, True) == (signal.SIGTERM, True)
+
+
+def test_a_signal_promises_nothing_that_was_not_done(tmp_path):
+  """In its set-up a process has nothing to save, and ends by the signal."""
+  sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
+  timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+  timer.start()
+  with pytest.raises(
+    Interrupted, match='stopped by SIGTERM, all 2 processes have ended$'
+  ) as caught:
+    processes.together([sleeper, sleeper], tmp_path)
+  timer.join()
+  assert caught.value.signum == signal.SIGTERM
+
+
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
@@ -133,6 +232,12 @@ def test_what_ends_a_group(tmp_path, capsys):
   assert capsys.readouterr().err == 'experiments.run: no room\n'
   with pytest.raises(Interrupted, match='process 1 of 2 was ended by SIGKILL'):
     processes.verdict([3, -9], tmp_path)
+  for codes in ([-11, -9], [2, -7], [3, -15], [-6, -11]):  # the cause, not what came of it
+    name = signal.Signals(-(-9 if -9 in codes else codes[1])).name
+    with pytest.raises(Interrupted, match=f'process 1 of 2 was ended by {name}') as caught:
+      processes.verdict(codes, tmp_path)
+    assert caught.value.signum == signal.Signals[name]
+  assert processes.verdict([-6, 2], tmp_path) == 2  # jax ends those who lost another by SIGABRT
   with pytest.raises(Interrupted, match='process 0 of 2 was ended by SIGABRT'):
     processes.verdict([-6, 0], tmp_path)
   assert processes.verdict([0, 0], tmp_path) == 0
