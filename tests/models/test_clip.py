@@ -163,7 +163,9 @@ def test_damaged_files_and_other_architectures_are_refused(saved, load):
 def test_the_default_is_vit_b_32(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'clip'}))
   # As many tensors as layers: a depth that the file cannot have is refused.
-  safetensors_numpy.save_file({str(i): np.zeros(1) for i in range(12)}, tmp_path / 'model.safetensors')
+  safetensors_numpy.save_file(
+    {str(i): np.zeros(1) for i in range(12)}, tmp_path / 'model.safetensors'
+  )
   assert clip._config(tmp_path) == clip.Config()
   batch = BATCH._replace(x=jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8))
   params, _ = jax.eval_shape(clip.clip(clip.Config(), 10).init, jax.random.key(0), batch)
