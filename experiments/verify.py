@@ -184,12 +184,7 @@ def complaints(done: Sequence[edge_rows.Verified], manifest: Mapping[str, Any]) 
   }
   needed = sum(manifest['ram_bytes'].values())
   for v in done:
-    if v.parity.differing:
-      wrong.append(f'{v.target}: integers differ in {", ".join(v.parity.differing[:3])}')
-    if v.parity.error > TOLERANCE:
-      wrong.append(f'{v.target}: {v.parity.worst} differs by {v.parity.error:.1e} > {TOLERANCE}')
-    if v.logits > TOLERANCE:
-      wrong.append(f'{v.target}: the prediction differs by {v.logits:.1e} > {TOLERANCE}')
+    wrong += differences(v.target, v.parity, v.logits)
     if v.image.held != planned:
       wrong.append(f'{v.target}: {v.image.held} bytes in the image, {planned} planned')
     if v.image.ram_bytes not in (None, needed):
@@ -201,6 +196,18 @@ def complaints(done: Sequence[edge_rows.Verified], manifest: Mapping[str, Any]) 
   hashes = {v.hash for v in done}
   if len(hashes) > 1:
     wrong.append('targets differ: ' + ', '.join(f'{v.target} {v.hash}' for v in done))
+  return wrong
+
+
+def differences(target: str, found: parity.Parity, logits: float) -> list[str]:
+  """Where a state, and the logits of a prediction, are not JAX's."""
+  wrong = []
+  if found.differing:
+    wrong.append(f'{target}: integers differ in {", ".join(found.differing[:3])}')
+  if found.error > TOLERANCE:
+    wrong.append(f'{target}: {found.worst} differs by {found.error:.1e} > {TOLERANCE}')
+  if logits > TOLERANCE:
+    wrong.append(f'{target}: the prediction differs by {logits:.1e} > {TOLERANCE}')
   return wrong
 
 

@@ -128,15 +128,7 @@ def on_machine(
 
 def complaints(v: iree_rows.Verified) -> list[str]:
   """What is not as it must be."""
-  wrong = []
-  if v.parity.differing:
-    wrong.append(f'{v.target}: integers differ in {", ".join(v.parity.differing[:3])}')
-  if v.parity.error > verify.TOLERANCE:
-    wrong.append(
-      f'{v.target}: {v.parity.worst} differs by {v.parity.error:.1e} > {verify.TOLERANCE}'
-    )
-  if v.logits > verify.TOLERANCE:
-    wrong.append(f'{v.target}: the prediction differs by {v.logits:.1e} > {verify.TOLERANCE}')
+  wrong = verify.differences(v.target, v.parity, v.logits)
   if v.apart:
     wrong.append(f'{v.target}: the memory is not the planned one: {v.apart[0]}')
   return wrong

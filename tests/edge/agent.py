@@ -66,6 +66,13 @@ def need(*names: str) -> None:
       pytest.skip(f'needs a cross compiler and an emulator: {name}: {reason}')
 
 
+def run(capsys, main, *argv) -> tuple[int, str, str]:
+  """(exit code, stdout, stderr) of a command in this process."""
+  capsys.readouterr()
+  code = main([str(word) for word in argv])
+  return code, *capsys.readouterr()
+
+
 def build(files: dict[str, str], place: Path, target: str, *flags: str) -> Path:
   """Compiles every .c but the example, all warnings being errors."""
   compiler = shutil.which('gcc') or shutil.which('clang')

@@ -14,7 +14,7 @@ from cl_jax.edge import artefact, emulate, energy, parity, ram, targets, toolcha
 from cl_jax.edge.c99_expr import literal
 from cl_jax.errors import UserError
 from experiments import edge, edge_rows, export, verify
-from tests.edge.agent import need
+from tests.edge.agent import need, run
 
 TINY = """
 from configs.common import words
@@ -39,12 +39,6 @@ def get_config(arg='er'):
   }
 """
 BARE = targets.TARGETS['cortex-m7']
-
-
-def run(capsys, main, *argv) -> tuple[int, str, str]:
-  capsys.readouterr()
-  code = main([str(word) for word in argv])
-  return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope='module')

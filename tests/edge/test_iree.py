@@ -29,6 +29,7 @@ from cl_jax.edge import (
 from cl_jax.edge.learner import Leaf
 from cl_jax.errors import Fault, UserError
 from experiments import config, edge_calls, export, export_iree, iree_rows, verify, verify_iree
+from tests.edge.agent import run
 
 TINY = """
 from configs.common import words
@@ -53,12 +54,6 @@ HERE = importlib.util.find_spec('iree') is not None
 needs_iree = pytest.mark.skipif(
   not HERE, reason='needs a cross compiler: IREE, of the extra "edge", is not installed'
 )
-
-
-def run(capsys, main, *argv) -> tuple[int, str, str]:
-  capsys.readouterr()
-  code = main([str(word) for word in argv])
-  return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope='module')
