@@ -4,7 +4,8 @@
   python -m experiments.edit --config=configs/edit_zsre.py --grid --workdir=runs/zsre
 
 There is no truth to compare with: what counts is the share of an answer's tokens that are the most probable
-ones. Words as in configs/edit_counterfact.py.
+ones: memit,10 (one seed) ES 90.7 (22.3 before), PS 65.3 (16.0), NS 15.3 as before. Words as in
+configs/edit_counterfact.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from configs import edit_counterfact
 from configs.edit_counterfact import EDITORS
 
-CELLS = tuple(f'{e},100' for e in EDITORS)
+CELLS = tuple(f'{e},{n}' for n in (10, 100) for e in EDITORS)
 
 
 def get_config(arg: str = 'memit,10') -> dict:
