@@ -167,6 +167,7 @@ def whole(bench: Bench, chains: Sequence[str]) -> None:
   )
   while todo:
     prefix = todo.pop(0)
+    bench.folder(prefix).mkdir(parents=True, exist_ok=True)
     line = measured(bench, exam, prefix)
     durable.write(bench.folder(prefix) / LINE, json.dumps(line) + '\n')
     gather(bench)
@@ -197,7 +198,6 @@ def model_of(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> str:
   if not (folder / MODEL / MADE).exists():
     source = model_of(bench, exam, prefix[:-1])
     bench.shown.say(f'{"-".join(prefix)}: begins')
-    folder.mkdir(parents=True, exist_ok=True)
     make = edited if prefix[-1] == 'edit' else learnt
     about = make(bench, exam, prefix, source)
     durable.write(folder / MODEL / MADE, json.dumps(about) + '\n')

@@ -1,0 +1,122 @@
+"""Edits among stages of learning, on a tiny Llama: what is measured, in which order, and going on."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from cl_jax.editing import evaluate
+from cl_jax.streams import corpora
+from experiments import edit_run, edit_stages, results, run
+from tests.experiments.conftest import language_model
+
+SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk')
+PLACES = ('Rome', 'Oslo', 'Lima')
+WORDS = (*SUBJECTS, *PLACES, *'the home of is lives in a city . The I You Therefore'.split())
+DOMAIN = 'medical'
+FIELDS = {
+  'chains': 'edit-lora,lora-edit', 'edits': 3, 'batch': 3, 'prefixes': 1, 'prefix_tokens': 2, 'length': 24,
+  'moments.tokens': 64, 'moments.block': 8, 'memit.layers': '(0,1)', 'memit.coef': 0.01,
+  'memit.recipe.steps': 20, 'memit.recipe.clamp': 8.0, 'evaluate.blocks': 2, 'evaluate.block': 8,
+  'evaluate.texts': f'wiki,{DOMAIN}', 'learn.domains': DOMAIN, 'learn.steps': 4, 'learn.batch': 2, 'learn.length': 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A data folder and, in it, a model of random weights."""
+  folder = tmp_path_factory.mktemp('stages') / 'data'
+  language_model(folder, WORDS)
+  records = []
+  # The subject ends the prompt: a random model moves little of it to later tokens.
+  for i, subject in enumerate(SUBJECTS):
+    wanted = {'prompt': 'the home of {}', 'subject': subject}
+    wanted |= {'target_new': {'str': PLACES[i % 3]}, 'target_true': {'str': PLACES[(i + 1) % 3]}}
+    near = [f'the home of {s}' for s in SUBJECTS if s != subject][:2]
+    records.append({'case_id': i, 'requested_rewrite': wanted,
+                    'paraphrase_prompts': [f'home of {subject}'], 'neighborhood_prompts': near})  # fmt: skip
+  (folder / 'edit').mkdir()
+  (folder / 'edit/counterfact_2000.jsonl').write_text('\n'.join(map(json.dumps, records)))
+  for seed, name in enumerate(('wiki', DOMAIN)):
+    (folder / f'text/corpora/{name}').mkdir(parents=True)
+    for split in ('train', 'test'):
+      draw = np.random.default_rng([seed, len(split)]).choice(WORDS, 200)
+      (folder / f'text/corpora/{name}/{split}.txt').write_text(' '.join(draw))
+  return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_to_compile(tmp_path_factory):
+  old = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('CL_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+    yield
+  jax.config.update('jax_disable_most_optimizations', old)
+
+
+def go(root, place, *words):
+  argv = [f'--workdir={place}', f'--data_dir={root}', f'--config.model={root}/model']
+  fields = [f'--config.{k}={v}' for k, v in FIELDS.items()]
+  return edit_stages.main([*argv, *fields, *words])
+
+
+def test_stages_that_chains_share_come_once():
+  found = edit_stages.prefixes(['edit-lora', 'edit-full'], ['a', 'b'])
+  assert ['-'.join(p) for p in found] == [
+    '', 'edit', 'edit-lora.a', 'edit-lora.a-lora.b', 'edit-full.a', 'edit-full.a-full.b',
+  ]  # fmt: skip
+
+
+def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, monkeypatch, capsys):
+  place, real, count = tmp_path / 'run', run.run, []
+
+  def interrupt(*args):
+    count.append(1)
+    if len(count) == 1:
+      signal.raise_signal(signal.SIGINT)
+    return real(*args)
+
+  monkeypatch.setattr(edit_stages.run, 'run', interrupt)
+  assert go(root, place) == 130
+  assert [line['stages'] for line in results.read(place)] == [[], ['edit']]
+  assert [p.parent.name for p in place.glob('seed0/*/model')] == ['edit']  # what comes next needs it
+  assert go(root, place) == 0 and len(count) == 3
+  found = {'-'.join(line['stages']): line for line in results.read(place)}
+  chains = ['edit', 'edit-lora.medical', 'lora.medical', 'lora.medical-edit']
+  assert [*found] == ['', *chains]
+  # Edits write facts, wherever they stand, and learning moves what was there before it.
+  for name, before in (('edit', ''), ('lora.medical-edit', 'lora.medical')):
+    line = found[name]
+    assert line['es'] == 1 and line['log_p_new'] > found[before]['log_p_new'] + 1
+    assert line['rewrites'] == [1, 1, 1] and len(line['log_p_target']) == 3
+  texts = {name: tuple(line['perplexity'].values()) for name, line in found.items()}
+  assert len(set(texts.values())) == 5
+  assert found['edit-lora.medical']['log_p_new'] == pytest.approx(found['edit']['log_p_new'], abs=0.5)
+  assert found['lora.medical']['steps'] == 4
+  # What the first line says is what is known of the model that all start from.
+  subject = edit_run.opened(f'{root}/model')
+  blocks = corpora.blocks(root / 'text/corpora/wiki/test.txt', subject.file, 8)[:2]
+  wiki = evaluate.perplexity(subject.config, subject.backbone, blocks)
+  assert found['']['perplexity']['wiki'] == pytest.approx(wiki, rel=1e-4)
+  # No model is left, and nothing is done again.
+  assert not [*place.glob('seed0/*/model')] and not [*place.glob('seed0/*/run')]
+  capsys.readouterr()
+  assert go(root, place) == 0 and len(count) == 3
+  assert 'edit-lora.medical, seed 0: s ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, said', [
+  (('--config.chains=edit-prompt',), "'prompt' in 'edit-prompt' is no stage"),
+  (('--only=full-*',), 'there are edit-lora lora-edit'),
+  (('--config.apart=True',), 'all into one model'),
+  (('--config.learn.steps=0',), 'learn.steps must be at least 1'),
+  (('--config.learn.domain=law',), 'did you mean config.learn.domains'),
+])  # fmt: skip
+def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
+  assert go(root, tmp_path / 'x', *words) == 2
+  assert said in capsys.readouterr().err
