@@ -4,7 +4,8 @@ Facts are written into a language model, some at a time, and asked about: the pr
 ask, neighbours that are to stay as they are, and text that has nothing to do with them. DIR gets a line a
 seed in results.jsonl; the command goes on where it stopped when it is repeated.
 --grid runs every cell of the configuration's CELLS, each a process in a folder of its own, and
---only=PATTERNS some of them.
+--only=PATTERNS some of them. --trace=N and --moments measure a model instead: the layers in which facts are
+looked up, and how many tokens of text the statistics of MEMIT need.
 
 One fact by hand, with what the model says before and after:
 
@@ -35,6 +36,7 @@ from experiments import (
   cli,
   config,
   edit_config,
+  edit_moments,
   edit_run,
   edit_trace,
   options,
@@ -72,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     metavar='N',
     help='causal tracing of N facts that the model knows, into DIR',
   )
+  add(
+    '--moments',
+    action='store_true',
+    help='how E[kk^T] and what MEMIT writes with it depend on the tokens of the text, into DIR',
+  )
   one = parser.add_argument_group('one fact by hand')
   one.add_argument('--subject')
   one.add_argument('--prompt', help='with {} in the place of the subject')
@@ -91,6 +98,8 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     return hand(given, resolved(given.config, overrides))
   if given.trace is not None:
     return traced(given, resolved(given.config, overrides), argv)
+  if given.moments:
+    return converging(given, resolved(given.config, overrides), argv)
   if given.grid:
     return grid(given, argv)
   if given.workdir is None:
@@ -183,6 +192,19 @@ def traced(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str
   words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
   say = show.make().say
   return edit_trace.trace(subject, chosen['model'], data, given.trace, folder, words, say)
+
+
+# --- the statistics of the text ---------------------------------------------------------------------
+
+
+def converging(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]) -> int:
+  data = edit_run.data_root(given.data_dir)
+  folder = given.workdir or Path('runs/moments')
+  cli.devices(1)
+  words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
+  with workdir.claimed(folder) as place:
+    workdir.remember(place, chosen)
+    return edit_moments.converge(chosen, data, place, words, show.make().say)
 
 
 # --- the grid ---------------------------------------------------------------------------------------

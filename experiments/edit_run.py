@@ -302,6 +302,16 @@ def moments_of(chosen, subject: Subject, data: Path, tell) -> dict[int, np.ndarr
   layers = edit_config.layers(chosen)
   if not layers:
     return {}
+  blocks = moment_blocks(chosen, subject, data)
+  name = '-'.join(map(str, (chosen['moments']['corpus'], blocks.size, *layers)))
+  model = checkpoint.digest(subject.backbone)[:16]
+  folder = cache.directory() / 'editing' / model / name
+  found = statistics.moments(subject.config, subject.backbone, blocks, layers, folder, tell=tell)
+  return found.moments()
+
+
+def moment_blocks(chosen, subject: Subject, data: Path) -> np.ndarray:
+  """The text that E[k k^T] is measured on, i32[n, L]."""
   about, length = chosen['moments'], chosen['moments']['block']
   text = data / 'text/corpora' / about['corpus'] / 'train.txt'
   blocks = corpora.blocks(text, subject.file, length)
@@ -309,12 +319,7 @@ def moments_of(chosen, subject: Subject, data: Path, tell) -> dict[int, np.ndarr
     raise UserError(
       f'config.moments.tokens={about["tokens"]}, and {text} has {blocks.size} in whole blocks'
     )
-  blocks = blocks[: -(-about['tokens'] // length)]
-  name = '-'.join(map(str, (about['corpus'], blocks.size, *layers)))
-  model = checkpoint.digest(subject.backbone)[:16]
-  folder = cache.directory() / 'editing' / model / name
-  found = statistics.moments(subject.config, subject.backbone, blocks, layers, folder, tell=tell)
-  return found.moments()
+  return blocks[: -(-about['tokens'] // length)]
 
 
 def kept_bytes(state: Tree, writes: Sequence[write.Write]) -> int:

@@ -28,7 +28,18 @@ from cl_jax.editing import evaluate
 from cl_jax.errors import UserError
 from cl_jax.models import decoder
 from cl_jax.streams import corpora
-from experiments import cli, config, edit_config, edit_run, fields, options, results, run, show, workdir
+from experiments import (
+  cli,
+  config,
+  edit_config,
+  edit_run,
+  fields,
+  options,
+  results,
+  run,
+  show,
+  workdir,
+)
 from experiments.merge import merge
 from experiments.watch import Clock
 
@@ -262,7 +273,9 @@ def measured(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> dict[str, Any
     'stages': list(prefix),
     'asked': len(exam.seen),
     **edit_run.rounded(evaluate.measures(asked, scores)),
-    **edit_run.rounded({'log_p_new': mean(new[own]), 'log_p_true': mean(true[own & asked.compared])}),
+    **edit_run.rounded(
+      {'log_p_new': mean(new[own]), 'log_p_true': mean(true[own & asked.compared])}
+    ),
     'rewrites': [round(float(v), 6) for v in scores[own]],
     'perplexity': perplexities(bench, subject),
     **made,
@@ -289,7 +302,9 @@ def summary(line: Mapping[str, Any]) -> str:
   """A line about a stage."""
   measures = edit_run.said({k: line[k] for k in ('s', 'es', 'ps', 'ns')})
   texts = ', '.join(f'{k} {v:.1f}' for k, v in line['perplexity'].items())
-  return f'{"-".join(line["stages"]) or "start"}, seed {line["seed"]}: {measures}; perplexity {texts}'
+  return (
+    f'{"-".join(line["stages"]) or "start"}, seed {line["seed"]}: {measures}; perplexity {texts}'
+  )
 
 
 if __name__ == '__main__':

@@ -47,9 +47,7 @@ def memit(
   solve alone in float64, as in the repository.
   """
   layers = ascending(config, layers, moments)
-
-  def solve(layer: int, keys: np.ndarray) -> np.ndarray:
-    return np.linalg.solve(coef * moments[layer] + keys @ keys.T, keys)
+  solve = solver(moments, coef)
 
   def edit(backbone: Tree, state: Any, requests: Requests, key: Array):
     del key
@@ -58,6 +56,11 @@ def memit(
     return writes, state, {'loss': target.loss, 'log_p': target.log_p}
 
   return Editor(lambda backbone: (), edit)
+
+
+def solver(moments: Moments, coef: float) -> Callable[[int, np.ndarray], np.ndarray]:
+  """The `solve` of `spread`: (coef C_l + K K^T)^-1 K."""
+  return lambda layer, keys: np.linalg.solve(coef * moments[layer] + keys @ keys.T, keys)
 
 
 def spread(

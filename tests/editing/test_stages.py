@@ -1,4 +1,4 @@
-"""Edits among stages of learning, on a tiny Llama: what is measured, in which order, and going on."""
+"""Edits on a tiny Llama: among stages of learning, and with statistics of ever more text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from cl_jax.editing import evaluate
+from cl_jax.editing import evaluate, statistics
 from cl_jax.streams import corpora
-from experiments import edit_run, edit_stages, results, run
+from experiments import edit, edit_moments, edit_run, edit_stages, results, run
 from tests.experiments.conftest import language_model
 
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk')
@@ -22,7 +22,8 @@ FIELDS = {
   'chains': 'edit-lora,lora-edit', 'edits': 3, 'batch': 3, 'prefixes': 1, 'prefix_tokens': 2, 'length': 24,
   'moments.tokens': 64, 'moments.block': 8, 'memit.layers': '(0,1)', 'memit.coef': 0.01,
   'memit.recipe.steps': 20, 'memit.recipe.clamp': 8.0, 'evaluate.blocks': 2, 'evaluate.block': 8,
-  'evaluate.texts': f'wiki,{DOMAIN}', 'learn.domains': DOMAIN, 'learn.steps': 4, 'learn.batch': 2, 'learn.length': 8,
+  'evaluate.texts': f'wiki,{DOMAIN}', 'learn.domains': DOMAIN, 'learn.steps': 4,
+  'learn.batch': 2, 'learn.length': 8,
 }  # fmt: skip
 
 
@@ -84,7 +85,9 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
   monkeypatch.setattr(edit_stages.run, 'run', interrupt)
   assert go(root, place) == 130
   assert [line['stages'] for line in results.read(place)] == [[], ['edit']]
-  assert [p.parent.name for p in place.glob('seed0/*/model')] == ['edit']  # what comes next needs it
+  assert [p.parent.name for p in place.glob('seed0/*/model')] == [
+    'edit'
+  ]  # what comes next needs it
   assert go(root, place) == 0 and len(count) == 3
   found = {'-'.join(line['stages']): line for line in results.read(place)}
   chains = ['edit', 'edit-lora.medical', 'lora.medical', 'lora.medical-edit']
@@ -96,7 +99,9 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
     assert line['rewrites'] == [1, 1, 1] and len(line['log_p_target']) == 3
   texts = {name: tuple(line['perplexity'].values()) for name, line in found.items()}
   assert len(set(texts.values())) == 5
-  assert found['edit-lora.medical']['log_p_new'] == pytest.approx(found['edit']['log_p_new'], abs=0.5)
+  assert found['edit-lora.medical']['log_p_new'] == pytest.approx(
+    found['edit']['log_p_new'], abs=0.5
+  )
   assert found['lora.medical']['steps'] == 4
   # What the first line says is what is known of the model that all start from.
   subject = edit_run.opened(f'{root}/model')
@@ -120,3 +125,43 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
 def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
   assert go(root, tmp_path / 'x', *words) == 2
   assert said in capsys.readouterr().err
+
+
+def test_moments_of_ever_more_text_and_what_is_written_with_them(
+  root, tmp_path, monkeypatch, capsys
+):
+  own = {k: v for k, v in FIELDS.items() if k.split('.')[0] not in ('chains', 'learn')}
+  fields = own | {
+    'moments.tokens': 192,
+    'moments.block': 3,
+    'memit.coef': 0.5,
+    'model': f'{root}/model',
+  }
+  argv = ['--config=configs/edit_counterfact.py:memit,3', '--moments', f'--data_dir={root}']
+  argv += [f'--workdir={tmp_path}', *(f'--config.{k}={v}' for k, v in fields.items())]
+  kept, real = [], edit_moments.beginnings
+  monkeypatch.setattr(
+    edit_moments, 'beginnings', lambda *args: kept.append(real(*args)) or kept[-1]
+  )
+  assert edit.main(argv) == 0
+  about = json.loads((tmp_path / 'moments.json').read_text())
+  points = about['points']
+  assert [p['tokens'] for p in points] == [3, 6, 12, 24, 48, 96, 192]
+  # The beginnings are those of the text, measured at once.
+  subject = edit_run.opened(f'{root}/model')
+  blocks = edit_run.moment_blocks(about['config'], subject, root)
+  for found, n in ((kept[0][-1], 64), (kept[0][-2], 32), (kept[0][0], 1)):
+    at_once = statistics.moments(subject.config, subject.backbone, blocks[:n], (0, 1))
+    for layer in (0, 1):
+      np.testing.assert_allclose(found.moment(layer), at_once.moment(layer), rtol=1e-5, atol=1e-8)
+  half, whole = (kept[0][i].moment(1) for i in (-2, -1))
+  wanted = np.linalg.norm(half - whole) / np.linalg.norm(whole)
+  assert points[-2]['moment'][1] == pytest.approx(wanted, rel=1e-4)
+  for name in ('moment', 'delta'):
+    values = [np.mean(p[name]) for p in points if None not in p[name]]
+    assert values[-1] == 0 < values[-2] < values[0]
+  assert '192 tokens: E[kk^T] off by 0.000, what is written by 0.000' in capsys.readouterr().out
+  assert edit.main([*argv, '--config.moments.tokens=96']) == 2
+  assert edit.main(['--moments', '--config=configs/edit_counterfact.py:rome,3', f'--workdir={tmp_path}/x',
+                    f'--data_dir={root}', f'--config.model={root}/model']) == 2  # fmt: skip
+  assert "what memit writes; config.editor is 'rome'" in capsys.readouterr().err
