@@ -2,7 +2,8 @@
 `python -m tools.edit [--write]`.
 
 results/edit/NAME/results.jsonl are what `experiments.edit` left, results/edit/trace/trace.json what its
---trace did. Without --write the command only says whether page and table are current.
+--trace did; tools/edit_stages.py has the parts about stages and statistics. Without --write the command only
+says whether page and table are current.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cl_jax.editing import tracing
 from cl_jax.report import tracing as maps
 from cl_jax.report.tables import NONE, percent, size, spread
 from experiments.edit_trace import read as read_trace
+from tools import edit_stages
 from tools.figures import FAINT, RESULTS, markdown
 from tools.pages import fill, lines_of, update
 from tools.pictures import FIGURES, FORMS, ROOT, check, drawn, stamp
@@ -209,6 +211,12 @@ def main() -> int:
     sources['edit_trace'] = trace
     if write:
       draw_trace(trace)
+  text = fill(text, f'{MAKER} stages', edit_stages.staged())
+  text = fill(text, f'{MAKER} moments', edit_stages.converged())
+  if edit_stages.MOMENTS.exists():
+    sources['edit_moments'] = source = edit_stages.MOMENTS
+    if write:
+      edit_stages.draw(FIGURES / 'edit_moments.png', stamp(source))
   if write and not TABLE.exists():
     TABLE.write_text('')
   return update({PAGE: text, TABLE: summary(found)}, write, 'figures') | check(sources)

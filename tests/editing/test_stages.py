@@ -13,6 +13,7 @@ from cl_jax.editing import evaluate, statistics
 from cl_jax.streams import corpora
 from experiments import edit, edit_moments, edit_run, edit_stages, results, run
 from tests.experiments.conftest import language_model
+from tools import edit_stages as tables
 
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk')
 PLACES = ('Rome', 'Oslo', 'Lima')
@@ -108,6 +109,13 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
   blocks = corpora.blocks(root / 'text/corpora/wiki/test.txt', subject.file, 8)[:2]
   wiki = evaluate.perplexity(subject.config, subject.backbone, blocks)
   assert found['']['perplexity']['wiki'] == pytest.approx(wiki, rel=1e-4)
+  monkeypatch.setattr(tables, 'STAGES', place / results.FILE)
+  text = tables.staged()
+  assert (
+    '| the model as it was |' in text
+    and '| LoRA medical → edits |' in text
+    and '4 steps of 2 x 8' in text
+  )
   # No model is left, and nothing is done again.
   assert not [*place.glob('seed0/*/model')] and not [*place.glob('seed0/*/run')]
   capsys.readouterr()
@@ -161,6 +169,8 @@ def test_moments_of_ever_more_text_and_what_is_written_with_them(
     values = [np.mean(p[name]) for p in points if None not in p[name]]
     assert values[-1] == 0 < values[-2] < values[0]
   assert '192 tokens: E[kk^T] off by 0.000, what is written by 0.000' in capsys.readouterr().out
+  monkeypatch.setattr(tables, 'MOMENTS', tmp_path / 'moments.json')
+  assert f'| 96 | {points[-2]["moment"][0]:.3f} | {wanted:.3f} |' in tables.converged()
   assert edit.main([*argv, '--config.moments.tokens=96']) == 2
   assert edit.main(['--moments', '--config=configs/edit_counterfact.py:rome,3', f'--workdir={tmp_path}/x',
                     f'--data_dir={root}', f'--config.model={root}/model']) == 2  # fmt: skip
