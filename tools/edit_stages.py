@@ -87,8 +87,8 @@ def converged() -> str:
   name = 'how far the moments and the edits are from those of all tokens'
   return '\n\n'.join((
     f'‖Cₙ − C‖ / ‖C‖ of C = E[kkᵀ] ({about["units"]:,} units): the first n tokens of {about["corpus"]} '
-    f'against all, by layer; the same of what MEMIT writes with it ({about["edits"]} edits towards the same targets), and '
-    'what is then said of the facts.',
+    f'against all, by layer; the same of what MEMIT writes with it ({about["edits"]} edits '
+    'towards the same targets), and what is then said of the facts.',
     markdown(head, rows),
     f'On {about["device"]}; jax {about["versions"].get("jax")}; commit {about["commit"][:7]}.',
     picture('edit_moments', name, 'results/edit/moments/moments.json', f'`{about["command"]}`',
