@@ -33,6 +33,7 @@ from experiments import (
   config,
   edit_config,
   edit_run,
+  edit_state,
   fields,
   options,
   results,
@@ -88,8 +89,11 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   cli.devices(1)
   with workdir.claimed(given.workdir) as place:
     workdir.remember(place, chosen)
-    for seed in chosen['seeds']:
-      whole(Bench(chosen, seed, place, data, given.save_every, words, shown), chains)
+    try:
+      for seed in chosen['seeds']:
+        whole(Bench(chosen, seed, place, data, given.save_every, words, shown), chains)
+    finally:
+      shown.close()
     for line in results.read(place):
       print(summary(line))
   return 0
@@ -223,6 +227,7 @@ def edited(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> di
   where = edit_run.Place(bench.data, folder, bench.save_every, None)
   saved, backbone = edit_run.progress(chosen, subject, exam, editor, bench.seed, where, tell)
   decoder.save(folder / MODEL, subject.config, backbone, subject.file)
+  (folder / edit_state.FILE).unlink(missing_ok=True)
   seconds = saved.about['edit_s'] - saved.about['compile_s']
   return {'seconds': round(seconds, 3), 'log_p_target': saved.about['log_p']}
 
