@@ -45,6 +45,6 @@ def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], No
   extra = sorted(variables.keys() - {'backbone'})
   if extra:
     raise UserError(f'{place}: {", ".join(extra)} cannot be folded into the weights of the network')
-  shape, _ = decoder.load(pretrained.find(about['pretrained']).path)
+  shape = decoder.load(pretrained.find(about['pretrained']).path)[0]  # its weights can go
   backbone = jax.tree.map(jax.numpy.asarray, variables['backbone'])
   decoder.save(out, shape, backbone, streams.tokenizer(resolved))
