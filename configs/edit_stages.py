@@ -1,12 +1,12 @@
 """Edits among stages of learning: facts written into SmolLM2-135M, and domains that it reads before or after.
 
   python -m experiments.edit_stages --config=configs/edit_stages.py --workdir=runs/edit_stages
-  python -m experiments.edit_stages --config=configs/edit_stages.py:memit,100 --only='edit-*' --workdir=DIR
+  python -m experiments.edit_stages --config=configs/edit_stages.py:alphaedit,10 --only='edit-*' --workdir=DIR
 
 A chain is words joined by '-', from left to right: `edit` writes the facts, `lora`, `full`, `half` and
 `bitfit` read every domain of `learn.domains`, a stage each, in the way of configs/study_lm.py (`naive`, its
 rates; low-rank terms are merged into the weights at the end of a stage). Words after the colon are those of
-configs/edit_counterfact.py. Steps are few, for one core: `full` takes 7 GB and a third of the time.
+configs/edit_counterfact.py. Steps are few, for one core; `full` needs 7 GB of memory.
 """
 
 from __future__ import annotations
