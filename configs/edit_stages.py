@@ -23,6 +23,6 @@ def get_config(arg: str = 'memit,10') -> dict:
     **base,
     'name': 'edit_stages',
     'chains': CHAINS,
-    'learn': {'domains': DOMAINS, 'steps': 40, 'batch': 4, 'length': 32},
+    'learn': {'domains': DOMAINS, 'steps': 30, 'batch': 4, 'length': 32},
     'evaluate': {**base['evaluate'], 'texts': (*HELD_OUT, *DOMAINS), 'blocks': 4, 'written': 0},
   }

@@ -54,7 +54,7 @@ OWN: dict[str, Any] = {
   'learn': {
     'source': 'configs/study_lm.py',  # how a domain is read
     'domains': ('shakespeare', 'medical', 'french_law'),
-    'steps': 40,  # a domain
+    'steps': 30,  # a domain
     'batch': 4,
     'length': 32,  # tokens
   },

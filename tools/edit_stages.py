@@ -77,7 +77,7 @@ def converged() -> str:
   rows = []
   for point in about['points']:
     delta = [v for v in point['delta'] if v is not None]
-    written = f'{min(delta):.3f} to {max(delta):.3f}' if delta else NONE
+    written = f'{min(delta):.3g} to {max(delta):.3g}' if delta else NONE
     measures = (
       percent([point[k]] if point.get(k) is not None else []) for k in ('s', 'es', 'ps', 'ns')
     )
@@ -111,6 +111,8 @@ def draw(path: Path, source: str) -> None:
       guide = np.nanmedian(values[-1]) * (tokens[-1] / tokens) ** 0.5
       axis.loglog(tokens, guide, color='0.5', linestyle=':', label='n^-1/2')
       axis.set(title=title, xlabel='tokens')
+      axis.set_xticks(tokens, [f'{int(t):,}' for t in tokens], fontsize=7)
+      axis.set_xticks([], minor=True)
       axis.grid(color=FAINT, linewidth=0.5)
     axes[0].set_ylabel('relative distance to all tokens')
     figure.legend(
