@@ -98,8 +98,8 @@ def rows() -> list[Row]:
     'lambda 10 running',
     build_of(lambda: ewcpp(10.0)),
     of('ewc', 63.1, 1.40),
-    note='EWC++ with the constants of the official code: a running Fisher over squared batch gradients, scaled to '
-    '[0, 1]',
+    note='EWC++ with the constants of the official code: a running Fisher over squared batch '
+    'gradients, scaled to [0, 1]',
   )
   for i, m in enumerate(PER_CLASS):
     capacity = m * 10 * TASKS
