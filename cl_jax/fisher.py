@@ -170,6 +170,11 @@ def diagonal(
   return mean_over_examples(one_batch, params, batches, key)
 
 
+def moving(former: Tree, squares: Tree, steps: Array, alpha: float) -> Tree:
+  """A running Fisher: (1 - alpha) F + alpha / steps * the sum of squared batch gradients of `steps` steps."""
+  return jax.tree.map(lambda f, sq: (1 - alpha) * f + alpha * sq / steps, former, squares)
+
+
 def _of_text(fwd: Forward, params: Tree, batches: Batch, key: Array, dense: bool) -> Tree:
   """The empirical one of a language model: log p of a row is the mean over its tokens, as its loss is."""
 

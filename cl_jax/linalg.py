@@ -28,6 +28,14 @@ def quadratic(weights: Tree, params: Tree, anchor: Tree) -> Array:
   return jnp.asarray(sum(jax.tree.leaves(parts)))
 
 
+def normalised(tree: Tree) -> Tree:
+  """All entries together scaled to [0, 1]; all 0 where they are equal."""
+  leaves = jax.tree.leaves(tree)
+  low = jnp.stack([a.min() for a in leaves]).min()
+  span = jnp.stack([a.max() for a in leaves]).max() - low
+  return jax.tree.map(lambda a: (a - low) / jnp.where(span > 0, span, 1), tree)
+
+
 def cross_entropy(logits: Array, y: Array) -> Array:
   """-log softmax(logits)[y] of [B, C] and i32[B], f32[B] at least; logits may be -inf for other classes."""
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -12,6 +12,7 @@ and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
   cumulative   97.4 +-  2.8  88.3 +-  2.3  83.0 +-  2.5
   l2           96.4 +-  2.8  70.1 +-  8.4  25.0 +-  9.6
   ewc          96.8 +-  2.5  70.8 +-  9.6  25.1 +-  9.9
+  ewcpp        96.9 +-  2.1  70.0 +-  8.8  25.1 +-  9.8
   si           96.9 +-  2.3  69.4 +-  8.8  24.6 +-  9.4
   mas          96.8 +-  2.6  71.0 +-  9.2  25.5 +- 10.3
   rwalk        97.1 +-  1.9  70.4 +-  8.7  25.3 +-  9.9
@@ -71,6 +72,7 @@ def get_config(arg: str = 'class') -> dict:
     'ewc': {'coef': 100.0},
     'si': {'coef': 10.0 if base == 'task' and 'latent' not in methods else 1.0},
     'mas': {'coef': 0.1},
+    'ewcpp': {'coef': 10.0},
     'rwalk': {'coef': 10.0},
     'l2': {'coef': 0.1},
     'ebll': {'coef': 1.0 if base == 'class' else 0.3, 'outputs': outputs},

@@ -188,10 +188,16 @@ def reproduce(args) -> int:
   if args.list:
     return 0
   data_dir = args.data_dir or os.environ.get('CL_JAX_DATA')
+  faults = []
   for i, (row, missing) in enumerate(todo):
     print(f'[{i + 1}/{len(todo)}] {row.name}, seeds {missing} ...', flush=True)
     begin = time.perf_counter()
-    results = learn(row, missing, data_dir)
+    try:
+      results = learn(row, missing, data_dir)
+    except Fault as fault:  # one row's trouble is not the others'
+      print(f'    stopped: {fault}', file=sys.stderr, flush=True)
+      faults.append(str(fault))
+      continue
     append(store / f'{row.table}.jsonl', results)
     acc = [metrics.accuracy(r['R']) * 100 for r in results]
     seconds = time.perf_counter() - begin
@@ -205,6 +211,8 @@ def reproduce(args) -> int:
     args.out / 'published.csv', table_rows(everything, store, 'python -m experiments.reproduce')
   )
   print(f'{args.out / "published.csv"}: {len(everything)} rows')
+  if faults:
+    raise Fault('; '.join(faults))
   return 0
 
 

@@ -148,7 +148,8 @@ def batch_norm(
 
   Returns:
     The normalised x, and the new {'mean', 'var'} ({} outside training). As in torch the running
-    variance is the unbiased one; a batch without a valid row leaves both as they are.
+    variance is the unbiased one; a batch without a valid row, such as one drawn from an empty memory, is
+    normalised by the running ones and leaves both as they are.
 
   Source: Ioffe & Szegedy 2015, alg. 1; Ioffe 2017, alg. 1, for `renorm` (deviation: the running
   statistics are the mean and the unbiased variance, as without it).
@@ -162,6 +163,8 @@ def batch_norm(
   # `where`, not a product: padding may hold anything, even NaN.
   mean = jnp.where(valid, x, 0).sum(axes) / jnp.maximum(n, 1)
   var = jnp.where(valid, jnp.square(x - mean), 0).sum(axes) / jnp.maximum(n, 1)
+  # Through many layers a variance of 0 would grow any input to infinity, which no weight of 0 takes back.
+  mean, var = jnp.where(n > 0, mean, p['mean']), jnp.where(n > 0, var, p['var'])
   rate = jnp.where(n > 0, momentum, 0.0)
   unbiased = var * (n / jnp.maximum(n - 1, 1))
   stats = {

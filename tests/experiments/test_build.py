@@ -209,6 +209,7 @@ ARGUMENTS = {
   'si': {'path': 'total'},
   'mas': {},
   'l2': {},
+  'ewcpp': {},
   'rwalk': {},
   'imm': {'mode': 'mode', 'labels': 'exact', 'head': 'none'},
   'der': {},

@@ -81,7 +81,9 @@ def test_batch_norm_ignores_rows_without_weight():
   got, got_stats = layers.batch_norm(p, padded, w, True)
   np.testing.assert_allclose(got[:4], want, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got_stats, stats)
-  _, kept = layers.batch_norm(p, x, jnp.zeros(4), True)
+  alike = jnp.ones((4, 5, 5, 3))  # without variance: an empty memory's rows are all the same
+  none, kept = layers.batch_norm(p, alike, jnp.zeros(4), True)
+  np.testing.assert_array_equal(none, layers.batch_norm(p, alike, jnp.zeros(4), False)[0])
   np.testing.assert_array_equal(kept['mean'], p['mean'])
   np.testing.assert_array_equal(kept['var'], p['var'])
 

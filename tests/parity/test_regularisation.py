@@ -10,6 +10,7 @@ import pytest
 
 from cl_jax.compose import chain
 from cl_jax.masks import paths
+from cl_jax.methods.regularisation.ewcpp import ewcpp
 from cl_jax.methods.regularisation.imm import imm
 from cl_jax.methods.regularisation.l2 import l2
 from cl_jax.methods.regularisation.mas import mas
@@ -82,6 +83,15 @@ def test_rwalk_runs(variant):
       )
       close_trees(state.method.importance, both)
       close_trees(state.method.fisher, g.params(f'{variant}/running_fisher', t))
+
+
+def test_ewcpp_runs():
+  g = Golden('rwalk')
+  lam, alpha, every = (g[n].item() for n in ('lam', 'alpha', 'every'))
+  for t, i, state in states(g, ewcpp(lam, alpha, every), 'ewcpp'):
+    if i == 'end':
+      close_trees(state.method.importance, g.params('ewcpp/fisher', t))
+      close_trees(state.method.fisher, g.params('ewcpp/running_fisher', t))
 
 
 @pytest.mark.parametrize('mode', ['mean', 'mode'])

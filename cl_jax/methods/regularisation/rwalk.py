@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_jax.linalg import quadratic
+from cl_jax.fisher import moving
+from cl_jax.linalg import normalised, quadratic
 from cl_jax.types import Array, Method, Tree
 
 
@@ -66,7 +67,7 @@ def rwalk(
       return run + jnp.maximum(descent / (fisher * jnp.square(p - old) + xi), 0)
 
     run = jax.tree.map(scored, s.run, s.fisher, s.descent, params, s.old)
-    fisher = jax.tree.map(lambda f, sq: (1 - alpha) * f + alpha * sq / s.steps, s.fisher, s.squares)
+    fisher = moving(s.fisher, s.squares, s.steps, alpha)
     zeros = jax.tree.map(jnp.zeros_like, params)
     return s._replace(
       run=run, fisher=fisher, squares=zeros, descent=zeros, old=params, steps=jnp.int32(0)
@@ -97,11 +98,3 @@ def rwalk(
     )
 
   return Method(init=init, loss=loss, after=after, boundary=boundary, needs=('boundary',))
-
-
-def normalised(tree: Tree) -> Tree:
-  """All entries together scaled to [0, 1]; all 0 where they are equal."""
-  leaves = jax.tree.leaves(tree)
-  low = jnp.stack([a.min() for a in leaves]).min()
-  span = jnp.stack([a.max() for a in leaves]).max() - low
-  return jax.tree.map(lambda a: (a - low) / jnp.where(span > 0, span, 1), tree)

@@ -27,6 +27,7 @@ Variants:
   code    as facebookresearch/agem: it doubles the first task's score and ADDS the average:
           first task score_all <- 0 + (0 + 2 s_run) / 2, later
           score_all <- score_all + (score_all + s_run) / 2
+  ewcpp   EWC++ of section 4.1: as paper, but Sn is left out of the penalty
 Deviations of that code not followed in `code`: it refreshes before step i where i % every == 0, so a
 task's first refresh holds every - 1 steps and is still divided by every; it has no refresh at the
 boundary, where steps since the last one are dropped; its initial F is copied from a tmp that is
@@ -36,7 +37,7 @@ Keys. Inputs:
   init/<p>            initial parameters, <p> one of l0/w l0/b l1/w l1/b l2/w l2/b
   xs [3,5,5,6], ys [3,5,5]   batches by task and step; probe [12,6]; lr, lam, alpha, xi, eps;
   every (an integer)
-Outputs for V in {paper, code}:
+Outputs for V in {paper, code, ewcpp}:
   V/params/<p> [3,5,...]     parameters after every step
   V/loss [3,5]               CE + penalty minimised in the step, at the parameters before it
   V/ce [3,5], V/penalty [3,5]   its two terms (the penalty includes lam)
@@ -55,7 +56,7 @@ import problem as pb
 
 TASKS, STEPS, ROWS = 3, 5, 5
 LR, LAM, ALPHA, EVERY, XI, EPS = 0.1, 5.0, 0.7, 2, 1e-3, 1e-32
-VARIANTS = ('paper', 'code')
+VARIANTS = ('paper', 'code', 'ewcpp')
 
 
 def normalised(values: pb.Params) -> pb.Params:
@@ -94,7 +95,7 @@ def run(variant: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.A
         pending = 0
       ce, g_task = pb.loss_and_grad(params, xs[t, i - 1], ys[t, i - 1])
       tmp = {k: tmp[k] + g_task[k] ** 2 for k in params}
-      weight = {k: fn[k] + sn[k] for k in params}
+      weight = fn if variant == 'ewcpp' else {k: fn[k] + sn[k] for k in params}
       gap = {k: params[k] - anchor[k] for k in params}
       pen = LAM * sum(float((weight[k] * gap[k] ** 2).sum()) for k in params)
       g_total = {k: g_task[k] + 2.0 * LAM * weight[k] * gap[k] for k in params}
@@ -108,7 +109,7 @@ def run(variant: str, init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.A
     if pending:
       refresh(pending)
     for k in params:
-      if variant == 'paper':
+      if variant != 'code':
         score_all[k] = s_run[k] if t == 0 else (score_all[k] + s_run[k]) / 2.0
       else:
         now = 2.0 * s_run[k] if t == 0 else s_run[k]

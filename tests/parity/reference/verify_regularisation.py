@@ -188,7 +188,7 @@ def l2() -> None:
 def rwalk() -> None:
   z = load('rwalk')
   layout, every = layout_of(z), int(z['every'])
-  alpha, variants = z['alpha'], ('paper', 'code')
+  alpha, variants = z['alpha'], ('paper', 'code', 'ewcpp')
   check_keys(z, dict.fromkeys(variants, 'fisher score running_fisher score_all'))
 
   def unit(u: Vector) -> Vector:
@@ -199,11 +199,11 @@ def rwalk() -> None:
     fishers, scores, anchors, traces = [], [], [], []
 
     def penalty(
-      t: int, theta: Vector, fishers=fishers, scores=scores, anchors=anchors
+      t: int, theta: Vector, fishers=fishers, scores=scores, anchors=anchors, v=v
     ) -> torch.Tensor:
       if t == 0:
         return torch.zeros(())
-      weight = unit(fishers[-1]) + unit(scores[-1])
+      weight = unit(fishers[-1]) + (0 if v == 'ewcpp' else unit(scores[-1]))
       return z['lam'] * (weight * (theta - anchors[-1]).square()).sum()
 
     for t, tr in enumerate(train(z, layout, penalty)):
@@ -218,7 +218,7 @@ def rwalk() -> None:
         fisher = torch.lerp(fisher, g.square().mean(0), alpha)
       if t == 0:
         score = walked
-      elif v == 'paper':
+      elif v != 'code':
         score = torch.stack([scores[-1], walked]).mean(0)
       else:
         score = 1.5 * scores[-1] + 0.5 * walked
