@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.streams.take import take
+from cl_jax.streams.records import in_files
+from cl_jax.streams.take import places, shown, take, without_data
 from cl_jax.types import Array, Batch, Learner, State, Stream, Tree
 
 Build = Callable[[Tree, Tree], Learner]  # (hyperparameters, weights) -> Learner
@@ -263,15 +263,17 @@ def run_chunks(
     build, hp, key, stream, weights, every: as for `run`; hp and key have a run axis with `lift`.
     chunk: steps between two yields; `every` takes its place where it is set.
     resume: a `Progress` of this run, of whatever process: go on from there.
-    feed: (leg, rows i32[n, B]) -> Batch with leaves [n, B, ...], for data that stays on the host; `None`
-      takes the rows from the data on the device. See `host_feed`.
+    feed: (leg, rows i32[n, B]) -> Batch with leaves [n, B, ...], for data that stays on the host or in files;
+      `None` takes the rows from the data on the device. See `host_feed` and `streams.grain_feed`. Of a
+      leg's `ends` it is asked for the first batch only where the boundary does not look at them.
     lift, donate: see `programs`; with `donate` the state that was yielded last is all there is.
     parts: `programs(build, every or chunk, lift, donate)`, where they exist already.
 
   Yields:
     `Progress`.
   """
-  check_needs(build(hp, weights).needs, stream)
+  learner = build(hp, weights)
+  check_needs(learner.needs, stream)
   chunk = every or chunk
   parts = parts or programs(build, chunk, lift, donate)
   if parts.chunk != chunk:
@@ -280,7 +282,11 @@ def run_chunks(
   if feed is not None and np.ndim(stream.index) != 3:
     raise ValueError('mapped runs take their data from the device: give feed or lift, not both')
   host_index = None if feed is None else np.asarray(stream.index)
-  resident = stream if feed is None else dataclasses.replace(stream, x=None, y=None)
+  if feed is None and in_files(stream.x):
+    raise UserError(
+      "the stream's examples stay in files: pass feed=streams.grain_feed(stream) to run_chunks"
+    )
+  resident = stream if feed is None else without_data(stream)
 
   def rows(leg, lo):  # the batches of a chunk; past the end of a leg comes padding that is not used
     if feed is None or host_index is None:
@@ -289,6 +295,13 @@ def run_chunks(
     short = chunk - len(wanted)
     return feed(leg, np.pad(wanted, ((0, short), (0, 0)), constant_values=-1))
 
+  def at_end(leg, state):  # the examples of a leg once, as far as anything looks at them
+    own = np.asarray(stream.ends[leg])
+    if 'boundary' in stream.told and not seen:
+      seen.append(len(own) == 1 or looks(learner, state, feed(leg, own[:1])))
+    return feed(leg, own if seen and seen[0] else own[:1])
+
+  seen: list[bool] = []  # filled at the first boundary
   if resume is None:
     first = None
     if feed is not None and host_index is not None:
@@ -321,29 +334,27 @@ def run_chunks(
         record.curve[..., leg, done // every, :] = np.where(inside, acc, np.nan)
       done = min(done + chunk, int(longest[leg]))
       yield Progress(state, record, leg, done)
-    ends = None if feed is None else feed(leg, np.asarray(stream.ends[leg]))
+    ends = None if feed is None else at_end(leg, state)
     state, acc = parts.close(hp, state, resident, weights, leg, ends)
     record.R[..., leg, :] = np.asarray(acc)
     leg, done = leg + 1, 0
     yield Progress(state, record, leg, done)
 
 
+def looks(learner: Learner, state: State, batches: Batch) -> bool:
+  """Whether the learner's boundary looks at the task's examples; those that do not need not be read."""
+  jaxpr = jax.make_jaxpr(learner.boundary)(state, batches).jaxpr
+  given = jaxpr.invars[-len(jax.tree.leaves(batches)) :]
+  used = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
+  return any(v is g for g in given for v in used)
+
+
 def host_feed(stream: Stream) -> Callable:
   """A `feed` for `run_chunks` that gathers rows from host arrays (NumPy, memory-mapped files)."""
-  gather = jax.jit(lambda stream, t: take(stream, jnp.arange(stream.y.shape[0]), t))
+  show, count = shown(stream), len(stream.y)
 
   def feed(leg: int, rows: np.ndarray) -> Batch:
-    flat = np.maximum(rows.reshape(-1), 0)
-    part = dataclasses.replace(
-      stream,
-      x=jax.tree.map(lambda a: np.asarray(a[flat]), stream.x),
-      y=np.asarray(stream.y[flat]),
-      index=np.zeros((1, 1, 1), np.int32),
-      ends=np.zeros((1, 1, 1), np.int32),
-      test=None,
-    )
-    batch = gather(part, leg)
-    batch = batch._replace(w=batch.w * (rows.reshape(-1) >= 0))
-    return jax.tree.map(lambda a: a.reshape(*rows.shape, *a.shape[1:]), batch)
+    n = places(stream, rows.reshape(-1), count)
+    return show(jax.tree.map(lambda a: np.asarray(a[n]), stream.x), rows, leg)
 
   return feed

@@ -12,6 +12,7 @@ import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.streams.order import shuffled
+from cl_jax.streams.records import Records
 
 Tree = Any
 
@@ -21,7 +22,7 @@ class Arrays(NamedTuple):
 
   Attributes:
     x: inputs; every leaf [N, ...]. Images are u8[N, H, W, C]; features f32[N, D]; text is
-      {'tokens': i32[N, L], 'mask': bool[N, L]}.
+      {'tokens': i32[N, L], 'mask': bool[N, L]}. `Records` where they stay in files.
     y: i32[N] labels, counted from 0.
     domain: i32[N], where an example comes from (speaker, alphabet, topic); None without one.
     names: the name of every label; its length is the number of classes.
@@ -212,7 +213,9 @@ def _in_range(values: np.ndarray, count: int, what: str, where: str) -> None:
     )
 
 
-def _leaf(path, leaf, count: int, where: str) -> np.ndarray:
+def _leaf(path, leaf, count: int, where: str) -> Any:
+  if isinstance(leaf, Records) and len(leaf) == count:
+    return leaf  # checked when it is read
   leaf, name = np.asarray(leaf), f'x{jax.tree_util.keystr(path)}'
   if leaf.ndim == 0 or len(leaf) != count:
     raise UserError(

@@ -76,7 +76,7 @@ def _test(source: Arrays, cut: Cut, told: tuple[str, ...], batch: int) -> Batch:
   index, _ = order.stacked([order.batched(rows, batch) for rows in cut.tests])
   real: Any = index >= 0
   rows = np.where(real, index, 0)
-  x = jax.tree.map(lambda leaf: leaf[rows], source.x)
+  x = jax.tree.map(lambda leaf: np.asarray(leaf[rows]), source.x)  # read here what is in files
   if cut.view is not None:
     for t in range(len(index)):  # in place, a task at a time: the copies stay small
       flat = x[t].reshape(-1, *x.shape[3:])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.streams import audio, builtin, corpora, folders, text, tfds
+from cl_jax.streams import audio, builtin, corpora, folders, stored, text, tfds
 from cl_jax.streams.arrays import DAMAGED, Arrays, arrays, check_pair, compact, hold_out
 from cl_jax.streams.images import check_shape
 
@@ -23,7 +23,7 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   |---|---|---|
   | fashion_mnist_small | shipped, 6,000 / 2,000 images | |
   | clinc150 | shipped, 15,000 / 4,500 sentences, 150 intents, 10 domains | tokenizer, length, template |
-  | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed, image |
+  | NAME, tfds:NAME | data_dir/tfds | train, test, domain, hold_out, seed, image, in_files |
   | tiny_imagenet, core50, notmnist | data_dir/images, the archive as published | image |
   | spoken_digit | data_dir/audio: 3,000 clips, 10 words by 6 speakers (domains) | |
   | NAME+NAME+... | all of them, the labels one after the other; a domain each | image |
@@ -41,6 +41,7 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
       hold_out: fraction of `train` per class that becomes the test data, for datasets without a
         test split; its `seed` is 0. Classes without a training example are dropped.
       image: (height, width, channels) that images are brought to (() = as they are).
+      in_files: leave the examples in their files, for `grain_feed`; see `Records`.
 
   Raises:
     UserError: unknown names (with close matches) and options, absent or unusable data.
@@ -82,8 +83,8 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
     options = _known(name, options, image=())
     return folders.load(name, _root(name, data_dir), check_shape(options['image'], name))
   options = _known(
-    name, options, train='train', test='test', domain=None, hold_out=None, seed=0, image=()
-  )
+    name, options, train='train', test='test', domain=None, hold_out=None, seed=0, image=(), in_files=False
+  )  # fmt: skip
   return _tfds(rest, _root(name, data_dir), **options)
 
 
@@ -112,16 +113,18 @@ def _joined(names: list[str], data_dir, image) -> tuple[Arrays, Arrays]:
   return train, test
 
 
-def _tfds(name, root, train, test, domain, hold_out, seed, image) -> tuple[Arrays, Arrays]:
-  image = check_shape(image, name)
+def _tfds(
+  name, root, train, test, domain, hold_out, seed, image, in_files
+) -> tuple[Arrays, Arrays]:
+  image, load = check_shape(image, name), stored.load if in_files else tfds.load
   try:
-    first = tfds.load(name, train, root, domain=domain, image=image)
+    first = load(name, train, root, domain=domain, image=image)
   except UserError as error:
     base = name.partition(':')[0]
     near = '' if (root / 'tfds' / base).is_dir() else _near(base, root / 'tfds')
     raise UserError(f'{error}{near}') from error
   if hold_out is None:
-    second = tfds.load(name, test, root, domain=domain, image=image)
+    second = load(name, test, root, domain=domain, image=image)
   else:
     first, second = _cut(first, hold_out, seed, name)
   first, second = compact(first, second)

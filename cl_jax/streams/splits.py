@@ -6,12 +6,15 @@ selected with. Arrays stay NumPy; `cl_jax.streams.take.put` moves a stream to th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cl_jax.errors import UserError
 from cl_jax.streams import order, schedules, views
 from cl_jax.streams.arrays import Arrays, check_pair
 from cl_jax.streams.assemble import TOLD, Cut, assemble
+from cl_jax.streams.records import Records
 from cl_jax.streams.schedules import Plan
 from cl_jax.streams.select import ALL, Select, check_select, choose, whole
 from cl_jax.types import Stream
@@ -213,8 +216,8 @@ def _class_names(names, task_classes) -> tuple[str, ...]:
   )
 
 
-def _array(x, what: str) -> np.ndarray:
-  if not isinstance(x, np.ndarray):
+def _array(x, what: str) -> Any:
+  if not isinstance(x, np.ndarray | Records):
     raise UserError(f'{what}: inputs must be one array of pixels or features, not a tree')
   return x
 
@@ -223,4 +226,8 @@ def _padded(x, pad: int) -> np.ndarray:
   x = _array(x, 'permuted')
   if x.ndim != 4:
     raise UserError(f'permuted: pad={pad} needs images [N, H, W, C]; got {list(x.shape)}')
+  if isinstance(x, Records):
+    raise UserError(
+      f'permuted: pad={pad} needs images in memory and these stay in files: leave pad at 0'
+    )
   return np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
