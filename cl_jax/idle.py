@@ -16,6 +16,7 @@ def idle(config: Mapping[str, Any]) -> set[str]:
     'budget': all(v is None for v in config.get('budget', {}).values()),
     'update': not config.get('update', {}).get('parts'),
     'micro_batches': config.get('micro_batches', 1) == 1,
+    'feed': True,  # the same bytes from wherever they come
     'compress': not any(config.get('compress', {}).values()),
   }
   return {name for name, is_idle in nothing.items() if is_idle}

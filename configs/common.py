@@ -61,6 +61,16 @@ def defaults() -> dict[str, Any]:
       # Images of TFDS and of image folders: (height, width, channels) they are brought to; () = as they are.
       'image': (),
     },
+    'feed': {
+      # Where training examples are: '' in memory and on the device; 'grain' in the array_record files of a
+      # TFDS dataset, of any size, read while the steps before them run. The results have the same bytes;
+      # seeds run one after the other, and the checkpoints of a single seed fit both.
+      'name': '',
+      # Processes that read and decode (0 = threads of this one), and batches that they keep ready (None = as
+      # many as one call takes, see `chunk`).
+      'workers': 2,
+      'ahead': Maybe(int),
+    },
     # Fraction of every class that is held out of the training data.
     'validation': 0.0,
     # What is evaluated: 'test', or 'valid', the held-out part (to choose hyperparameters with).

@@ -24,6 +24,7 @@ from cl_jax.models import pretrained
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.models.quantised import quantise_tree
+from cl_jax.streams.records import in_files
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
 from experiments import capacity, features, fields, limits, optimizer, update
 from experiments.chain import chain_of
@@ -73,12 +74,13 @@ def prepare(
 
   Returns:
     One setup for all seeds; one per seed where the methods fix the labels of each task in the program
-    and these differ by seed.
+    and these differ by seed, and where the examples stay in files.
   """
   config = dict(config)
   per_seed = streams(config, data_dir)
   told = 'task_test' in per_seed[0].told
-  if told and len({s.task_classes for s in per_seed}) > 1:
+  apart = told and len({s.task_classes for s in per_seed}) > 1
+  if apart or in_files(per_seed[0].x):
     parts = [((seed,), [s]) for seed, s in zip(config['seeds'], per_seed, strict=True)]
   else:
     parts = [(config['seeds'], alike(per_seed))]
@@ -179,6 +181,15 @@ def programs(
   return limits.Programs(
     lambda w, s, b: made(w).step(s, b), lambda w, s, b: made(w).predict(s, b), weights, state, batch
   )
+
+
+def resident(config: Mapping[str, Any], program: str) -> None:
+  """Raises UserError where a command that needs the examples on the device is to leave them in files."""
+  if name := config.get('feed', {}).get('name'):
+    raise UserError(
+      f'config.feed.name={name!r} is for python -m experiments.run on one device; {program} needs the '
+      "examples in memory: leave it at ''"
+    )
 
 
 def example(stream: Stream) -> Batch:

@@ -18,7 +18,7 @@ from cl_jax.loop import Progress, Record, run_chunks
 from cl_jax.types import State, Stream
 from experiments import devices
 from experiments.build import likelihood
-from experiments.job import Job, all_finite, blank, forget, host, leg_steps, spread
+from experiments.job import Job, all_finite, blank, feed, forget, host, leg_steps, spread
 from experiments.watch import Clock, Interrupted
 
 
@@ -119,10 +119,10 @@ def train(
       f'{sentence(job, run, what)}; {kept if saved >= 0 else "no good state came before it"}'
     )
 
-  with clock.running():
+  with clock.running(), feed(job) as read:
     for p in run_chunks(
       job.setup.build, plan.hp, plan.key, plan.stream, plan.weights,
-      config['chunk'], config['eval_every'], resume, lift=plan.lift, donate=plan.cut is not None,
+      config['chunk'], config['eval_every'], resume, read, plan.lift, donate=plan.cut is not None,
     ):  # fmt: skip
       for run in range(len(job.seeds)):
         if run not in faults and (what := wrong_loss(job, run, last, p, lengths[run])):

@@ -154,6 +154,7 @@ def export(
 
 def subject(resolved: Mapping[str, Any], data_dir: str | None = None) -> Subject:
   """The learner of a configuration's first seed, as `experiments.run` begins it."""
+  build.resident(resolved, 'experiments.export')
   setup = build.prepare(resolved, data_dir)[0]
   stream = setup.streams[0]
   learner = setup.build(build.hyper(setup.config, stream), setup.weights)

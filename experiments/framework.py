@@ -63,6 +63,7 @@ def command(argv: list[str]) -> int:
   options = parse(argv, PROGRAM, ABOUT)
   if options.sweep:
     raise UserError('config.sweep holds a grid: the framework chooses by itself; leave it out')
+  build.resident(options.config, 'the framework')
   if not options.config['validation']:
     raw = config.override(options.raw, 'validation', VALIDATION)
     options = options._replace(raw=raw, config=config.resolve(raw))

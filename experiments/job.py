@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from cl_jax import checkpoint, shard
 from cl_jax.loop import Progress, Record, begin, programs
 from cl_jax.report.lines import flat
 from cl_jax.streams import cache
-from cl_jax.streams.take import take
+from cl_jax.streams.feed import Feed, grain_feed
+from cl_jax.streams.records import in_files
+from cl_jax.streams.take import show, without_data
 from cl_jax.sweep import MAPPED, Many, calibrate, default_width, stack_streams
 from cl_jax.types import Stream, Tree
-from experiments.build import Setup, hyper, stacked
+from experiments.build import Setup, example, hyper, stacked
 
 
 class Job(NamedTuple):
@@ -84,8 +87,10 @@ def spread(job: Job) -> Plan:
     return Plan(1, None, stream, hps[0], key, place(job.setup.weights), place, cut=cut)
   if runs == 1:
     put = jax.device_put
-    key = jax.random.key(job.seeds[0])
-    return Plan(1, None, put(job.streams[0]), hps[0], key, put(job.setup.weights), put)
+    key, stream = jax.random.key(job.seeds[0]), job.streams[0]
+    if in_files(stream.x):  # read by the feed: see `feed`
+      stream = without_data(stream)
+    return Plan(1, None, put(stream), hps[0], key, put(job.setup.weights), put)
   devices = tuple(jax.devices()[:runs])
   order = [min(i, runs - 1) for i in range(-(-runs // len(devices)) * len(devices))]
   stream, axes = stack_streams([job.streams[i] for i in order])
@@ -110,6 +115,14 @@ def spread(job: Job) -> Plan:
   return plan._replace(lift=lift(width), width=width)
 
 
+def feed(job: Job) -> AbstractContextManager[Feed | None]:
+  """What `run_chunks` gets its batches from; None where the examples are on the device."""
+  stream, how = job.streams[0], job.setup.config.get('feed', {})
+  if not in_files(stream.x):
+    return nullcontext()
+  return grain_feed(stream, how['workers'], how['ahead'])
+
+
 def measured_width(job: Job, plan: Plan, lift: Callable[[int], Callable], most: int) -> int:
   """The fastest of a few widths up to `most`, by five steps of each; compiling is not counted."""
 
@@ -131,11 +144,13 @@ def blank(job: Job, plan: Plan, every: int) -> Progress:
   L, S = s.index.shape[:2]
   hp = hyper(job.configs[0], s)
 
-  def start(hp, key, stream, weights):
-    made = job.setup.build(hp, weights)
-    return begin(made, key, stream, take(stream, stream.index[0, 0], 0))
+  x, y = example(s)[:2]
 
-  one, _ = jax.eval_shape(start, hp, jax.random.key(0), s, job.setup.weights)
+  def start(hp, key, stream, weights, x, y):
+    first = show(stream, x, y, stream.index[0, 0], 0, len(s.y))
+    return begin(job.setup.build(hp, weights), key, stream, first)
+
+  one, _ = jax.eval_shape(start, hp, jax.random.key(0), without_data(s), job.setup.weights, x, y)
   state = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype), one)
   if plan.cut is not None:
     struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731

@@ -19,6 +19,7 @@ import jax
 from cl_jax import durable
 from cl_jax.errors import UserError
 from experiments import (
+  build,
   cli,
   launch_part,
   launch_plan,
@@ -59,6 +60,7 @@ def command(argv: list[str]) -> int:
     launch_slurm.check()
   for name in options.writers:
     scalars.module_of(name)
+  build.resident(options.config, 'experiments.launch')
   cells = launch_plan.cells(options.raw, options.sweep)
   shown = show.make()
   if wish.plan:

@@ -53,6 +53,9 @@ RULES: dict[str, Rule] = {
   'data.seed': least(0),
   'data.length': least(1),
   'data.hold_out': fraction(),
+  'feed.name': one_of('', 'grain'),
+  'feed.workers': least(0),
+  'feed.ahead': least(1),
   'validation': fraction(),
   'evaluate': one_of('test', 'valid'),
   'scenario': one_of(*SEPARATE, *SCHEDULES),
@@ -224,6 +227,17 @@ def _together(c: Mapping[str, Any]) -> None:
     raise UserError('config.tasks: by domain every domain is a task; set it to None')
   if c['tasks'] is None and not c['task_sizes'] and c['by'] != 'domain':
     raise UserError('config.tasks must be given, unless tasks are domains (config.by)')
+  feed = c['feed']
+  if not feed['name'] and feed != resolved(plain['feed']):
+    raise UserError(
+      "config.feed.workers and config.feed.ahead belong to config.feed.name='grain': set it, or leave them"
+    )
+  if feed['name'] and (c['cache_features'] or transform['pad']):
+    name = 'cache_features' if c['cache_features'] else 'transform.pad'
+    raise UserError(
+      f'config.{name} needs the examples in memory, and config.feed.name={feed["name"]!r} leaves them in '
+      'files: leave one of them at its default'
+    )
   if c['cache_features'] and not c['freeze'] and c['model']['name'] != 'identity':
     raise UserError(
       'config.cache_features needs a network that is frozen below its head: set config.freeze'

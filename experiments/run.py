@@ -100,6 +100,8 @@ def run(
     shown.say(f'{resolved["name"]} is finished: {count} runs are in {place / results.FILE}')
   else:
     mode = options.spread.shard
+    if mode:
+      build.resident(resolved, f'--shard={mode}')
     if not mode:
       cli.devices(len(resolved['seeds']))
     elif not devices.joined(options.spread):

@@ -16,6 +16,7 @@ from cl_jax.streams import folders, schedules, splits
 from cl_jax.streams.arrays import Arrays
 from cl_jax.streams.load import dataset
 from cl_jax.streams.order import shuffled
+from cl_jax.streams.records import same
 from cl_jax.sweep import even
 from cl_jax.types import Stream
 from configs.common import SEPARATE, defaults
@@ -43,7 +44,7 @@ def streams(config: Mapping[str, Any], data_dir: str | Path | None = None) -> li
 def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
   """(train, test) of the configured dataset."""
   name, data = config['dataset'], config['data']
-  kind = name.split(':')[0]
+  kind, in_files = name.split(':')[0], bool(config.get('feed', {}).get('name'))
   if kind in ('text', 'jsonl') or name == 'clinc150':
     options = {'length': data['length'], 'template': data['template']}
     options, takes = options | {'tokenizer': tokenizer(config)}, TEXT
@@ -56,8 +57,13 @@ def arrays(config: Mapping[str, Any], data_dir: str | Path | None) -> tuple[Arra
   else:
     options = {'train': data['train'], 'test': data['test'], 'seed': data['seed'] or 0}
     options |= {'domain': data['domain'] or None, 'hold_out': data['hold_out'] or None}
-    options |= {'image': data['image']}
+    options |= {'image': data['image'], 'in_files': in_files}
     takes = PREPARED
+  if in_files and takes is not PREPARED:
+    raise UserError(
+      f'config.feed.name={config["feed"]["name"]!r} reads TFDS datasets in array_record files, and '
+      f"config.dataset={name!r} is none: leave config.feed.name at ''"
+    )
   for field in (*TEXT, *PREPARED):
     if field not in takes and data[field] != defaults()['data'][field]:
       raise UserError(
@@ -173,9 +179,7 @@ def share(streams: Sequence[Stream]) -> list[Stream]:
   for stream in streams[1:]:
     leaves, treedef = jax.tree.flatten(stream)
     if len(leaves) == len(first):
-      leaves = [
-        a if b is a or np.array_equal(a, b) else b for a, b in zip(first, leaves, strict=True)
-      ]
+      leaves = [a if same(a, b) else b for a, b in zip(first, leaves, strict=True)]
     shared.append(jax.tree.unflatten(treedef, leaves))
   return shared
 

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
   options = parse(argv, PROGRAM, ABOUT)
+  build.resident(options.config, 'a sweep')
   cells = expand(options.raw, options.sweep)
   shown = show.make()
   with (

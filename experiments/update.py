@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cl_jax import sparse
 from cl_jax.errors import UserError
-from cl_jax.streams.take import take
+from cl_jax.loop import host_feed
 from cl_jax.types import Batch, Model, Stream, Tree, overlay
 
 Make = Callable[[Tree], Model]
@@ -59,5 +60,5 @@ def _orders(config: Mapping[str, Any], model: Model, first: Batch, stream: Strea
   params, stats = jax.jit(model.init)(jax.random.key(0), first)
   if choice == 'magnitude':
     return sparse.order(jax.tree.map(jnp.square, params), own)
-  batches = jax.vmap(lambda rows: take(stream, rows, 0))(jnp.asarray(stream.ends[0]))
+  batches = host_feed(stream)(0, np.asarray(stream.ends[0]))
   return sparse.order(sparse.squared_gradients(model, params, stats, batches), own)
