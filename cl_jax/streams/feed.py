@@ -91,8 +91,10 @@ class Feed:
       else:
         parts = self._follow(at, real, len(rows))
     except UserError:
+      self.close()
       raise
     except Exception as error:
+      self.close()
       text = ' '.join(str(error).split())[:200] or type(error).__name__
       raise UserError(
         f'grain could not read a batch of leg {leg} ({text}); where a worker ended, see what it '
