@@ -17,7 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.goals import Setup, ablation, editing, features, gpu, process, scale, stream, vision
+from benchmarks.goals import (
+  Setup,
+  ablation,
+  editing,
+  features,
+  feed,
+  gpu,
+  process,
+  scale,
+  stream,
+  vision,
+)
 from benchmarks.measure import ROOT, Row, Unavailable, cores
 
 COLUMNS = (
@@ -53,6 +64,7 @@ GOALS = {
   'G15': gpu.g15,
   'G16': editing.g16,
   'G17': features.g17,
+  'G18': feed.g18,
 }
 
 
