@@ -295,7 +295,8 @@ def run_chunks(
     short = chunk - len(wanted)
     return feed(leg, np.pad(wanted, ((0, short), (0, 0)), constant_values=-1))
 
-  def at_end(leg, state):  # the examples of a leg once, as far as anything looks at them
+  # The examples of a leg once, as far as its boundary looks at them.
+  def at_end(feed: Callable, leg: int, state: State) -> Batch:
     own = np.asarray(stream.ends[leg])
     if 'boundary' in stream.told and not seen:
       seen.append(len(own) == 1 or looks(learner, state, feed(leg, own[:1])))
@@ -334,7 +335,7 @@ def run_chunks(
         record.curve[..., leg, done // every, :] = np.where(inside, acc, np.nan)
       done = min(done + chunk, int(longest[leg]))
       yield Progress(state, record, leg, done)
-    ends = None if feed is None else at_end(leg, state)
+    ends = None if feed is None else at_end(feed, leg, state)
     state, acc = parts.close(hp, state, resident, weights, leg, ends)
     record.R[..., leg, :] = np.asarray(acc)
     leg, done = leg + 1, 0

@@ -13,7 +13,7 @@ NAME, SIDE, CLASSES, SHARDS = 'squares', 6, 4, {'train': (40, 40), 'test': (20,)
 
 def prepare(data_dir: Path) -> Path:
   """Writes data_dir/tfds/squares/1.0.0 and returns it."""
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
   from PIL import Image
 
   place = data_dir / 'tfds' / NAME / '1.0.0'

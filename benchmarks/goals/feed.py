@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks.goals import Setup
 from benchmarks.measure import Row, Turns, Worker, compare, core, interleave, row
@@ -13,7 +14,7 @@ def g18(setup: Setup) -> list[Row]:
 
   On one core, that workers and steps share: what reading costs shows whole, and more workers bring nothing.
   """
-  size = (
+  size: dict[str, Any] = (
     {'batch': 4, 'reads': 1, 'chunks': 1, 'examples': 100}
     if setup.quick
     else {'batch': 10, 'reads': 20, 'chunks': 2, 'examples': 10_000}

@@ -39,7 +39,7 @@ def take(stream: Stream, rows: Array, t: Array | int) -> Batch:
   return show(stream, x, y[n], rows, t, len(y))
 
 
-def places(stream: Stream, rows: Array, count: int) -> Array:
+def places(stream: Stream, rows: Any, count: int) -> Any:
   """Where entries of `index` or `ends` lie in the `count` rows of `stream.x`; -1 lies at 0."""
   row = rows * (rows >= 0)
   return row % count if stream.scenario in MIXED else row

@@ -91,6 +91,6 @@ def test_a_number_of_workers_and_ahead_reach_grain(squares, monkeypatch):
   setups = build.prepare({**fed, 'seeds': (0, 1)}, data)
   assert [s.seeds for s in setups] == [(0,), (1,)]
   with engine.feed(run.job(setups[0], data, 'sha')) as read:
-    assert (read.workers, read.ahead) == (3, 5)
+    assert read is not None and (read.workers, read.ahead) == (3, 5)
   with pytest.raises(UserError, match='needs the examples in memory'):
     export.subject(fed, str(data))

@@ -175,6 +175,9 @@ def test_files_that_are_cut_short(place, tmp_path):
   says('examples 0 to 79 cannot be read', dataset, 'squares', tmp_path, in_files=True)
   file.unlink()
   says('No such file', dataset, 'squares', tmp_path, in_files=True)
+  info = (copy / 'dataset_info.json').read_text()
+  (copy / 'dataset_info.json').write_text(info.replace('array_record', 'tfrecord'))
+  says('--file_format=array_record', dataset, 'squares', tmp_path, in_files=True)
   says('tfds build circles', dataset, 'circles', tmp_path, in_files=True)
 
 
