@@ -343,7 +343,10 @@ def run_chunks(
 
 
 def looks(learner: Learner, state: State, batches: Batch) -> bool:
-  """Whether the learner's boundary looks at the task's examples; those that do not need not be read."""
+  """Whether the learner's boundary looks at the task's examples; where it does not they need not be read.
+
+  A boundary that knew only how many there are, by a shape, would be taken for one that does not look.
+  """
   jaxpr = jax.make_jaxpr(learner.boundary)(state, batches).jaxpr
   given = jaxpr.invars[-len(jax.tree.leaves(batches)) :]
   used = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
