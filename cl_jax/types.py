@@ -216,7 +216,8 @@ class Stream:
   """A sequence of tasks as an index table over data that stays on the device.
 
   Attributes:
-    x: all training inputs, every leaf [N, ...], in the dtype they are stored in.
+    x: all training inputs, every leaf [N, ...], in the dtype they are stored in; or `streams.Records`, which
+      stay in files.
     y: i32[N] labels.
     index: i32[L, S, B] rows of `x` in the order they are learnt from, in L legs; -1 is padding. A leg is
       a task (L = T), except where tasks are not learnt one by one: 'joint' has one leg, 'blurry'

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from cl_jax.errors import UserError
+from cl_jax.streams.records import Records
 from cl_jax.streams.schedules import check_told
 from cl_jax.streams.take import MIXED
 from cl_jax.types import Stream
@@ -110,6 +111,8 @@ def _data(name: str, x, count: int) -> None:
       np.ndim(leaf) > 0 and len(leaf) == count,
       f'{where} has shape {list(np.shape(leaf))}; its leading axis must be {count}',
     )
+    if isinstance(leaf, Records):  # in files, and not read for this
+      continue
     leaf = np.asarray(leaf)
     if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
       row = int(np.argmin(np.isfinite(leaf.reshape(count, -1)).all(axis=1)))

@@ -20,6 +20,7 @@ from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.replay.er import er
 from cl_jax.models.mlp import mlp
 from cl_jax.streams import Plan, Records, dataset, grain_feed, stored
+from cl_jax.streams.check import check
 from cl_jax.streams.take import take
 from tests.prepared import prepare
 from tests.streams.test_streams_load import says
@@ -76,7 +77,7 @@ def test_records_are_the_arrays(place, monkeypatch):
   monkeypatch.setattr(stored.Read, '__call__', lambda *given: 1 / 0)
   select = streams.Select(validation=0.2, examples_per_class=5)
   made = streams.permuted(b, test, 'domain', 2, plan=PLAN, select=select)
-  assert isinstance(made.x, Records) and made.x.shape[0] < 40
+  assert isinstance(check(made).x, Records) and made.x.shape[0] < 40
 
 
 def test_the_same_run(split):
