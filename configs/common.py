@@ -177,7 +177,7 @@ def defaults() -> dict[str, Any]:
     # The gradient of a step in so many parts, one after the other, of which only one's activations are kept:
     # the same up to rounding, but for what looks at a batch as a whole; see cl_jax.micro.
     'micro_batches': 1,
-    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 16 (bfloat16), 8
+    # Bits of the frozen weight matrices of a stack of layers: None as they are, 16 (bfloat16), 8
     # or 4 to round them; what is added above them (lora) stays in full precision.
     'frozen_bits': Maybe(int),
     # Compute the features of a network that is frozen below its head once, and learn from these.
