@@ -227,6 +227,15 @@ def words(arg: str, scenario: str) -> tuple[dict[str, str], tuple[str, ...]]:
   return fields, tuple(methods)
 
 
+def variants(
+  arg: str, scenario: str, known: tuple[str, ...]
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+  """As `words`, and which of the words `known` are among them, in the order given."""
+  given = [w.strip() for w in arg.split(',')]
+  fields, methods = words(','.join(w for w in given if w not in known), scenario)
+  return fields, methods, tuple(w for w in given if w in known)
+
+
 def images(arg: str, capacity: int = 500, **own) -> dict:
   """Small colour images and the reduced ResNet-18, one pass in batches of 10; `own` fields win."""
   fields, methods = words(arg, 'class')
