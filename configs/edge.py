@@ -8,8 +8,8 @@ PackNet, which are told the task. `ncm`, `slda` and `ranpac` learn above a rando
 in one pass; `lora` adapts that layer by factors of rank 4. Those frozen weights are constants: they are in
 flash, not in RAM. `latent` keeps 400 times the 32 hidden units instead of images, `remind` 1,000
 times eight bytes; `dreamnet` keeps no examples but the network of the last boundary. HAT's smax of 400, a
-ridge parameter of 1 and Dream Net's steps with 0.05, whose dreams are rounded to pixels, would amplify rounding
-beyond the tolerance of `verify`, in JAX itself as well; they are 50, 100 and 0.02 here.
+ridge parameter of 1 and Dream Net's steps with 0.05, whose dreams are rounded to pixels, would amplify
+rounding beyond the tolerance of `verify`, in JAX itself as well; they are 50, 100 and 0.02 here.
 
 The word `int8` keeps the rows of a memory in 8 bits a number, `structured` gives RanPAC features that are
 made of a seed, so that no projection is kept.
