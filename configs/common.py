@@ -187,7 +187,7 @@ def defaults() -> dict[str, Any]:
     # The gradient of a step in so many parts, one after the other, of which only one's activations are kept:
     # the same up to rounding, but for what looks at a batch as a whole; see cl_jax.micro.
     'micro_batches': 1,
-    # Bits of the frozen weight matrices of a pretrained stack of layers: None as they are, 16 (bfloat16), 8
+    # Bits of the frozen weight matrices of a stack of layers: None as they are, 16 (bfloat16), 8
     # or 4 to round them; what is added above them (lora) stays in full precision.
     'frozen_bits': Maybe(int),
     # Compute the features of a network that is frozen below its head once, and learn from these.
@@ -235,6 +235,15 @@ def words(arg: str, scenario: str) -> tuple[dict[str, str], tuple[str, ...]]:
   base = named or scenario
   fields = {'scenario': schedule, 'base': base} if schedule else {'scenario': base, 'base': ''}
   return fields, tuple(methods)
+
+
+def variants(
+  arg: str, scenario: str, known: tuple[str, ...]
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+  """As `words`, and which of the words `known` are among them, in the order given."""
+  given = [w.strip() for w in arg.split(',')]
+  fields, methods = words(','.join(w for w in given if w not in known), scenario)
+  return fields, methods, tuple(w for w in given if w in known)
 
 
 def images(arg: str, capacity: int = 500, **own) -> dict:

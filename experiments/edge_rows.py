@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from cl_jax import durable
 from cl_jax.edge import energy, parity, ram, targets, toolchain
 from cl_jax.errors import UserError
+from experiments import results
 
 COLUMNS = (
   'learner', 'target', 'parity_int', 'parity_float', 'code_bytes', 'state_bytes', 'peak_bytes',
@@ -90,7 +91,7 @@ def row(
   if right is not None and v.target != 'host':
     notes.append('accuracy by host')
   return {
-    'learner': manifest['learner'],
+    'learner': results.variant_name(manifest['config']),
     'target': v.target,
     'parity_int': 'bitwise' if not v.parity.differing else f'{len(v.parity.differing)} differ',
     'parity_float': f'{max(v.parity.error, v.logits):.1e}',

@@ -46,7 +46,7 @@ def row(manifest: Mapping[str, Any], v: Verified, steps: int, times: Any) -> dic
     notes.append('emulated: no time')
   known = manifest['versions']
   return {
-    'learner': manifest['learner'],
+    'learner': results.variant_name(manifest['config']),
     'target': v.target,
     'parity_int': 'bitwise' if not v.parity.differing else f'{len(v.parity.differing)} differ',
     'parity_float': f'{max(v.parity.error, v.logits):.1e}',

@@ -115,7 +115,7 @@ def rounded(config: Mapping[str, Any], frozen: Tree) -> dict[int, int]:
   still = config['freeze'] or config.get('update', {}).get(
     'parts'
   )  # older artefacts have no update
-  if config['frozen_bits'] or not (config['model'].get('pretrained') and still):
+  if config['frozen_bits'] or not still:
     return {}
   found = {}
   for bits in BITS:

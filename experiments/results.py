@@ -86,6 +86,15 @@ def method_name(config: Mapping[str, Any]) -> str:
   return '+'.join(config['methods']) or 'naive'
 
 
+def variant_name(config: Mapping[str, Any]) -> str:
+  """What tables of devices call a learner: its methods and, but for configs/edge.py, the experiment.
+
+  'ranpac (structured)' of the experiment 'edge_structured'; 'er' of 'edge' alone.
+  """
+  of = config['name'].removeprefix('edge').strip('_')
+  return method_name(config) + (f' ({of})' if of else '')
+
+
 def table(R: np.ndarray, tasks: int) -> list[list[float | None]]:
   """R as T x T, null where nothing was evaluated: joint training fills the last row alone.
 

@@ -263,10 +263,9 @@ def _together(c: Mapping[str, Any]) -> None:
       'config.micro_batches: er_ace lets a batch compete among its own classes, and those of a part of it '
       'are fewer: leave it at 1'
     )
-  if c['frozen_bits'] and not ((c['freeze'] or parts) and c['model'].get('pretrained')):
+  if c['frozen_bits'] and not (c['freeze'] or parts):
     raise UserError(
-      'config.frozen_bits rounds frozen pretrained weights: set config.model.pretrained, and config.freeze '
-      'or config.update.parts'
+      'config.frozen_bits rounds frozen weights of layers: set config.freeze or config.update.parts'
     )
   memory = c['compress']['memory']
   if memory and not any('capacity' in c[name] for name in c['methods']):

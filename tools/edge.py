@@ -1,4 +1,4 @@
-"""Pareto figures and the table of sparse updates of docs/edge.md: `python -m tools.edge [--write]`.
+"""Pareto figures and the tables of two kinds of learners of docs/edge.md: `python -m tools.edge [--write]`.
 
 They are made from results/edge.csv (`make edge`), results/demo/results.jsonl (`make demo`) and
 results/sparse/ (`experiments.run` and `experiments.budget --json` of configs/edge_sparse.py) alone.
@@ -29,12 +29,18 @@ BYTES, MACS, ENERGY = 'bytes of state', 'multiply-adds of a step', 'estimated en
 PANELS = ((BYTES, 'B'), (MACS, ''), (ENERGY, 'J'))
 APART = 'told the task, or all data at once: another problem'
 KINDS = {
-  'replay': ('er', 'er_ace', 'derpp', 'agem', 'latent', 'remind', 'gdumb'),
+  'replay': ('er', 'er_ace', 'derpp', 'agem', 'latent', 'remind', 'gdumb', 'dreamnet'),
   'regularisation': ('ewc', 'si', 'lwf'),
   'statistics of frozen features': ('ncm', 'slda', 'ranpac'),
   'low-rank adapters': ('lora',),
+  'prompts': ('prompt_tuning',),
   'fine-tuning': ('naive', 'joint', 'hat', 'packnet'),
 }
+# Learners of the table of statistics, adapters and memories in few bits.
+SMALL = (
+  'ncm', 'slda', 'ranpac', 'ranpac (structured)', 'lora', 'lora+er (vit_int8)',
+  'prompt_tuning+er (vit_int8)', 'latent', 'latent (int8)', 'dreamnet',
+)  # fmt: skip
 UPDATES = {
   'everything': ('full', 'micro'),
   'a share of the channels': ('in', 'channels', 'outputs'),
@@ -56,7 +62,9 @@ FROM = {  # what each figure is drawn from, the command that made that, its conf
 }
 
 
-def kind_of(method: str, kinds: dict[str, tuple[str, ...]]) -> str:
+def kind_of(name: str, kinds: dict[str, tuple[str, ...]]) -> str:
+  """Of a learner, by its first method: 'lora+er (vit_int8)' is an adapter."""
+  method = name.partition(' ')[0].partition('+')[0]
   return next(kind for kind, names in kinds.items() if method in names)
 
 
@@ -113,6 +121,28 @@ def grouped(lines: Sequence[dict], key) -> dict[Any, list[dict]]:
   for line in lines:
     found.setdefault(key(line), []).append(line)
   return found
+
+
+def small_table() -> str:
+  """What learners of `SMALL` take on a Cortex-M7 and reach on the whole stream."""
+  head = (
+    'learner', 'state', 'RAM', 'code and constants', 'multiply-adds of a step', 'instructions of a step',
+    'targets', 'floats', 'accuracy, %',
+  )  # fmt: skip
+  rows, table = [], read('edge.csv')
+  for name in SMALL:
+    own = {row['target']: row for row in table if row['learner'] == name}
+    if 'cortex-m7' not in own:
+      continue
+    at = own['cortex-m7']
+    worst = max(own.values(), key=lambda row: float(row['parity_float']))['parity_float']
+    bytes_of = lambda column, at=at: f'{int(at[column]):,}'  # noqa: E731
+    rows.append((
+      f'`{name}`', bytes_of('state_bytes'), bytes_of('peak_bytes'), bytes_of('code_bytes'),
+      bytes_of('macs_per_step'), bytes_of('instructions_per_step') if at['instructions_per_step'] else NONE,
+      str(len(own)), worst, f'{100 * float(at["accuracy"]):.1f}' if at['accuracy'] else NONE,
+    ))  # fmt: skip
+  return markdown(head, rows)
 
 
 # --- sparse updates ---------------------------------------------------------------------------------
@@ -204,6 +234,7 @@ def page() -> str:
     if name in made:
       parts += [f'### {title}', picture(made[name][0], name)]
   text = fill(PAGE.read_text(), f'{MAKER} pareto', '\n\n'.join(parts))
+  text = fill(text, f'{MAKER} small', small_table())
   cells = sparse_cells()
   return fill(text, f'{MAKER} sparse', sparse_table(cells) if cells else 'Not run yet.')
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from cl_jax import compression, methods
 from cl_jax.compose import chain
 from cl_jax.edge.c99 import emit
+from cl_jax.edge.learner import flatten
+from cl_jax.learner import learner
 from cl_jax.models.mlp import mlp
+from cl_jax.models.quantised import quantise_tree
+from cl_jax.models.vit import Config, vit
+from cl_jax.types import Batch
+from tests.compiling import quick
 from tests.edge.agent import Device
 from tests.edge.test_c99_learners import follow, small
 
@@ -52,3 +61,27 @@ def test_activations_importances_and_moments_are_near(tmp_path):
     else:
       np.testing.assert_array_equal(a, b, leaf.name)
   assert kinds == {'uint8', 'uint16'}
+
+
+def test_a_frozen_transformer_in_eight_bits(tmp_path):
+  """Its matrices are constants of one byte a number, above which adapters and a prompt learn."""
+  model = vit(Config(4, 2, 1, 8, 1, 2, 12), 4, init=0.3)
+  rows = Batch(
+    jnp.asarray(np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1)), jnp.uint8),
+    jnp.arange(6) % 4, jnp.ones(6), jnp.zeros(6, jnp.int32),
+  )  # fmt: skip
+  whole = quick(lambda key: model.init(key, rows)[0])(jax.random.key(0))
+  frozen = quantise_tree({'backbone': whole['backbone']}, 8)
+  parts = {
+    'lora': methods.find('lora')(2, 2.0, 'backbone/layers/(q|v)/w'),
+    'prompt_tuning': methods.find('prompt_tuning')(2),
+    'er': methods.find('er')(8, 6),
+  }
+  learn = learner(model, optax.adam(1e-2), chain(**parts), frozen)
+  state = quick(learn.init)(jax.random.key(1), rows)
+  flat = flatten(learn, state, rows)
+  program = emit(flat, 'cl')
+  follow(flat, Device(program, flat.leaves, tmp_path, '-O0'), [rows] * 8, None)
+  held = re.findall(r'static const int8_t \w+\[(\d+)\]', program.files['cl.c'])
+  assert sum(map(int, held)) == 4 * 8 * 8 + 2 * 8 * 12
+  assert not any(leaf.name.startswith('params/backbone') for leaf in flat.state)

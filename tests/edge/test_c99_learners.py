@@ -16,6 +16,7 @@ from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.models.cnn import cnn
+from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
 from cl_jax.streams.take import take
 from cl_jax.types import Batch, Method
@@ -164,6 +165,19 @@ def test_manifest_counts(tmp_path):
   assert size == program.manifest['arena_bytes']
   assert f'CL_ARENA_BYTES {size}' in program.files['cl.h']
   assert len(program.files['cl_main.c'].splitlines()) <= 15
+
+
+def test_ranpac_without_a_projection(tmp_path):
+  """Structured features: a seed of 4 bytes in the state and in no table of constants what it stands for."""
+  ranpac = methods.find('ranpac')(4, 40, 100.0, features='structured')
+  flat, batches, ends = small(ranpac, identity(4), rows=12)
+  program = emit(flat, 'cl')
+  follow(flat, Device(program, flat.leaves, tmp_path, '-O1'), batches, ends, 2e-5)
+  held = {leaf.name: leaf for leaf in flat.state}
+  seed = held['method/projection']
+  assert (seed.shape, seed.dtype, seed.meaning) == ((), 'int32', 'uint32')
+  assert program.manifest['constant_bytes'] == 0
+  assert program.manifest['state_bytes'] == sum(a.nbytes for a in flat.leaves)
 
 
 def test_prediction_cannot_write_and_names_are_checked():

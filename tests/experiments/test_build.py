@@ -200,7 +200,7 @@ ARGUMENTS = {
   'er': {'writer': 'class_balanced', 'tasks': 2, 'classes': 11},
   'agem': {'tasks': 2, 'classes': 11},
   'packnet': {'weights': '.*', 'head': 'head/w'},
-  'ranpac': {'lam': 1.0, 'when': 'boundary'},
+  'ranpac': {'lam': 1.0, 'when': 'boundary', 'features': 'structured'},
   'ncm': {'metric': 'euclidean', 'when': 'boundary'},
   'slda': {'when': 'boundary'},
   'fecam': {},
@@ -561,9 +561,12 @@ def test_frozen_weights_of_layers_are_kept_in_few_bits(tmp_path):
     assert few[f'{p}/int8'].dtype == jnp.int8
     np.testing.assert_allclose(few[f'{p}/int8'] * few[f'{p}/scale'], plain[p], atol=0.03)
   assert all(few[p] is plain[p] or np.array_equal(few[p], plain[p]) for p in set(plain) - stored)
-  for missing in ('model', 'freeze'):
-    with pytest.raises(UserError, match='frozen_bits rounds frozen pretrained weights'):
-      resolved(**{k: v for k, v in given.items() if k != missing}, frozen_bits=8)
+  with pytest.raises(
+    UserError, match='frozen_bits rounds frozen weights of layers: set config.freeze'
+  ):
+    resolved(model=given['model'], frozen_bits=8)
+  with pytest.raises(UserError, match='matches none of the frozen weights'):  # an MLP has no stack
+    setup(model={'name': 'mlp', 'sizes': (8,)}, freeze=('l0/.*',), frozen_bits=8)
 
 
 def test_a_template_spells_labels_out(tmp_path):

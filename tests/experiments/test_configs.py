@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cl_jax import methods
-from experiments import config, options, run
+from experiments import config, options, results, run, study
 from experiments.streams import streams
 from tests.experiments.conftest import language_model, lines
 
@@ -160,3 +160,19 @@ def test_banking77_is_learnt_as_text_by_the_same_configuration(call, tmp_path):
   (line,) = lines(tmp_path / 'run')
   assert line['method'] == 'lora+er' and line['tasks'] == 11 and np.shape(line['R']) == (11, 11)
   assert 0 <= line['acc'] <= 1 and line['forgetting'] is not None
+
+
+def test_learners_of_devices_have_names_of_their_own():
+  """Rows of results/edge.csv go by them; a variant is what its word says."""
+  found = {}
+  for file in ('edge', 'edge_vit'):
+    module, path, _ = study.found(str(CONFIGS / f'{file}.py'))
+    for cell in module.CELLS:
+      made = config.resolve(config.load(f'{path}:{cell}'))
+      found.setdefault(results.variant_name(made), []).append(made)
+  assert all(len(same) == 1 for same in found.values())
+  (plain,), (made,) = found['ranpac'], found['ranpac (structured)']
+  assert (plain['ranpac']['features'], made['ranpac']['features']) == ('gaussian', 'structured')
+  assert found['latent (int8)'][0]['compress']['memory'] == 'int8'
+  assert found['lora+er (vit_int8)'][0]['frozen_bits'] == 8
+  assert found['lora+er (vit)'][0]['frozen_bits'] is None

@@ -10,20 +10,28 @@ import jax.numpy as jnp
 from cl_jax.errors import UserError
 from cl_jax.linalg import ridge
 from cl_jax.methods.heads.task_head import MINUS_INF
+from cl_jax.projection import structured
 from cl_jax.types import Array, Method
 
 LAMBDAS = tuple(10.0**e for e in range(-8, 9))
+FEATURES = ('gaussian', 'structured')
 
 
 class RanPACState(NamedTuple):
-  projection: Array  # f32[D, M]
+  projection: Array  # f32[D, M], of structured features its seed u32[]
   gram: Array  # f32[M, M]
   moment: Array  # f32[M, C]
   head: Array  # f32[M, C]
   lam: Array  # f32[]
 
 
-def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str = 'step') -> Method:
+def ranpac(
+  classes: int,
+  width: int = 2000,
+  lam: float | None = None,
+  when: str = 'step',
+  features: str = 'gaussian',
+) -> Method:
   """Ridge regression onto one-hot labels in a random nonlinear feature space.
 
   McDonnell et al., NeurIPS 2023, eq. 4-6; official code RanPAC/RanPAC. h = relu(f W) with W ~ N(0, 1) fixed,
@@ -39,20 +47,31 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str 
       tens where the sum over all tasks cannot be factorised with it.
     when: 'step' learns from every batch. 'boundary' learns from the examples of the finished task, each
       once whatever the number of epochs, with the features of the network as it is then.
+    features: 'gaussian' keeps W. 'structured' keeps a seed of 4 bytes in its place and makes W of it in every
+      step, by Hadamard transforms and signs, for devices: see `projection.structured`. Deviation: then
+      the columns of W are orthogonal within blocks, and of the same length.
 
-  Needs the boundary. State: 4 (D M + M^2 + 2 M C + 1) bytes. Freeze the model.
+  Needs the boundary. State: 4 (D M + M^2 + 2 M C + 1) bytes, 1 in the place of D M if structured. Freeze the
+  model.
   """
   if when not in ('step', 'boundary'):
     raise UserError(f'ranpac when={when!r}: choose step or boundary')
+  if features not in FEATURES:
+    raise UserError(f'ranpac features={features!r}: choose {" or ".join(FEATURES)}')
 
-  def features(s, f):
+  def expanded(s, f):
+    if features == 'structured':
+      return jax.nn.relu(structured(f, s.projection, width))
     return jax.nn.relu(f @ s.projection)
 
   def init(key, params, batch, fwd):
     d = jax.eval_shape(fwd, params, batch).features.shape[-1]
     moment = jnp.zeros((width, classes))
     start = jnp.float32(1.0 if lam is None else lam)
-    projection = jax.random.normal(key, (d, width))
+    if features == 'structured':
+      projection = jax.random.bits(key, (), jnp.uint32)
+    else:
+      projection = jax.random.normal(key, (d, width))
     return {}, RanPACState(projection, jnp.zeros((width, width)), moment, moment, start)
 
   def wrap(s, apply):
@@ -61,13 +80,13 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str 
       if train:
         return out
       seen = jnp.any(s.head != 0, axis=0)
-      score = jnp.where(seen, features(s, out.features) @ s.head, MINUS_INF)
+      score = jnp.where(seen, expanded(s, out.features) @ s.head, MINUS_INF)
       return out._replace(logits=score)
 
     return projected
 
   def moments(s, f, y, w):
-    h = features(s, f) * (w > 0)[:, None]
+    h = expanded(s, f) * (w > 0)[:, None]
     return h.T @ h, h.T @ jax.nn.one_hot(y, classes)
 
   def add(s, f, y, w):
@@ -84,7 +103,7 @@ def ranpac(classes: int, width: int = 2000, lam: float | None = None, when: str 
     fit = (w > 0) & (rank < jnp.floor(0.8 * (w > 0).sum()))
     held = (w > 0) & ~fit
     gram, moment = moments(s, f, y, fit)
-    h, target = features(s, f), jax.nn.one_hot(y, classes)
+    h, target = expanded(s, f), jax.nn.one_hot(y, classes)
 
     def error(lam):
       wrong = jnp.sum(jnp.square(h @ ridge(gram, moment, lam) - target), axis=-1)
