@@ -5,6 +5,7 @@ examples are computed once and kept, and two classifiers learn from all of them,
 nearest class mean compares cosines; the linear probe is softmax regression on features of length 1 by
 L-BFGS, whose objective is --C times the sum of losses and half the squared norm of the weights. Both are
 measured on the test examples. They say how much the features can give a method that leaves them as they are.
+--standardise takes the training examples' mean from every feature and divides by their deviation before.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--config', metavar='FILE[:ARG]', help='as for experiments.run, with --config.FIELD=VALUE')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   add('--C', type=float, default=1.0, help='the weight of the losses in the linear probe (1)')
+  add('--standardise', action='store_true', help='features of mean 0 and variance 1')
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 
 
@@ -65,9 +67,12 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     0
   ]
   x, y, test, answers = examples(stream, stream.x, lambda a: a)
+  if given.standardise:
+    mean, deviation = x.mean(0), x.std(0)
+    x, test = ((a - mean) / np.where(deviation > 0, deviation, 1) for a in (x, test))
   print(
     f'{own["model"].get("pretrained") or own["model"]["name"]} on {own["dataset"]}: {len(x)} examples of '
-    f'{len(np.unique(y))} classes, {len(test)} to test, {x.shape[1]} features'
+    f'{len(np.unique(y))} classes, {len(test)} to test, {x.shape[1]} features{", standardised" * given.standardise}'
   )
   for name, guess in (
     ('nearest class mean', nearest),

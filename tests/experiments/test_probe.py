@@ -50,6 +50,13 @@ def test_the_command(call, tmp_path, monkeypatch):
   assert all(30 < a <= 100 for a in found)
   joint = call(probe.main, f'--config={path}', '--config.scenario=joint')
   assert joint.code == 0 and joint.out == done.out, joint.err  # all of them are read there too
+  seen = []
+  monkeypatch.setattr(probe, 'nearest', lambda x, y, test: seen.append((x, test)) or test[:, 0])
+  done = call(probe.main, f'--config={path}', '--standardise')
+  assert done.code == 0 and done.out.splitlines()[0] == f'{head}, standardised'
+  ((x, test),) = seen
+  np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
+  assert set(x.std(0).round(3)) <= {0, 1} and np.abs(test.mean(0)).max() > 1e-3
   done = call(probe.main, f'--config={path}', '--config.cache_features=False')
   assert done.code == 2 and 'learns from no cached features' in done.line
 
