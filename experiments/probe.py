@@ -70,9 +70,10 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   if given.standardise:
     mean, deviation = x.mean(0), x.std(0)
     x, test = ((a - mean) / np.where(deviation > 0, deviation, 1) for a in (x, test))
+  how = ', standardised' if given.standardise else ''
   print(
     f'{own["model"].get("pretrained") or own["model"]["name"]} on {own["dataset"]}: {len(x)} examples of '
-    f'{len(np.unique(y))} classes, {len(test)} to test, {x.shape[1]} features{", standardised" * given.standardise}'
+    f'{len(np.unique(y))} classes, {len(test)} to test, {x.shape[1]} features{how}'
   )
   for name, guess in (
     ('nearest class mean', nearest),
