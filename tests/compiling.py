@@ -6,6 +6,8 @@ from functools import partial
 
 import jax
 
+from cl_jax.types import Learner
+
 # Half of the time that XLA's compiler takes for a CPU: LLVM optimises nothing, and the emitters of
 # fusions that are not the default have less to set up. Sums round in another way. For comparisons of a
 # program with itself, and in f64; what is said to be bitwise, is near another program's float32, or is
@@ -15,3 +17,9 @@ if jax.__version_info__ < (0, 11):  # an option that a compiler does not know is
   QUICK['xla_cpu_use_fusion_emitters'] = False
 
 quick = partial(jax.jit, compiler_options=QUICK)
+
+
+def compiled(learn: Learner) -> Learner:
+  """The learner with functions that are compiled, each on its own, instead of run operation by operation."""
+  parts = {name: quick(getattr(learn, name)) for name in ('init', 'step', 'boundary', 'predict')}
+  return learn._replace(**parts)

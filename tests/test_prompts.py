@@ -27,6 +27,7 @@ from cl_jax.methods.prompts.sprompts import kmeans, sprompts
 from cl_jax.models import bert, layers, vit
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Method, no_tap
+from tests.compiling import compiled, quick
 
 B, C, D, HEADS = 6, 4, 8, 2
 IMAGES = Batch(
@@ -56,16 +57,20 @@ METHODS = {
 
 
 def start(model, batch, method, tx=None):
-  """The learner of a frozen backbone, and its first state."""
-  params, _ = model.init(jax.random.key(0), batch)
+  """The compiled learner of a frozen backbone, its first state, and the backbone."""
+  params, _ = first(model.init, jax.random.key(0), batch)
   tx = optax.sgd(0.1) if tx is None else tx
-  learn = learner(model, tx, method, {'backbone': params['backbone']})
+  learn = compiled(learner(model, tx, method, {'backbone': params['backbone']}))
   return learn, learn.init(jax.random.key(1), batch), {'backbone': params['backbone']}
+
+
+first = quick(lambda init, key, batch: init(key, batch), static_argnums=0)
 
 
 # --- where they enter -------------------------------------------------------------------------------
 
 
+@partial(quick, static_argnums=0)
 def by_hand(name, p, batch, prompt=None, prefixes=None):
   """Features with a prompt [n, D] or [B, n, D], and prefixes {layer: (keys, values)}, layer by layer."""
   norm = lambda q, h: layers.layer_norm(q, h, 1e-12)  # noqa: E731
@@ -117,12 +122,12 @@ close = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 def test_prompts_and_prefixes_enter_where_they_should(name):
   """Against a forward pass written out: in some layers only, one for all rows or one per row, together."""
   model, batch = NETWORKS[name]
-  p, _ = model.init(jax.random.key(0), batch)
+  p, _ = first(model.init, jax.random.key(0), batch)
   draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
   prompt, each = draw(1, 3, D), draw(2, B, 3, D)
   shared, rows = draw(3, 2, 2, 2, D), draw(4, 2, 2, B, 3, D)
 
-  @partial(jax.jit, static_argnums=0)
+  @partial(quick, static_argnums=0)
   def features(change):
     return model.apply(p, batch, change(no_tap), False).features
 
@@ -196,7 +201,7 @@ def test_mistakes(method, message):
 
 
 def test_prompts_start_from_tokens():
-  table = np.asarray(BERT.init(jax.random.key(0), TEXT)[0]['backbone']['embed']['tokens'])
+  table = np.asarray(first(BERT.init, jax.random.key(0), TEXT)[0]['backbone']['embed']['tokens'])
   _, state, _ = start(BERT, TEXT, prompt_tuning(5, 'labels', (4, 2)))
   np.testing.assert_array_equal(
     state.params['prompt_tuning']['prompt'], table[np.array([4, 2, 4, 2, 4])]
@@ -266,14 +271,14 @@ def test_a_vote_is_written_down_and_passes_every_scenario(toy_stream):
 def test_queries_have_no_gradient():
   """The pull of the keys reaches the keys alone, even where the backbone is trained."""
   learn = learner(VIT, optax.sgd(0.1), l2p(5, 2, 2, 1.0))
-  state = learn.init(jax.random.key(1), IMAGES)
+  state = first(learn.init, jax.random.key(1), IMAGES)
   method = l2p(5, 2, 2, 1.0)
   apply = method.wrap((), VIT.apply)
 
   def pull(params):
     return method.loss((), params, IMAGES, apply(params, IMAGES, no_tap, True), None)
 
-  moved = {p for p, a in paths(jax.jit(jax.grad(pull))(state.params)).items() if np.any(a)}
+  moved = {p for p, a in paths(quick(jax.grad(pull))(state.params)).items() if np.any(a)}
   assert moved == {'l2p/keys'}
 
 
@@ -313,11 +318,10 @@ def test_what_belongs_to_other_tasks_keeps_its_value(name):
   """Bit for bit under Adam with momentum and decay, before and after its task."""
   tx = optax.adamw(0.05, weight_decay=0.1)
   learn, state, _ = start(VIT, IMAGES, PER_TASK[name](), tx)
-  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
   for now in range(3):
     begun = state
     for _ in range(3):
-      state, _ = step(state, IMAGES)
+      state, _ = learn.step(state, IMAGES)
     for task in range(3):
       kept = same(slots(name, begun.params, task), slots(name, state.params, task))
       assert kept == (task != now), (name, now, task)
@@ -329,12 +333,12 @@ def test_what_belongs_to_other_tasks_keeps_its_value(name):
         )
         assert all(jax.tree.leaves(moved))
     trained = state
-    state = end(state, ends())
+    state = learn.boundary(state, ends())
     for task in range(now + 1):
       assert same(slots(name, trained.params, task), slots(name, state.params, task))
   # A fourth task, of which nobody knew, goes on with the last slot.
   before = state
-  state, _ = step(state, IMAGES)
+  state, _ = learn.step(state, IMAGES)
   assert same(slots(name, before.params, 1), slots(name, state.params, 1))
   assert not same(slots(name, before.params, 2), slots(name, state.params, 2))
 
@@ -343,9 +347,8 @@ def test_what_belongs_to_other_tasks_keeps_its_value(name):
 def test_what_was_never_trained_takes_no_part(name):
   """Neither before a task, nor between the boundary and its first step."""
   learn, state, _ = start(VIT, IMAGES, PER_TASK[name]())
-  step, end, predict = jax.jit(learn.step), jax.jit(learn.boundary), jax.jit(learn.predict)
-  state, _ = step(state, IMAGES)
-  state = end(state, ends())
+  state, _ = learn.step(state, IMAGES)
+  state = learn.boundary(state, ends())
 
   def with_other(task):
     def change(n, a):
@@ -356,11 +359,13 @@ def test_what_was_never_trained_takes_no_part(name):
     own = {n: change(n, a) for n, a in state.params[name].items()}
     return state._replace(params={**state.params, name: own})
 
-  plain = predict(state, IMAGES)
+  plain = learn.predict(state, IMAGES)
   for task in (1, 2):
-    np.testing.assert_array_equal(predict(with_other(task), IMAGES), plain)
-  _, loss = step(state, IMAGES)
-  assert step(with_other(2), IMAGES)[1] == loss and step(with_other(1), IMAGES)[1] != loss
+    np.testing.assert_array_equal(learn.predict(with_other(task), IMAGES), plain)
+  _, loss = learn.step(state, IMAGES)
+  assert (
+    learn.step(with_other(2), IMAGES)[1] == loss and learn.step(with_other(1), IMAGES)[1] != loss
+  )
 
 
 def test_dualprompt_at_test_goes_by_the_nearest_key_of_the_tasks_begun():
@@ -414,7 +419,6 @@ def test_coda_is_a_sum_of_components():
 
 def test_coda_makes_new_components_orthogonal():
   learn, state, _ = start(VIT, IMAGES, PER_TASK['coda']())
-  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
   for task in range(3):
     for a in state.params['coda'].values():
       for x in np.asarray(a).reshape(2, 6, -1):
@@ -422,8 +426,8 @@ def test_coda_makes_new_components_orthogonal():
         np.testing.assert_allclose(new @ new.T, np.eye(2), atol=1e-5)
         np.testing.assert_allclose(old @ new.T, 0, atol=1e-5)
     for _ in range(3):
-      state, _ = step(state, IMAGES)
-    state = end(state, ends())
+      state, _ = learn.step(state, IMAGES)
+    state = learn.boundary(state, ends())
 
 
 def test_orthogonal_to_the_span_of_rows_that_depend_on_each_other():
