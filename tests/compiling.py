@@ -16,6 +16,13 @@ QUICK: dict[str, bool | int] = {'xla_backend_optimization_level': 0}
 if jax.__version_info__ < (0, 11):  # an option that a compiler does not know is an error
   QUICK['xla_cpu_use_fusion_emitters'] = False
 
+# The same in the environment of a process that a test starts. Where several processes compile the same
+# programs, the small ones are kept as well.
+QUICKLY = {
+  'XLA_FLAGS': ' '.join(f'--{name}={str(value).lower()}' for name, value in QUICK.items()),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
+
 quick = partial(jax.jit, compiler_options=QUICK)
 
 

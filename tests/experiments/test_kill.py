@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.compiling import QUICKLY
 from tests.experiments.conftest import lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def final(place: Path) -> list[tuple]:
 
 def start(tiny: Path, place: Path) -> subprocess.Popen:
   # Two devices, so that the two seeds lie apart.
-  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '2'}
+  environment = {**os.environ, **QUICKLY, 'JAX_NUM_CPU_DEVICES': '2'}
   return subprocess.Popen(
     command(tiny, place),
     cwd=ROOT,
@@ -102,7 +103,7 @@ def test_killed_at_thirty_random_moments(tiny, tmp_path, uninterrupted):
 
 def test_seeds_on_two_devices_equal_seeds_on_one(tiny, tmp_path, uninterrupted):
   wanted, _ = uninterrupted
-  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
+  environment = {**os.environ, **QUICKLY, 'JAX_NUM_CPU_DEVICES': '1'}
   place = tmp_path / 'one'
   subprocess.run(command(tiny, place), cwd=ROOT, env=environment, check=True, capture_output=True)
   for one, two in zip(final(place), wanted, strict=True):
