@@ -18,6 +18,7 @@ from cl_jax.errors import UserError
 from cl_jax.masks import paths
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,9 +28,7 @@ def eight() -> dict:
   """What tests/eight.py found."""
   environment = {k: v for k, v in os.environ.items() if k != 'JAX_NUM_CPU_DEVICES'}
   # Compiling is most of it, and what LLVM makes of the programs is not what is asked.
-  environment['XLA_FLAGS'] = (
-    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-  )
+  environment |= QUICKLY
   done = subprocess.run(
     [sys.executable, '-m', 'tests.eight', 'steps', 'ablation', 'memory'],
     cwd=ROOT, env=environment, capture_output=True, text=True,
