@@ -14,7 +14,7 @@ from cl_jax import budget, metrics
 from cl_jax.compose import chain
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
-from cl_jax.loop import confusion, evaluate, run, run_chunks
+from cl_jax.loop import confusion, evaluate, host_feed, run, run_chunks
 from cl_jax.masks import mark, nest, paths, split, subtract
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.lowrank.lora import lora
@@ -60,6 +60,16 @@ def test_ragged_chunks_are_the_same_run(ragged, ran):
   *_, last = run_chunks(build, 0.05, jax.random.key(0), ragged, every=10)
   for ours, theirs in zip(last.record, ran[1], strict=True):
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_fed_from_the_host_is_the_same_run(ragged, ran):
+  """From the first batch on, of which the initial state is made."""
+  feed = host_feed(ragged)
+  *_, last = run_chunks(build, 0.05, jax.random.key(0), ragged, every=10, feed=feed)
+  for ours, theirs in zip(last.record, ran[1], strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  for a, b in zip(jax.tree.leaves(last.state.params), jax.tree.leaves(ran[0].params), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_evaluate_and_confusion_count_what_has_weight(toy_stream, ran):
