@@ -42,6 +42,7 @@ from cl_jax.models.vit import Config as vit_config
 from cl_jax.models.vit import vit
 from cl_jax.streams.take import take
 from cl_jax.types import Batch, Method, no_tap
+from tests.compiling import compiled, quick
 
 
 @given(seed=st.integers(0, 10_000))
@@ -65,7 +66,7 @@ def test_agem_never_goes_against_the_reference(seed):
 def training(method):
   """(stream, seed) -> what a run gives; compiled once for all seeds."""
   build = lambda hp, w: learner(mlp((16, 12), 6), optax.sgd(0.02), method)  # noqa: E731
-  program = jax.jit(lambda k, s: run(build, None, k, s))
+  program = quick(lambda k, s: run(build, None, k, s))
   return lambda stream, seed=0: program(jax.random.key(seed), stream)
 
 
@@ -111,8 +112,8 @@ def test_packnet_keeps_frozen_weights_for_ever(tx, toy_stream):
   """Weights of finished tasks keep their bits under momentum and weight decay, and so do predictions."""
   heads = toy_stream.task_classes
   method = chain(pack=packnet(0.5, 0.5, 20), head=task_head(heads, 6))
-  learn = learner(mlp((16, 12), 6), tx, method)
-  step, end, predict = jax.jit(learn.step), jax.jit(learn.boundary), jax.jit(learn.predict)
+  learn = compiled(learner(mlp((16, 12), 6), tx, method))
+  step, end, predict = learn.step, learn.boundary, learn.predict
   state = learn.init(jax.random.key(0), take(toy_stream, toy_stream.index[0, 0], 0))
   probe = jax.tree.map(lambda a: a[0, 0], toy_stream.test)
   kept = None
@@ -139,8 +140,8 @@ def test_hat_protects_what_it_used(toy_stream):
   """Units that a finished task used do not move; those that it left free do."""
   model = mlp((16, 12), 6)
   method = chain(hat=hat(3, 15, 0.1, wires=model.wires), head=task_head(toy_stream.task_classes, 6))
-  learn = learner(model, optax.sgd(0.05), method)
-  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  learn = compiled(learner(model, optax.sgd(0.05), method))
+  step, end = learn.step, learn.boundary
   state = learn.init(jax.random.key(0), take(toy_stream, toy_stream.index[0, 0], 0))
   for i in range(30):
     state, _ = step(state, take(toy_stream, toy_stream.index[0, i], 0))
@@ -169,8 +170,8 @@ def two_tasks(model, tx, method):
   x = jnp.asarray(rng.normal(size=(5, 12, 8, 8, 1)), jnp.float32)
   y = jnp.asarray(rng.integers(0, 3, (5, 12)), jnp.int32)
   batch = lambda i, t: Batch(x[i], y[i] + 3 * t, jnp.ones(12), jnp.full(12, t))  # noqa: E731
-  learn = learner(model, tx, chain(own=method, head=task_head(((0, 1, 2), (3, 4, 5)), 6)))
-  step, end, predict = jax.jit(learn.step), jax.jit(learn.boundary), jax.jit(learn.predict)
+  learn = compiled(learner(model, tx, chain(own=method, head=task_head(((0, 1, 2), (3, 4, 5)), 6))))
+  step, end, predict = learn.step, learn.boundary, learn.predict
 
   def finish(state):
     state, _ = step(state, batch(0, 0))  # norm statistics that are not those of the beginning
@@ -259,10 +260,10 @@ def test_gdumb_predicts_with_norm_statistics_of_its_own_training():
   batch = Batch(
     jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32), jnp.ones(24), jnp.full(24, -1)
   )
-  learn = learner(resnet(6, 4, (1, 1)), optax.sgd(0.1), gdumb(6, 24, 20, 8))
+  learn = compiled(learner(resnet(6, 4, (1, 1)), optax.sgd(0.1), gdumb(6, 24, 20, 8)))
   state = learn.init(jax.random.key(0), batch)
-  state, _ = jax.jit(learn.step)(state, batch)
-  state = jax.jit(learn.boundary)(state, jax.tree.map(lambda a: a[None], batch))
+  state, _ = learn.step(state, batch)
+  state = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
   right = np.asarray(learn.predict(state, batch).argmax(-1)) == y
   assert right.mean() > 0.9
   own, at_start = state.method.stats, state.method.start
@@ -279,7 +280,7 @@ def test_ranpac_answers_where_a_ridge_parameter_is_too_small(lam):
   y = jnp.arange(20) % 4
   x = 30.0 * jax.nn.one_hot(y, 6) + jax.random.normal(jax.random.key(0), (20, 6))
   batch = Batch(x, y, jnp.ones(20), jnp.zeros(20, jnp.int32))
-  learn = learner(identity(4), optax.identity(), ranpac(4, 300, lam))
+  learn = compiled(learner(identity(4), optax.identity(), ranpac(4, 300, lam)))
   state = learn.init(jax.random.key(1), batch)
   state, _ = learn.step(state, batch)
   state = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
@@ -297,7 +298,7 @@ def closed_form(name, when):
     'fecam': lambda: fecam(4, per_class=when == 'step'),  # it has the boundary only
   }[name]()
   learn = learner(identity(4), optax.sgd(0.0), method)
-  return jax.jit(learn.init), jax.jit(learn.step), jax.jit(learn.boundary)
+  return quick(learn.init), quick(learn.step), quick(learn.boundary)
 
 
 @settings(max_examples=5)
@@ -356,8 +357,8 @@ def test_first_session_adaptation_learns_with_the_adapted_network(toy_stream):
   method = chain(
     lora=lora(2, 4.0, 'l./w'), only=first_session(), ranpac=ranpac(6, 24, when='boundary')
   )
-  learn = learner(model, tx, method, frozen)
-  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  learn = compiled(learner(model, tx, method, frozen))
+  step, end = learn.step, learn.boundary
   state = learn.init(jax.random.key(0), first)
   start, settled = state.params, None
   ends = [jax.vmap(lambda r, t=t: take(toy_stream, r, t))(toy_stream.ends[t]) for t in range(3)]
@@ -389,8 +390,8 @@ def test_the_first_session_ends_for_norm_statistics_too():
   model = resnet(4, width=2, blocks=(1,))
   x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
   batch = Batch(x, np.arange(6) % 4, np.ones(6, np.float32), np.zeros(6, np.int32))
-  learn = learner(model, optax.sgd(0.1, momentum=0.9), first_session())
-  step = jax.jit(learn.step)
+  learn = compiled(learner(model, optax.sgd(0.1, momentum=0.9), first_session()))
+  step = learn.step
   state = learn.init(jax.random.key(0), batch)
   before = state.stats
   state, _ = step(state, batch)
@@ -409,7 +410,7 @@ def test_fecam_adds_to_the_moments_of_a_class_that_comes_back():
   y = rng.integers(0, 3, 50).astype(np.int32)
   w = np.ones(50, np.float32)
   x[47:], w[47:] = np.nan, 0
-  learn = learner(identity(4), optax.sgd(0.0), fecam(4))
+  learn = compiled(learner(identity(4), optax.sgd(0.0), fecam(4)))
   parts = [Batch(x[i], y[i], w[i], 0 * y[i]) for i in (np.arange(20), np.arange(20, 50))]
   state = learn.init(jax.random.key(0), parts[0])
   for part in parts:
@@ -434,12 +435,12 @@ def test_slca_aligns_the_head_alone(toy_stream):
   build = lambda m: lambda hp, w: learner(model, slow, m)  # noqa: E731
   key = jax.random.key(0)
   (aligned, a), (_, b) = (
-    jax.jit(lambda k, m=m: run(build(m), None, k, toy_stream))(key)
+    quick(lambda k, m=m: run(build(m), None, k, toy_stream))(key)
     for m in (slca(samples=64), Method())
   )
   assert a.R[-1].mean() > b.R[-1].mean() + 0.2
   ends = jax.vmap(lambda r: take(toy_stream, r, 2))(toy_stream.ends[2])
-  after = jax.jit(build(slca(samples=64))(None, None).boundary)(aligned, ends).params
+  after = quick(build(slca(samples=64))(None, None).boundary)(aligned, ends).params
   for layer in ('l0', 'l1'):
     jax.tree.map(np.testing.assert_array_equal, after[layer], aligned.params[layer])
   assert not np.array_equal(after['head']['w'], aligned.params['head']['w'])
@@ -471,7 +472,7 @@ def test_lora_starts_as_the_model_and_merges_exactly(toy_stream):
   state = learn.init(jax.random.key(1), batch)
   plain = model.apply({**frozen, **state.params}, batch, no_tap, False)
   np.testing.assert_array_equal(learn.predict(state, batch), plain.logits)
-  step = jax.jit(learn.step)
+  step = quick(learn.step)
   for i in range(10):
     state, _ = step(state, take(toy_stream, toy_stream.index[0, i], 0))
   merged = merge({**frozen, **state.params}, 4.0)
