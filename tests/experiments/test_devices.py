@@ -31,6 +31,7 @@ from experiments import (
 )
 from experiments.options import Spread, parse
 from experiments.watch import Interrupted
+from tests.compiling import QUICKLY
 from tests.experiments.conftest import lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,10 +58,7 @@ def started(
   config: Path, place: Path, processes: int, every: int = 999, more: Sequence[str] = ()
 ) -> subprocess.Popen:
   """The command over two devices, of so many processes; checkpoints after so many seconds."""
-  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(2 // processes)}
-  environment['XLA_FLAGS'] = (
-    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-  )
+  environment = {**os.environ, **QUICKLY, 'JAX_NUM_CPU_DEVICES': str(2 // processes)}
   argv = [
     f'--config={config}',
     f'--workdir={place}',
