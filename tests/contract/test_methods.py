@@ -351,7 +351,8 @@ def test_gated_off_is_absent(case, naive):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
     return learner(network(case.name), optax.sgd(hp['lr'], momentum=0.9), method)
 
-  # Which directions inflora leaves out is decided by small singular values: rounding moves it by more.
+  # inflora's third task finds none of the 8 input directions free: what it then reads are singular
+  # vectors of rounding errors, which only the options that `case` was compiled with repeat.
   jit = jax.jit if case.name == 'inflora' else quick
   program = jit(partial(trained, switched))
   if case.name in OTHER:
