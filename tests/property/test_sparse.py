@@ -23,6 +23,7 @@ from cl_jax.models.cnn import cnn
 from cl_jax.models.mlp import mlp
 from cl_jax.models.vit import Config, vit
 from cl_jax.types import Batch, no_tap, overlay
+from tests.compiling import quick
 
 TX = optax.adam(1e-2)
 MLP, CNN = mlp((8, 6), 4, bias=0.1), cnn((4, 6), (8,), 4)
@@ -47,7 +48,7 @@ def batch(seed: int = 0, rows: int = 6) -> Batch:
 
 
 def by_size(model, rules):
-  plain = jax.jit(model.init)(jax.random.key(1), batch())[0]
+  plain = quick(model.init)(jax.random.key(1), batch())[0]
   return sparse.order(jax.tree.map(jnp.square, plain), rules)
 
 
@@ -61,9 +62,12 @@ def test_outputs_and_gradients_are_those_of_the_plain_network(name, chosen):
   assert bool(orders) == (chosen == 'magnitude')
   made = sparse.sparse(model, rules, orders)
 
-  @jax.jit
-  def both(key):
-    params, plain = made.init(key, batch())[0], model.init(key, batch())[0]
+  @jax.jit  # to the bit, so as a user's programs are compiled
+  def begun(key):
+    return made.init(key, batch())[0], model.init(key, batch())[0]
+
+  @quick
+  def both(params, plain):
     held = sparse.frozen(params, rules)
     own = masks.subtract(params, held)
     whole = lambda own, rest: sparse.whole(overlay(rest, own), orders)  # noqa: E731
@@ -74,7 +78,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_network(name, chosen):
     chosen = whole(jax.tree.map(jnp.ones_like, own), jax.tree.map(jnp.zeros_like, held))
     return got, want, whole(own, held), plain, g, full, chosen
 
-  got, want, again, plain, g, full, chosen = both(jax.random.key(1))
+  got, want, again, plain, g, full, chosen = both(*begun(jax.random.key(1)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
   jax.tree.map(np.testing.assert_array_equal, again, plain)
   for path, mask in paths(chosen).items():
@@ -111,8 +115,8 @@ def test_everything_chosen_is_the_dense_program():
 def trained(model, held, steps: int):
   """The state after so many steps and, half-way, a boundary."""
   L = learner(model, TX, chain(er=er(capacity=8, draw=4), ewc=ewc(3.0)), held)
-  state = jax.jit(L.init)(jax.random.key(0), batch())
-  step, boundary = jax.jit(L.step), jax.jit(L.boundary)
+  state = quick(L.init)(jax.random.key(0), batch())
+  step, boundary = quick(L.step), quick(L.boundary)
   for i in range(steps):
     state, _ = step(state, batch(i))
     if i == 1:
@@ -124,7 +128,7 @@ def test_only_what_is_chosen_moves_and_state_has_its_size():
   rules = SLICES['mlp']
   orders = by_size(MLP, rules)
   made = sparse.sparse(MLP, rules, orders)
-  params, _ = jax.jit(made.init)(jax.random.key(1), batch())
+  params, _ = quick(made.init)(jax.random.key(1), batch())
   held = sparse.frozen(params, rules)
   copy = jax.tree.map(np.array, held)
   first, state = trained(made, held, 0), trained(made, held, 3)
@@ -236,14 +240,14 @@ def test_the_order_of_a_choice():
 
 
 def test_gradients_of_the_first_task_by_hand():
-  params, stats = jax.jit(MLP.init)(jax.random.key(0), batch())
+  params, stats = quick(MLP.init)(jax.random.key(0), batch())
   two = jax.tree.map(lambda *a: jnp.stack(a), batch(1), batch(2))
   got = sparse.squared_gradients(MLP, params, stats, two)
 
   def loss(p, b):
     return MLP.loss(MLP.apply(p, b), b).mean()
 
-  each = [jax.jit(jax.grad(loss))(params, batch(i)) for i in (1, 2)]
+  each = [quick(jax.grad(loss))(params, batch(i)) for i in (1, 2)]
   want = jax.tree.map(lambda a, b: a**2 + b**2, *each)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), got, want)
 
