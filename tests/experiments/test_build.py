@@ -48,11 +48,15 @@ class Effect(NamedTuple):
 
   Attributes:
     values: of arrays, hyperparameters, and what scenario and methods are told.
-    programs: () -> of the traced programs, which take long and are made once.
+    program: (name of a part of the learner) -> of that part as it is traced, which takes long and is
+      done once.
   """
 
   values: str
-  programs: Callable[[], str]
+  program: Callable[[str], str]
+
+
+PARTS = ('init', 'step', 'boundary', 'predict')
 
 
 def effect(c: dict[str, Any]) -> Effect:
@@ -68,26 +72,33 @@ def effect(c: dict[str, Any]) -> Effect:
     parts += [checkpoint.digest(one.weights), str(stream.task_classes)]
 
   @functools.cache
-  def programs() -> str:
+  def init() -> list:
+    return [
+      jax.make_jaxpr(learner.init, return_shape=True)(
+        jax.random.key(0), build.example(one.streams[0])
+      )
+      for one, learner in zip(setups, learners, strict=True)
+    ]
+
+  @functools.cache
+  def program(part: str) -> str:
     traced = []
-    for one, learner in zip(setups, learners, strict=True):
+    for one, learner, (text, state) in zip(setups, learners, init(), strict=True):
       stream = one.streams[0]
-      batch = build.example(stream)
-      ends = jax.vmap(lambda rows, s=stream: take(s, rows, 0))(stream.ends[0])
-      init, state = jax.make_jaxpr(learner.init, return_shape=True)(jax.random.key(0), batch)
-      traced += [
-        init,
-        jax.make_jaxpr(learner.step)(state, batch),
-        jax.make_jaxpr(learner.boundary)(state, ends),
-        jax.make_jaxpr(learner.predict)(state, batch),
-      ]
+      if part == 'init':
+        traced.append(text)
+      elif part == 'boundary':
+        ends = jax.vmap(lambda rows, s=stream: take(s, rows, 0))(stream.ends[0])
+        traced.append(jax.make_jaxpr(learner.boundary)(state, ends))
+      else:
+        traced.append(jax.make_jaxpr(getattr(learner, part))(state, build.example(stream)))
     return hashlib.sha256('|'.join(map(str, traced)).encode()).hexdigest()
 
-  return Effect(hashlib.sha256('|'.join(parts).encode()).hexdigest(), programs)
+  return Effect(hashlib.sha256('|'.join(parts).encode()).hexdigest(), program)
 
 
 def differ(a: Effect, b: Effect) -> bool:
-  return (a.values, a.programs()) != (b.values, b.programs())
+  return a.values != b.values or any(a.program(part) != b.program(part) for part in PARTS)
 
 
 # What else a field has to be set with to mean something, and values that are not found by arithmetic.
