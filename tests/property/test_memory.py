@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cl_jax import memory, writers
 from cl_jax.types import Batch
+from tests.compiling import quick
 
 
 def batch_of(ids, classes, valid=None):
@@ -24,9 +25,9 @@ def batch_of(ids, classes, valid=None):
 def filling(writer, draw=4):
   """(batches, key) -> the memory after writing all batches; compiled once for any number of calls."""
   features = lambda b: jnp.stack([b.x[:, 0] % 17, b.x[:, 0] % 5], axis=1).astype(jnp.float32)  # noqa: E731
-  create = jax.jit(lambda b: memory.create(writer, b, draw, 2))
+  create = quick(lambda b: memory.create(writer, b, draw, 2))
 
-  @jax.jit
+  @quick
   def step(m, b, key, i):
     return memory.write_then_draw(writer, m, b, jax.random.fold_in(key, i), features=features(b))
 
@@ -87,7 +88,7 @@ def test_reservoir_keeps_all_with_equal_probability():
     m, _ = jax.lax.scan(step, m, (ids, jax.random.split(key, 12)))
     return m.rows.x[:capacity, 0]
 
-  kept = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), runs)))
+  kept = np.asarray(quick(jax.vmap(one))(jax.random.split(jax.random.key(0), runs)))
   share = np.bincount(kept.ravel(), minlength=n) / runs
   spread = np.sqrt(0.2 * 0.8 / runs)
   assert np.all(np.abs(share - 0.2) < 4.5 * spread)
