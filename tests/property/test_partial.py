@@ -15,6 +15,7 @@ from cl_jax.methods.isolation.partial import partial
 from cl_jax.models.mlp import mlp
 from cl_jax.models.vit import Config, vit
 from cl_jax.types import Batch, no_tap
+from tests.compiling import compiled, quick
 
 MODEL = vit(Config(4, 2, 1, 8, 3, 2, 12), 3, init=0.4)
 
@@ -30,10 +31,10 @@ def batch(seed: int = 0) -> Batch:
   ids=['adamw', 'momentum'],
 )
 def test_lower_layers_keep_their_bits(tx):
-  L = learner(MODEL, tx, chain(partial=partial(2)))
+  L = compiled(learner(MODEL, tx, chain(partial=partial(2))))
   first = state = L.init(jax.random.key(0), batch())
   for i in range(4):
-    state, _ = jax.jit(L.step)(state, batch(i))
+    state, _ = L.step(state, batch(i))
   old, new = (s.params['backbone']['layers'] for s in (first, state))
   for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
     np.testing.assert_array_equal(a[:2], b[:2])
@@ -43,7 +44,9 @@ def test_lower_layers_keep_their_bits(tx):
 
 def test_one_step_equals_a_gradient_by_the_upper_layers_alone():
   """With plain SGD: the gradient of a network of which the lower layers are constants."""
-  L = learner(MODEL, optax.sgd(0.1), chain(partial=partial(1, stack='backbone/layers/.*')))
+  L = compiled(
+    learner(MODEL, optax.sgd(0.1), chain(partial=partial(1, stack='backbone/layers/.*')))
+  )
   state = L.init(jax.random.key(0), batch())
   new, _ = L.step(state, batch())
   stack = state.params['backbone']['layers']
@@ -55,7 +58,7 @@ def test_one_step_equals_a_gradient_by_the_upper_layers_alone():
     return MODEL.loss(MODEL.apply(params, batch(), no_tap, True), batch()).mean()
 
   upper = jax.tree.map(lambda a: a[1:], stack)
-  want = jax.tree.map(lambda a, g: a - 0.1 * g, upper, jax.grad(loss)(upper))
+  want = jax.tree.map(lambda a, g: a - 0.1 * g, upper, quick(jax.grad(loss))(upper))
   got = jax.tree.map(lambda a: a[1:], new.params['backbone']['layers'])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
