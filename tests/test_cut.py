@@ -22,6 +22,7 @@ from cl_jax.models.mlp import mlp
 from cl_jax.models.resnet import resnet
 from cl_jax.models.vit import Config, vit
 from cl_jax.types import Batch, overlay
+from tests.compiling import compiled
 
 
 def batch_of(seed, classes=(0, 1, 2), n=12):
@@ -51,8 +52,8 @@ METHODS = {
 def test_below_the_cut_nothing_moves_after_the_first_task(name, renorm):
   """Under Adam with decay, whose updates are not zero where gradients are: weights and statistics."""
   model = resnet(6, 4, (1, 1), renorm=renorm)
-  learn = learner(model, optax.adamw(0.01, weight_decay=0.1), METHODS[name]())
-  step, end = jax.jit(learn.step), jax.jit(learn.boundary)
+  learn = compiled(learner(model, optax.adamw(0.01, weight_decay=0.1), METHODS[name]()))
+  step, end = learn.step, learn.boundary
   state = learn.init(jax.random.key(0), batch_of(0))
   start = paths(overlay(state.stats, state.params))
   for i in range(3):
