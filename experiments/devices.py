@@ -6,6 +6,8 @@ writes into the working directory, apart from checkpoints, into which each puts 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -49,6 +51,16 @@ def start(spread: Spread) -> None:
     raise UserError(
       f'--coordinator={spread.coordinator}: the processes did not find each other: {error}'
     ) from error
+  if not own and alone_on_its_node(os.environ):
+    # In Slurm jax gives each process one GPU; the only one of a node has all of them.
+    settings.update('jax_cuda_visible_devices', 'all')
+    settings.update('jax_rocm_visible_devices', 'all')
+
+
+def alone_on_its_node(environment: Mapping[str, str]) -> bool:
+  """Whether Slurm has started as many processes as the step has nodes."""
+  nodes = environment.get('SLURM_STEP_NUM_NODES')
+  return nodes is not None and environment.get('SLURM_NTASKS') == nodes
 
 
 def joined(spread: Spread) -> bool:

@@ -55,6 +55,13 @@ def command(argv: list[str]) -> int:
   options = parse(rest, PROGRAM, ABOUT)
   if options.spread.shard and (options.sweep or options.spread.coordinator):
     raise UserError('--shard spreads one run: launch one configuration, without --coordinator')
+  if options.spread.processes % wish.slurm.nodes:
+    raise UserError(
+      f'--nodes={wish.slurm.nodes} cannot share out --processes={options.spread.processes} evenly: each '
+      'node has the same number of processes, with GPUs one'
+    )
+  if options.spread.shard:
+    wish = wish._replace(jobs=1)  # all cores are for the one job that there is
   jax.config.update('jax_platforms', 'cpu')  # an accelerator is for the jobs
   if wish.executor == 'slurm' and not wish.plan:
     launch_slurm.check()
@@ -93,7 +100,7 @@ def added(
   if not new:
     return []
   local = wish.executor == 'local'
-  cpus = wish.cpus or (len(pool.cores()) // (wish.jobs or len(pool.cores())) if local else 1)
+  cpus = wish.cpus or (len(pool.cores()) // (wish.jobs or len(pool.cores())) if local else options.spread.processes)
   accelerated = bool(wish.slurm.gpus) or (local and pool.default_workers() < len(pool.cores()))
   wide = options.width == 0 or (options.width is None and accelerated)
   return launch_plan.parts(options, new, len(old), wish.cells, max(1, cpus), wide, say)

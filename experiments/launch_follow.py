@@ -51,6 +51,7 @@ class Launch(NamedTuple):
       *([f'--writers={",".join(o.writers)}'] if o.writers else []),
       *([f'--shard={o.spread.shard}'] if o.spread.shard else []),
       *([f'--processes={o.spread.processes}'] if o.spread.processes > 1 else []),
+      *(['--coordinator=auto'] if o.spread.processes > 1 and self.wish.executor == 'slurm' else []),
       *(['--offline'] if o.offline else []),
       *(['--debug'] if o.debug else []),
     ]
@@ -143,7 +144,8 @@ def fill(launch: Launch, todo: list[Job]) -> None:
     if len(running) >= limit:
       return
     if launch.wish.executor == 'slurm':
-      launch_slurm.submit(job, launch.argv(job), launch.place, launch.id, launch.wish.slurm)
+      asked, processes = launch.wish.slurm, launch.options.spread.processes
+      launch_slurm.submit(job, launch.argv(job), launch.place, launch.id, asked, processes)
     else:
       busy = {core for j in running for core in j.state['run'].get('cores', ())}
       free = [g for g in groups if not g & busy] or groups

@@ -221,9 +221,14 @@ def signalled(job: Job, signum: int) -> None:
 # --- inside the job's process -----------------------------------------------------------------------
 
 
-def perform(program: str, devices: int, folder: Path, argv: Sequence[str]) -> int:
-  """Runs the command of a job in this process, unless another one does; the exit code."""
-  with (folder / 'worker.json').open('a+') as file:
+def perform(program: str, devices: int, folder: Path, argv: Sequence[str], rank: int = 0) -> int:
+  """Runs the command of a job in this process, unless another one does; the exit code.
+
+  Args:
+    rank: of this process among those of the job in Slurm. The first one speaks for all, as long as the
+      others do not fail.
+  """
+  with (folder / (f'worker-{rank}.json' if rank else 'worker.json')).open('a+') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -231,12 +236,14 @@ def perform(program: str, devices: int, folder: Path, argv: Sequence[str]) -> in
     file.truncate(0)
     file.write(json.dumps(identity(os.getpid())) + '\n')
     file.flush()
-    (folder / 'exit.json').unlink(missing_ok=True)
+    if not rank:
+      (folder / 'exit.json').unlink(missing_ok=True)
     if 'JAX_NUM_CPU_DEVICES' not in os.environ:
       os.environ['JAX_NUM_CPU_DEVICES'] = str(devices)  # cli.devices leaves it alone
       import jax
 
       jax.config.update('jax_num_cpu_devices', devices)
     code = importlib.import_module(f'experiments.{program}').main(list(argv))
-    durable.write(folder / 'exit.json', json.dumps({'code': code}) + '\n')
+    if not rank or (code and code not in ASKED):
+      durable.write(folder / 'exit.json', json.dumps({'code': code}) + '\n')
     return code

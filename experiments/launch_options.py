@@ -21,6 +21,7 @@ comes back. Beside the options of experiments.sweep:
   --cpus=N                 of each job (local: the cores shared out; slurm: 1)
   --partition --time --gpus --mem
                            of each job in Slurm; --time=60 minutes unless given: longer jobs are requeued
+  --nodes=N                of Slurm that share --processes (1); --gpus and --mem are of each of them
   --plan                   only check every cell and say what each job needs
   --status=DIR             only say how the jobs of a launch stand, with the table so far
 A configuration is executed as Python, and kept as JSON in DIR: put no secrets there."""
@@ -48,6 +49,7 @@ def wishes(argv: Sequence[str]) -> tuple[Wish, list[str]]:
     text(name, None, '', flag_values=values)
   for name, default, least in (
     ('jobs', None, 1), ('cells', None, 1), ('retries', 2, 0), ('cpus', None, 1), ('gpus', None, 1),
+    ('nodes', None, 1),
   ):  # fmt: skip
     number(name, default, '', flag_values=values, lower_bound=least)
   yes('plan', False, '', flag_values=values)
@@ -58,11 +60,11 @@ def wishes(argv: Sequence[str]) -> tuple[Wish, list[str]]:
     raise UserError(f'{error} (see --help)') from error
   v: Any = values
   if v.executor == 'local' and not v.plan:
-    for name in ('partition', 'time', 'mem', 'gpus'):
+    for name in ('partition', 'time', 'mem', 'gpus', 'nodes'):
       if getattr(v, name) is not None:
         raise UserError(f'--{name} is for --executor=slurm')
   minutes = launch_slurm.minutes(v.time or '60')
-  asked = launch_slurm.Resources(v.partition, minutes, v.gpus, v.cpus or 1, v.mem)
+  asked = launch_slurm.Resources(v.partition, minutes, v.nodes or 1, v.gpus, v.cpus or 1, v.mem)
   if v.mem:
     launch_part.size(v.mem)
   most = v.cells or sys.maxsize

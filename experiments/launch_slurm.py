@@ -3,6 +3,9 @@
 Slurm's own clients say what is in the queue (submitit asks sacct, which many clusters do not have). A job
 that is preempted, or whose time is over, saves its state at the end of the chunk and has submitit put it
 back into the queue; where that does not happen the launcher submits it again.
+
+A run of several processes is a job of as many tasks, which find each other by what Slurm tells them
+(`--coordinator=auto`). The first one speaks for all; when one dies srun ends the others.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Resources(NamedTuple):
 
   partition: str | None
   minutes: int
+  nodes: int
   gpus: int | None
   cpus: int
   mem: str | None
@@ -117,28 +121,36 @@ def minutes(text: str) -> int:
   return total
 
 
-def submit(job: Job, argv: Sequence[str], place: Path, launch: str, asked: Resources) -> None:
-  """Puts a job into the queue and remembers it."""
+def submit(
+  job: Job, argv: Sequence[str], place: Path, launch: str, asked: Resources, processes: int = 1
+) -> None:
+  """Puts a job into the queue and remembers it.
+
+  Args:
+    processes: tasks of the job, the same number on each of its nodes.
+  """
   import submitit  # pyright: ignore[reportMissingImports]
 
   (job.folder / 'exit.json').unlink(missing_ok=True)
   job.state['mark'] = mark(job)
   # Numbers start again with a fresh Slurm, so every launch has a folder of its own.
   executor = submitit.SlurmExecutor(place / 'slurm' / launch, max_num_timeout=1_000_000)
+  each = max(1, asked.cpus // processes)
   executor.update_parameters(
     job_name=name_of(launch, job),
     time=asked.minutes,
-    cpus_per_task=asked.cpus,
-    nodes=1,
-    ntasks_per_node=1,
-    srun_args=[f'--cpus-per-task={asked.cpus}'],  # which srun no longer takes from sbatch
+    cpus_per_task=each,
+    nodes=asked.nodes,
+    ntasks_per_node=processes // asked.nodes,
+    # srun no longer takes the cores from sbatch. And a task that died leaves the others waiting for it.
+    srun_args=[f'--cpus-per-task={each}', '--kill-on-bad-exit=1'],
     signal_delay_s=WARNING,
     stderr_to_stdout=True,
     additional_parameters={'requeue': True},
     **{k: v for k, v in (('partition', asked.partition), ('mem', asked.mem)) if v},
     **({'gpus_per_node': asked.gpus} if asked.gpus else {}),
   )
-  task = Task(job.part.program, job.part.devices, str(job.folder), tuple(argv))
+  task = Task(job.part.program, job.part.devices, str(job.folder), tuple(argv), processes > 1)
   try:
     number = executor.submit(task).job_id
   except Exception as error:  # submitit wraps what sbatch says
@@ -149,12 +161,16 @@ def submit(job: Job, argv: Sequence[str], place: Path, launch: str, asked: Resou
 
 
 class Task:
-  """What submitit calls in the job: texts and a number, since submitit keeps it pickled."""
+  """What submitit calls in each task of the job: texts and numbers, since submitit keeps it pickled."""
 
-  def __init__(self, program: str, devices: int, folder: str, argv: tuple[str, ...]):
+  joined = False  # whether it is one of several tasks; not in the pickle of a job that an older version queued
+
+  def __init__(self, program: str, devices: int, folder: str, argv: tuple[str, ...], joined: bool):
     self.program, self.devices, self.folder, self.argv = program, devices, folder, argv
+    self.joined = joined
 
   def __call__(self) -> int:
+    rank = int(os.environ['SLURM_PROCID']) if self.joined else 0
     requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: checkpoint(), scontrol requeue, exit
 
     def leave(signum: int, frame: Any) -> None:
@@ -164,12 +180,19 @@ class Task:
     # a run in training answers by saving its state at the end of the chunk.
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGUSR2, lambda signum, frame: os.kill(os.getpid(), signal.SIGTERM))
-    with logging(Path(self.folder) / 'log.txt'):
-      code = perform(self.program, self.devices, Path(self.folder), self.argv)
+    folder = Path(self.folder)
+    with logging(folder / (f'process-{rank}.txt' if rank else 'log.txt')):
+      code = perform(self.program, self.devices, folder, self.argv, rank)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, requeue)
-    if code in ASKED and wanted():
+    if code in ASKED and not rank and wanted():
       os.kill(os.getpid(), signal.SIGUSR2)
+    if self.joined and code and code not in ASKED:
+      if rank:  # the launcher looks for last words in log.txt
+        words = (folder / f'process-{rank}.txt').read_text(errors='replace').strip()
+        with (folder / 'log.txt').open('a') as log:
+          log.write(words.rpartition('\n')[2] + '\n')
+      os._exit(code)  # at once: the end of an interpreter waits for the others, and they for this one
     return code
 
   def checkpoint(self) -> Any:

@@ -217,7 +217,8 @@ def test_a_launch_hands_it_on(vit, tmp_path):
   words = [f'--config={vit}', f'--workdir={tmp_path}', '--shard=fsdp', '--processes=2']
   options = parse(words, launch.PROGRAM, '')
   job = SimpleNamespace(folder=tmp_path)
-  argv = launch_follow.Launch(tmp_path, '', [], None, options, print).argv(job)  # pyright: ignore
+  wish = SimpleNamespace(executor='local')
+  argv = launch_follow.Launch(tmp_path, '', [], wish, options, print).argv(job)  # pyright: ignore
   assert parse(argv[1:] + words[:1], run.PROGRAM, '').spread == Spread('fsdp', 2, None, '')
   (cell,) = launch_plan.cells(options.raw, {})
   ((part, _),) = launch_plan.parts(options, [cell], 0, 1, 4, False, print)
