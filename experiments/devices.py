@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cl_jax import shard
-from cl_jax.errors import UserError
+from cl_jax.errors import Fault, UserError
 from cl_jax.types import Learner
 from experiments import build, cli
 from experiments.job import Job
@@ -30,7 +30,7 @@ def start(spread: Spread) -> None:
   """Before jax first computes: the devices of this process, and the connection to the others.
 
   Raises:
-    UserError: the others cannot be reached.
+    UserError: the others cannot be reached; a Fault where Slurm has started them all.
   """
   cores = cli.cores()
   # Processes of one machine share its cores; what several machines have is their own.
@@ -48,7 +48,9 @@ def start(spread: Spread) -> None:
   try:
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
   except (ValueError, RuntimeError) as error:
-    raise UserError(
+    # Where Slurm said who is who nobody has mistyped it: one may have died, and a launch tries again.
+    kind = Fault if spread.coordinator == 'auto' and isinstance(error, RuntimeError) else UserError
+    raise kind(
       f'--coordinator={spread.coordinator}: the processes did not find each other: {error}'
     ) from error
   if not own and alone_on_its_node(os.environ):

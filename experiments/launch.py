@@ -100,7 +100,9 @@ def added(
   if not new:
     return []
   local = wish.executor == 'local'
-  cpus = wish.cpus or (len(pool.cores()) // (wish.jobs or len(pool.cores())) if local else options.spread.processes)
+  cpus = wish.cpus or (
+    len(pool.cores()) // (wish.jobs or len(pool.cores())) if local else options.spread.processes
+  )
   accelerated = bool(wish.slurm.gpus) or (local and pool.default_workers() < len(pool.cores()))
   wide = options.width == 0 or (options.width is None and accelerated)
   return launch_plan.parts(options, new, len(old), wish.cells, max(1, cpus), wide, say)

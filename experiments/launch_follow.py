@@ -16,7 +16,7 @@ from experiments import launch_slurm, pool
 from experiments.launch_jobs import Job
 from experiments.launch_options import Wish
 from experiments.launch_part import many
-from experiments.launch_status import gathered, progress
+from experiments.launch_status import brief, gathered
 from experiments.options import Options
 from experiments.watch import Interrupted, Stop
 
@@ -83,9 +83,10 @@ def follow(launch: Launch, todo: list[Job]) -> None:
       if time.monotonic() - said >= pool.STATUS:
         said = time.monotonic()
         busy = [j for j in todo if j.state['run']]
+        queued = launch_slurm.queue() if any('id' in j.state['run'] for j in busy) else []
         launch.say(
           ' | '.join(
-            [f'{j.part.name}: {progress(j)}' for j in busy[:8]] + ['...'] * (len(busy) > 8)
+            [f'{j.part.name}: {brief(j, queued)}' for j in busy[:8]] + ['...'] * (len(busy) > 8)
           )
         )
       if not all(j.state['over'] for j in todo):
@@ -130,6 +131,12 @@ def look(launch: Launch, todo: list[Job]) -> bool:
       if entry and entry.state not in launch_slurm.OVER:
         continue
       code, words, final = launch_slurm.end_of(entry, jobs.left_code(job))
+      if (
+        not words and not (job.folder / 'exit.json').exists()
+      ):  # nobody knows: it may not even have begun
+        words = (
+          f'it left no exit code, what Slurm kept is in slurm/{launch.id}/{run["id"]}_0_log.out; '
+        )
     ended.append(job)
     launch.say(jobs.ended(job, code, launch.wish.retries, words, final))
   return bool(ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,16 +10,21 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from cl_jax.errors import UserError
-from experiments import launch_part, launch_slurm
+from experiments import launch_part, launch_slurm, options
 
 PROGRAM = 'experiments.launch'
 ABOUT = """Runs a grid as jobs that resume, are tried again when they crash, and are adopted when the launcher
-comes back. Beside the options of experiments.sweep:
+comes back: after a crash, after Ctrl-C (jobs on this machine save their state and end, jobs in Slurm go on) or
+for a larger grid repeat the command; what is finished is not run again. For example
+  python -m experiments.launch --config=configs/split_fashion.py:class,er --workdir=runs/grid \\
+      --config.sweep="{'optimizer.lr': (0.1, 0.05), 'er.capacity': (200, 500)}"
+  python -m experiments.launch --status=runs/grid
+Without a sweep there is one job. Beside the options of experiments.sweep, which follow:
   --executor=local|slurm   processes on this machine, or jobs in Slurm through submitit (local)
   --jobs=N                 at most so many at a time (local: one a core, one with an accelerator; slurm: any)
   --cells=N                at most so many cells in a job (all that one compiled program serves)
   --retries=N              after a crash (2)
-  --cpus=N                 of each job (local: the cores shared out; slurm: 1)
+  --cpus=N                 of each job (local: the cores shared out; slurm: 1 a process)
   --partition --time --gpus --mem
                            of each job in Slurm; --time=60 minutes unless given: longer jobs are requeued
   --nodes=N                of Slurm that share --processes (1); --gpus and --mem are of each of them
@@ -58,6 +64,17 @@ def wishes(argv: Sequence[str]) -> tuple[Wish, list[str]]:
     _, *rest = values([PROGRAM, *argv], known_only=True)
   except flags.Error as error:
     raise UserError(f'{error} (see --help)') from error
+  known = [*values, *options.known(PROGRAM), 'config']
+  for word in rest:
+    name = word.partition('=')[0].lstrip('-').partition('.')[0]
+    if (
+      word.startswith('--') and name and name not in known and name.removeprefix('no') not in known
+    ):
+      close = difflib.get_close_matches(name, known, 1)
+      raise UserError(
+        f'there is no option --{name}'
+        + (f': did you mean --{close[0]}?' if close else ' (see --help)')
+      )
   v: Any = values
   if v.executor == 'local' and not v.plan:
     for name in ('partition', 'time', 'mem', 'gpus', 'nodes'):

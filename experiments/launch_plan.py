@@ -41,11 +41,16 @@ def cells(raw: Mapping[str, Any], axes: Mapping[str, Sequence]) -> list[Cell]:
       resolved = sweep.cell_of(raw, values)
       found.append(Cell(label, values, resolved, config.sha256(resolved)))
     except UserError as error:
-      wrong.append(f'cell {number} of {len(everything)} ({label}): {error}')
+      wrong.append(f'{called(number, len(everything), label)}{error}')
   refuse(wrong)
   if len({c.sha256 for c in found}) < len(found):
     raise UserError('config.sweep has cells that are the same: give every value once')
   return found
+
+
+def called(number: int, n: int, label: str) -> str:
+  """What goes before a mistake in a cell of a grid; nothing where there is no grid."""
+  return f'cell {number} of {n} ({label}): ' if label else ''
 
 
 def refuse(wrong: Sequence[str]) -> None:
@@ -125,7 +130,7 @@ def parts(
   """
   made, wrong, pieces = [], [], []
   order = {c.sha256: i for i, c in enumerate(wanted, 1)}
-  named = lambda c: f'cell {order[c.sha256]} of {len(wanted)} ({c.label})'  # noqa: E731
+  named = lambda c: called(order[c.sha256], len(wanted), c.label)  # noqa: E731
   groups = [
     [wanted[i] for i in g.members] for g in compile_groups([build.traced(c.config) for c in wanted])
   ]
@@ -135,14 +140,14 @@ def parts(
     try:
       setup = build.prepare(members[0].config, options.data_dir, tell)[0]
     except UserError as error:
-      wrong.append(f'{named(members[0])}: {error}')
+      wrong.append(f'{named(members[0])}{error}')
       continue
     good = len(wrong)
     for cell in members:
       try:  # floats are looked at where the learner is made
         setup.build(build.hyper(cell.config, setup.streams[0]), setup.weights)
       except (UserError, ValueError, TypeError) as error:
-        wrong.append(f'{named(cell)}: {error}')
+        wrong.append(f'{named(cell)}{error}')
     if len(wrong) == good:
       cost = estimate(setup)
       pieces += [(piece, cost) for piece in products(members, most)]

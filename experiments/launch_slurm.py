@@ -163,7 +163,7 @@ def submit(
 class Task:
   """What submitit calls in each task of the job: texts and numbers, since submitit keeps it pickled."""
 
-  joined = False  # whether it is one of several tasks; not in the pickle of a job that an older version queued
+  joined = False  # whether it is one of several tasks; what older versions have queued does not say
 
   def __init__(self, program: str, devices: int, folder: str, argv: tuple[str, ...], joined: bool):
     self.program, self.devices, self.folder, self.argv = program, devices, folder, argv
@@ -192,7 +192,9 @@ class Task:
         words = (folder / f'process-{rank}.txt').read_text(errors='replace').strip()
         with (folder / 'log.txt').open('a') as log:
           log.write(words.rpartition('\n')[2] + '\n')
-      os._exit(code)  # at once: the end of an interpreter waits for the others, and they for this one
+      os._exit(
+        code
+      )  # at once: the end of an interpreter waits for the others, and they for this one
     return code
 
   def checkpoint(self) -> Any:

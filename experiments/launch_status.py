@@ -15,6 +15,8 @@ from experiments import launch_part, launch_slurm, results, show, sweep, tables
 from experiments.launch_jobs import Job
 from experiments.launch_part import FILE
 
+ROOM = 100  # characters
+
 
 def gathered(place: Path, order: Sequence[str]) -> list[dict[str, Any]]:
   """The lines of the cells in `order`, in which results.jsonl of all jobs is kept, whatever ended first."""
@@ -39,7 +41,18 @@ def verdict(todo: Sequence[Job], say: Callable[[str], None]) -> int:
 
 
 def progress(job: Job) -> str:
-  return job.work().last_words().partition('  accuracy')[0][-100:]
+  """The job's last words, as far as they fit beside those of others."""
+  text = job.work().last_words().partition('  accuracy')[0].partition('; run the same command')[0]
+  return text if len(text) <= ROOM else f'... {text[-ROOM:].partition(" ")[2]}'
+
+
+def brief(job: Job, entries: Sequence[launch_slurm.Entry] | None) -> str:
+  """What a job that was started does: it waits in Slurm's queue, or is at work."""
+  run = job.state['run'] or {}
+  entry = launch_slurm.entry_of(entries or [], run['name'], run['id']) if 'id' in run else None
+  if entry and entry.state == 'PENDING':
+    return f'in the queue ({entry.reason})'
+  return progress(job) or 'starting'
 
 
 def status(place: Path) -> int:
@@ -53,7 +66,7 @@ def status(place: Path) -> int:
   entries = launch_slurm.queue() if slurm else []
   stands = [stand(job, entries) for job in todo]
   for job, (kind, words) in zip(todo, stands, strict=True):
-    print(f'{job.part.name}  {kind:8} {job.part.label}: {words}')
+    print(f'{job.part.name}  {kind:8} {job.part.label}' + (f': {words}' if words != kind else ''))
   lines = [line for job in todo for line in results.read(job.folder)]
   counts = {
     kind: sum(k == kind for k, _ in stands) for kind in ('done', 'running', 'waiting', 'failed')

@@ -200,6 +200,11 @@ def _flags(program: str) -> flags.FlagValues:
   return values
 
 
+def known(program: str) -> list[str]:
+  """The names of the options, without --config."""
+  return list(_flags(program))
+
+
 def overridden(
   raw: dict[str, Any], overrides: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple]]:

@@ -1,4 +1,4 @@
-"""One run of two processes with two devices each, launched on this machine and in Slurm, and one of them killed."""
+"""One run of two processes with two devices each, launched here and in Slurm, and one of them killed."""
 
 from __future__ import annotations
 
