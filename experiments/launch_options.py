@@ -14,8 +14,8 @@ from experiments import launch_part, launch_slurm, options
 
 PROGRAM = 'experiments.launch'
 ABOUT = """Runs a grid as jobs that resume, are tried again when they crash, and are adopted when the launcher
-comes back: after a crash, after Ctrl-C (jobs on this machine save their state and end, jobs in Slurm go on) or
-for a larger grid repeat the command; what is finished is not run again. For example
+comes back: after a crash, after Ctrl-C (jobs on this machine save their state and end, those in Slurm go
+on) or for a larger grid repeat the command; what is finished is not run again. For example
   python -m experiments.launch --config=configs/split_fashion.py:class,er --workdir=runs/grid \\
       --config.sweep="{'optimizer.lr': (0.1, 0.05), 'er.capacity': (200, 500)}"
   python -m experiments.launch --status=runs/grid

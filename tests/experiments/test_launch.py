@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import launch, launch_jobs
+from experiments import launch, launch_jobs, launch_slurm, launch_status
+from experiments.launch_part import Part
 from tests.experiments.conftest import TINY, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,6 +208,9 @@ def test_a_plan_says_what_jobs_need_and_makes_nothing(call, tiny, tmp_path):
     (('--executor=slurm', '--time=soon'), '--time must be minutes'),
     (('--executor=slurm', '--mem=lots'), '--mem must be a size'),
     (('--config.optimizer.rl=1',), 'did you mean'),
+    (('--staus=x',), 'there is no option --staus: did you mean --status?'),
+    (('--work-dir=x',), 'did you mean --workdir?'),
+    (('--noplan', '--nooffline', '--quux'), 'there is no option --quux (see --help)'),
   ],
 )
 def test_mistakes_on_the_command_line(call, tiny, tmp_path, more, message):
@@ -250,3 +254,18 @@ def test_slurm_without_submitit_says_what_to_install(call, tiny, tmp_path, monke
   assert (
     done.code == 2 and "pip install 'cl_jax[slurm]'" in done.line and not (tmp_path / 'x').exists()
   )
+
+
+def test_without_a_grid_no_cell_is_named_and_words_are_cut_where_they_end(call, tiny, tmp_path):
+  argv = (f'--config={tiny}:class,er', f'--workdir={tmp_path / "x"}', '--config.tasks=3')
+  done = call(launch.main, *argv)
+  assert done.code == 2 and done.line.endswith('; nothing was started') and 'cell' not in done.line
+  folder = tmp_path / 'job'
+  folder.mkdir()
+  job = launch_jobs.Job(Part('000', '', 'run', ('a',), (0,), 1, 0, 0), folder)
+  (folder / 'log.txt').write_text(f'{"some words " * 20}; run the same command again to go on')
+  assert launch_status.progress(job) == '... ' + ('some words ' * 9).strip()
+  entry = launch_slurm.Entry('7', 'n', 'PENDING', 'Priority')
+  job.state['run'] = {'id': '7', 'name': 'n'}
+  assert launch_status.brief(job, [entry]) == 'in the queue (Priority)'
+  assert launch_status.brief(job, [entry._replace(state='RUNNING')]).startswith('... some')

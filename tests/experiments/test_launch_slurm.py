@@ -78,6 +78,18 @@ def training(folder: Path) -> str:
   return run['id'] if entry and entry.state == 'RUNNING' else ''
 
 
+def ours(state: str) -> list[str]:
+  """The ids of launched jobs in this state."""
+  found = launch_slurm.queue() or []
+  return [e.id for e in found if e.state == state and e.name.startswith('cl_jax_')]
+
+
+def starts(number: str) -> int:
+  """How often Slurm has put a job back into the queue."""
+  text = tell('scontrol', 'show', 'job', '--oneliner', number)
+  return int(text.partition('Restarts=')[2].split()[0])
+
+
 @pytest.fixture
 def slurm():
   if why := absent():
@@ -118,7 +130,9 @@ def test_whatever_happens_in_slurm_the_results_are_those_of_processes(slurm, tmp
     # Preempted by a job of a higher partition.
     if 'high' in tell('sinfo', '--noheader', '--format=%R').split():
       until(lambda: any(training(j) for j in jobs.iterdir()), 'some job trains')
+      before = {line: starts(line) for line in ours('RUNNING')}
       tell('sbatch', '--partition=high', '--exclusive', '--output=/dev/null', '--wrap=sleep 5')
+      until(lambda: any(starts(n) > k for n, k in before.items()), 'a job is preempted and queued')
     assert launcher.wait(PATIENCE) == 0, place.with_suffix('.txt').read_text()
   finally:
     launcher.kill()
@@ -129,5 +143,7 @@ def test_whatever_happens_in_slurm_the_results_are_those_of_processes(slurm, tmp
   assert said('000', 'going on from leg') and said('001', 'going on from leg')
   local = tmp_path / 'local'
   assert start(config, local, '--jobs=1').wait(PATIENCE) == 0
-  assert len(deterministic(local)) == 48
+  assert len(deterministic(local)) == 48 and all(
+    '"state_sha256": "' in n for n in deterministic(local)
+  )
   assert deterministic(place) == deterministic(local)
