@@ -166,7 +166,7 @@ def leave(launch: Launch, todo: list[Job], signum: int) -> None:
   own = [j for j in todo if (j.state['run'] or {}).get('host') == here]
   queued = sum('id' in (j.state['run'] or ()) for j in todo)
   if own:
-    launch.say(f'waiting until {len(own)} jobs have saved their state; Ctrl-C again kills them')
+    launch.say(f'waiting for {many(len(own), "job")} to save and end; Ctrl-C again kills at once')
   for ask in (signal.SIGTERM, signal.SIGKILL):
     try:
       for job in own:
