@@ -80,9 +80,9 @@ def ended(process: subprocess.Popen, code: int = 0) -> str:
   return err
 
 
-def children(process: subprocess.Popen) -> dict[int, int]:
-  """{number: pid} of the processes that the command has started."""
-  words = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(process.pid)]
+def children(parent: int) -> dict[int, int]:
+  """{number: pid} of the processes that a command, by its pid, has started."""
+  words = ['ps', '-ww', '-o', 'pid=,args=', '--ppid', str(parent)]
   rows = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
   return {
     int(r.rpartition('--process=')[2].split()[0]): int(r.split()[0])
@@ -100,7 +100,7 @@ def test_killed_one_of_two_processes_and_went_on(vit, tmp_path):
   while not (saved.is_dir() and any(p.name.isdigit() and int(p.name) for p in saved.iterdir())):
     assert process.poll() is None, process.communicate()
     time.sleep(0.02)
-  os.kill(children(process)[1], signal.SIGKILL)
+  os.kill(children(process.pid)[1], signal.SIGKILL)
   err = ended(process, 128 + signal.SIGKILL)
   assert 'process 1 of 2 was ended by SIGKILL' in err and 'run the same command again' in err
   assert not (tmp_path / 'two/results.jsonl').exists()
@@ -119,7 +119,7 @@ def test_they_end_with_the_one_that_started_them(vit, tmp_path):
   process = started(vit, tmp_path, 2, more=('--config.iterations=200000',))
   log, own = tmp_path / 'process-1.txt', {}
   try:
-    while len(own := children(process)) < 2 or not (tmp_path / 'config.json').exists():
+    while len(own := children(process.pid)) < 2 or not (tmp_path / 'config.json').exists():
       assert process.poll() is None, process.communicate()
       time.sleep(0.05)
     with log.open('a') as file:

@@ -265,7 +265,9 @@ def test_without_a_grid_no_cell_is_named_and_words_are_cut_where_they_end(call, 
   job = launch_jobs.Job(Part('000', '', 'run', ('a',), (0,), 1, 0, 0), folder)
   (folder / 'log.txt').write_text('some words ' * 20 + 'end; run the same command again to go on')
   text = launch_status.progress(job)
-  assert text[:8] in ('... some', '... word') and text.endswith('words end') and 90 < len(text) <= 104
+  assert (
+    text[:8] in ('... some', '... word') and text.endswith('words end') and 90 < len(text) <= 104
+  )
   entry = launch_slurm.Entry('7', 'n', 'PENDING', 'Priority')
   job.state['run'] = {'id': '7', 'name': 'n'}
   assert launch_status.brief(job, [entry]) == 'in the queue (Priority)'

@@ -69,7 +69,7 @@ def test_a_launch_goes_on_from_the_checkpoint_when_one_process_dies(call, mlp, t
 
   def kill() -> None:
     who = until(lambda: launch_jobs.document(folder / 'worker.json'), 'the job starts')
-    second = until(lambda: children(SimpleNamespace(pid=who['pid'])).get(1), 'its second process')
+    second = until(lambda: children(who['pid']).get(1), 'its second process')
     until(lambda: saved(folder), 'a checkpoint')
     os.kill(second, signal.SIGKILL)
 
@@ -87,7 +87,8 @@ def test_a_launch_goes_on_from_the_checkpoint_when_one_process_dies(call, mlp, t
 
 def test_a_job_of_two_tasks_in_slurm_is_requeued_and_killed(call, slurm, mlp, tmp_path):  # noqa: F811
   """Told once that its time is over, then its second task is killed."""
-  place, more = tmp_path / 'launched', ('--config.iterations=1500', '--config.chunk=15', '--save_every=0.2')
+  place = tmp_path / 'launched'
+  more = ('--config.iterations=1500', '--config.chunk=15', '--save_every=0.2')
   folder, said = place / 'jobs/000', lambda text: text in (folder / 'log.txt').read_text()
 
   def disturb() -> None:
