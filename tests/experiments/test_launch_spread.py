@@ -88,7 +88,7 @@ def test_a_launch_goes_on_from_the_checkpoint_when_one_process_dies(call, mlp, t
 def test_a_job_of_two_tasks_in_slurm_is_requeued_and_killed(call, slurm, mlp, tmp_path):  # noqa: F811
   """Told once that its time is over, then its second task is killed."""
   place = tmp_path / 'launched'
-  more = ('--config.iterations=1500', '--config.chunk=15', '--save_every=0.2')
+  more = ('--config.iterations=60', '--save_every=0')
   folder, said = place / 'jobs/000', lambda text: text in (folder / 'log.txt').read_text()
 
   def disturb() -> None:
