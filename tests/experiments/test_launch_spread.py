@@ -15,7 +15,7 @@ import pytest
 
 from experiments import devices, launch, launch_jobs, launch_options, launch_slurm, processes
 from tests.experiments.test_devices import children
-from tests.experiments.test_launch import deterministic, until
+from tests.experiments.test_launch import deterministic, start, until
 from tests.experiments.test_launch_slurm import slurm, tell  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,24 +85,25 @@ def test_a_launch_goes_on_from_the_checkpoint_when_one_process_dies(call, mlp, t
   assert [line] == undisturbed(mlp, tmp_path / 'undisturbed')
 
 
-def test_a_job_of_two_tasks_in_slurm_is_requeued_and_killed(call, slurm, mlp, tmp_path):  # noqa: F811
+def test_a_job_of_two_tasks_in_slurm_is_requeued_and_killed(slurm, mlp, tmp_path):  # noqa: F811
   """Told once that its time is over, then its second task is killed."""
-  place = tmp_path / 'launched'
+  place, log = tmp_path / 'launched', tmp_path / 'log.txt'
   more = ('--config.iterations=60', '--save_every=0')
   folder, said = place / 'jobs/000', lambda text: text in (folder / 'log.txt').read_text()
-
-  def disturb() -> None:
+  launcher = start((*words(mlp, place, *more), '--executor=slurm', '--time=5'), log)
+  try:
     until(lambda: saved(folder), 'a checkpoint')
     number = (launch_jobs.document(folder / 'state.json') or {})['run']['id']
     tell('scancel', '--signal=USR2', f'{number}.0')
     until(lambda: said('going on from leg'), 'the job puts itself back and goes on')
     os.kill((launch_jobs.document(folder / 'worker-1.json') or {})['pid'], signal.SIGKILL)
-
-  other = beside(disturb)
-  done = call(launch.main, *words(mlp, place, *more, '--executor=slurm', '--time=5'))
-  other.join()
-  assert done.code == 0, done.err
-  assert 'job 000: waiting to be tried again, failed 1 time' in done.err
+    assert launcher.wait(600) == 0, log.read_text()
+  finally:
+    launcher.kill()
+    launcher.wait()
+    if run := (launch_jobs.document(folder / 'state.json') or {}).get('run'):
+      tell('scancel', run['id'])  # only after a failed assertion is there anything left
+  assert 'job 000: waiting to be tried again, failed 1 time' in log.read_text()
   assert said('stopped by SIGTERM') and said('state saved')
   assert (folder / 'log.txt').read_text().count('going on from leg') == 2
   found = deterministic(place)
