@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -157,11 +157,11 @@ def _worker(number: int, count: int) -> None:
   del number, count
   for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all: the run saves its state first
     signal.signal(signum, signal.SIG_IGN)
-  parent = os.getppid()
+  # Known as well where it is gone before this begins.
+  parent: Any = multiprocessing.parent_process()
 
   def watch() -> None:
-    while os.getppid() == parent:
-      time.sleep(0.5)
+    parent.join()
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import signal
 import sys
+import threading
 from operator import itemgetter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,6 +24,7 @@ from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.replay.er import er
 from cl_jax.models.mlp import mlp
 from cl_jax.streams import Plan, Records, dataset, grain_feed, stored
+from cl_jax.streams import feed as feeds
 from cl_jax.streams.check import check
 from cl_jax.streams.take import take
 from tests.prepared import prepare
@@ -193,6 +198,16 @@ def test_a_record_that_is_damaged_later(place, tmp_path, workers):
   stored._source.cache_clear()
   with grain_feed(stream, workers) as feed:
     says('is damaged: prepare it again', lambda: [feed(*c) for c in list(calls(stream))[1:4]])
+
+
+def test_a_worker_whose_run_was_killed_before_it_began_ends(monkeypatch):
+  ended = threading.Event()
+  gone = SimpleNamespace(join=lambda: None)  # what Python gives where the parent has ended
+  monkeypatch.setattr(multiprocessing, 'parent_process', lambda: gone)
+  monkeypatch.setattr(os, '_exit', lambda code: ended.set())
+  monkeypatch.setattr(signal, 'signal', lambda signum, action: None)
+  feeds._worker(0, 1)
+  assert ended.wait(5)
 
 
 def test_mistakes(split, place, monkeypatch):
