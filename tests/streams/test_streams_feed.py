@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from grain._src.python.dataset.transformations import process_prefetch
 
 from cl_jax import run, run_chunks, streams
 from cl_jax.compose import chain
@@ -198,6 +199,26 @@ def test_a_record_that_is_damaged_later(place, tmp_path, workers):
   stored._source.cache_clear()
   with grain_feed(stream, workers) as feed:
     says('is damaged: prepare it again', lambda: [feed(*c) for c in list(calls(stream))[1:4]])
+
+
+def test_what_workers_are_given_fits_in_a_pipe_and_signals_come_later(place, monkeypatch):
+  """A worker that ends in its start would be waited for for ever; Ctrl-C is sent to all."""
+  data = loaded(place, in_files=True)
+  stream = streams.split(*data, 'class', 2, plan=Plan(batch=6, epochs=2000))
+  size, blocked, real = [], [], process_prefetch._serialize_dataset
+
+  def serialise(dataset):
+    size.append(len(real(dataset)))
+    blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    raise RuntimeError('no worker')
+
+  monkeypatch.setattr(process_prefetch, '_serialize_dataset', serialise)
+  with grain_feed(stream, 1) as feed:
+    says('no worker', lambda: feed(0, np.asarray(stream.index[0, :4])))
+  assert size[0] < 1 << 15 < stream.index.nbytes
+  assert {signal.SIGINT, signal.SIGTERM} <= blocked[0]
+  assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  assert feed.folder is None
 
 
 def test_a_worker_whose_run_was_killed_before_it_began_ends(monkeypatch):
