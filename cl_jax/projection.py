@@ -17,11 +17,12 @@ def structured(x: Array, seed: Array, width: int) -> Array:
 
   W has blocks of n columns, n the least power of 2 that is at least D (x is padded with zeros):
   sqrt(n) (H D_1) (H D_2) (H D_3) with H the orthonormal Hadamard matrix and D_r diagonal matrices of random
-  signs, so the columns of a block are orthogonal and of length sqrt(n): the scale of a Gaussian W, whose
-  columns are that long on average. Yu, Suresh, Choromanski, Holtmann-Rice & Kumar, "Orthogonal Random
-  Features", NeurIPS 2016, section 4 (SORF), after Le, Sarlos & Smola, "Fastfood", ICML 2013, from which the
-  zeros and the blocks side by side are; no official repository. Deviation: the last block is cut to
-  `width`.
+  signs, so the columns of a block are orthogonal and of length sqrt(n), the scale of a Gaussian W of n rows,
+  whose columns are that long on average. Of these n rows x meets the first D, and where D is less than n its
+  columns are about sqrt(D) long and orthogonal on average alone. Yu, Suresh, Choromanski, Holtmann-Rice &
+  Kumar, "Orthogonal Random Features", NeurIPS 2016, section 4 (SORF), after Le, Sarlos & Smola, "Fastfood",
+  ICML 2013, from which the zeros and the blocks side by side are; no official repository. Deviation: the last
+  block is cut to `width`.
 
   A block takes 3 n log2(n) additions a row, no multiplications but by signs and one scale, and 3 n signs,
   where a stored W has D n multiply-adds and 4 D n bytes.

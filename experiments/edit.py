@@ -96,10 +96,12 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     if None in by_hand:
       raise UserError('one fact needs all of --subject, --prompt and --target')
     return hand(given, resolved(given.config, overrides))
+  if given.moments:
+    others = ('--trace', '--grid', '--workers', '--save_model')
+    cli.refuse(given, others, 'does not go with --moments')
+    return converging(given, resolved(given.config, overrides), argv)
   if given.trace is not None:
     return traced(given, resolved(given.config, overrides), argv)
-  if given.moments:
-    return converging(given, resolved(given.config, overrides), argv)
   if given.grid:
     return grid(given, argv)
   if given.workdir is None:
@@ -108,11 +110,7 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 
 def resolved(source: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-  raw = config.load(source)
-  for dotted, text in overrides:
-    if dotted == 'editor':  # decides which fields there are
-      raw = {k: v for k, v in raw.items() if k != raw.get('editor')} | {'editor': text}
-  rest = [(dotted, text) for dotted, text in overrides if dotted != 'editor']
+  raw, rest = edit_config.with_editor(config.load(source), overrides)
   return edit_config.resolve(options.written(edit_config.schema(raw), raw, rest))
 
 

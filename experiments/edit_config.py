@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cl_jax import editing
@@ -73,6 +73,16 @@ def _factory(module: str) -> Any:
   return None
 
 
+def with_editor(
+  raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+  """The configuration with the editor that overrides name, which decides what fields there are; the rest."""
+  for dotted, text in overrides:
+    if dotted == 'editor':
+      raw = {k: v for k, v in raw.items() if k != raw.get('editor')} | {'editor': text}
+  return dict(raw), [(dotted, text) for dotted, text in overrides if dotted != 'editor']
+
+
 def schema(raw: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of this configuration: the common ones and the arguments of its editor."""
   found: dict[str, Any] = {
@@ -110,7 +120,7 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
     if resolved[name] < least:
       raise UserError(f'config.{name} must be at least {least}; got {resolved[name]}')
   for name in ('edits', 'points', 'neighbours', 'blocks', 'written', 'tokens'):
-    least = 1 if name in ('edits', 'points') else 0
+    least = 1 if name in ('edits', 'points', 'blocks') else 0
     if resolved['evaluate'][name] < least:
       got = resolved['evaluate'][name]
       raise UserError(f'config.evaluate.{name} must be at least {least}; got {got}')

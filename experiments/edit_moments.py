@@ -24,7 +24,8 @@ HALVINGS = 6  # the first point has a 64th of the text
 def converge(
   chosen: dict[str, Any], data: Path, folder: Path, command: str, tell: Callable[[str], None]
 ) -> int:
-  """Writes moments.json; goes on after the last part of the text that was read when it is repeated.
+  """Writes moments.json; goes on after the last part of the text that was read when it is repeated,
+  and only says what is there where that is finished.
 
   A point is the beginning of the text: 1/64, 1/32, ... 1/2 and all of its blocks. It has, by layer, the
   |C_n - C|_F / |C|_F of the moments, and |D_n - D|_F / |D|_F of what MEMIT writes with them towards the same
@@ -36,6 +37,12 @@ def converge(
   """
   if chosen['editor'] != 'memit':
     raise UserError(f'--moments is about what memit writes; config.editor is {chosen["editor"]!r}')
+  path, parts = folder / FILE, folder / 'parts'
+  there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {'config': None}
+  if there['config'] == json.loads(json.dumps(chosen)):  # finished, but for what a kill has left
+    shutil.rmtree(parts, ignore_errors=True)
+    print('\n'.join((*map(said, there['points']), str(path))))
+    return 0
   subject = edit_run.opened(chosen['model'])
   seed, own = chosen['seeds'][0], chosen['memit']
   layers = edit_config.layers(chosen)
@@ -45,7 +52,6 @@ def converge(
       f'config.moments.tokens={chosen["moments"]["tokens"]}: {len(blocks)} blocks are fewer than the '
       f'{1 << HALVINGS} that can be halved {HALVINGS} times'
     )
-  parts = folder / 'parts'
   found = beginnings(
     subject, blocks, layers, parts / checkpoint.digest(subject.backbone)[:16], tell
   )
@@ -57,7 +63,7 @@ def converge(
   goal, ask = target.at('block'), evaluate.asker(subject.config)
   whole = found[-1].moments()
   points: list[dict[str, Any]] = []
-  all_terms: dict[int, np.ndarray] = {}
+  all_terms: dict[int, np.ndarray] | None = None
   for one in reversed(found):  # all of the text first: the others are compared with it
     moments = one.moments()
     solve = memit.solver(moments, own['coef'])
@@ -66,7 +72,7 @@ def converge(
     except np.linalg.LinAlgError:  # fewer tokens than units may leave nothing to invert
       writes = []
     terms = {w.layer: np.asarray(w.term, np.float64) for w in writes}
-    all_terms = all_terms or terms
+    all_terms = terms if all_terms is None else all_terms
     measures = {}
     if writes and all(np.isfinite(a).all() for a in terms.values()):
       scores = evaluate.score(ask, write.apply(subject.backbone, writes), (), exam.asked)
@@ -74,7 +80,7 @@ def converge(
     points.append({
       'tokens': one.tokens,
       'moment': [relative(moments[i], whole[i]) for i in layers],
-      'delta': [relative(terms[i], all_terms[i]) if i in terms else None for i in layers],
+      'delta': [relative(terms[i], all_terms[i]) if i in terms.keys() & all_terms else None for i in layers],
       **measures,
     })  # fmt: skip
     tell(said(points[-1]))
@@ -85,9 +91,9 @@ def converge(
     'versions': {name: results.version(name) for name in results.LIBRARIES},
     'device': results.device(), 'command': command,
   }  # fmt: skip
-  durable.write(folder / FILE, json.dumps(about) + '\n')
+  durable.write(path, json.dumps(about) + '\n')
   shutil.rmtree(parts)
-  print('\n'.join((*map(said, about['points']), str(folder / FILE))))
+  print('\n'.join((*map(said, about['points']), str(path))))
   return 0
 
 

@@ -101,14 +101,14 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 def resolved(source: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
   """Every field with its value, checked."""
-  raw = config.load(source)
+  raw, rest = edit_config.with_editor(config.load(source), overrides)
   own = {
     name: {k: fields.field(v) for k, v in default.items()}
     if isinstance(default, dict)
     else fields.field(default)
     for name, default in OWN.items()
   }
-  raw = options.written(edit_config.schema(raw) | own, raw, overrides)
+  raw = options.written(edit_config.schema(raw) | own, raw, rest)
   mine = config.complete('config', {k: raw[k] for k in OWN if k in raw}, own)
   chosen = edit_config.resolve({k: v for k, v in raw.items() if k not in OWN}) | mine
   if chosen['editor'] in ('none', 'grace', 'wise') or chosen['apart']:
@@ -119,12 +119,16 @@ def resolved(source: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any
   for name in ('steps', 'batch', 'length'):
     if chosen['learn'][name] < 1:
       raise UserError(f'config.learn.{name} must be at least 1; got {chosen["learn"][name]}')
+  if not Path(chosen['learn']['source']).is_file():
+    raise UserError(f'config.learn.source: there is no file {chosen["learn"]["source"]}')
   for chain in chosen['chains']:
     odd = [w for w in chain.split('-') if w not in ('edit', *LEARNERS)]
     if odd:
       raise UserError(
         f'config.chains: {odd[0]!r} in {chain!r} is no stage; there are edit, {", ".join(LEARNERS)}'
       )
+    if {*chain.split('-')} - {'edit'} and not chosen['learn']['domains']:
+      raise UserError(f'config.learn.domains is empty, and {chain!r} in config.chains reads them')
   return chosen
 
 
@@ -174,12 +178,16 @@ def whole(bench: Bench, chains: Sequence[str]) -> None:
   domains = bench.chosen['learn']['domains']
   every = prefixes(chains, domains)
   todo = [p for p in every if not (bench.folder(p) / LINE).exists()]
+  gather(bench)  # a process that was killed may have left both undone
+  tidy(bench, todo)
   if not todo:
     return
-  begin = time.monotonic()
-  exam = edit_run.prepare(
-    bench.editing, edit_run.opened(bench.chosen['model']), bench.data, bench.seed, bench.shown.say
-  )
+  begin, subject = time.monotonic(), edit_run.opened(bench.chosen['model'])
+  if any(p[-1] != 'edit' for p in todo if p):
+    # A mistake in their names is found now, not hours later.
+    folder, length = bench.data / 'text/corpora', bench.chosen['learn']['length']
+    corpora.load(folder, domains, subject.file, length)
+  exam = edit_run.prepare(bench.editing, subject, bench.data, bench.seed, bench.shown.say)
   while todo:
     prefix = todo.pop(0)
     bench.folder(prefix).mkdir(parents=True, exist_ok=True)
@@ -189,20 +197,33 @@ def whole(bench: Bench, chains: Sequence[str]) -> None:
     done = len(every) - len(todo)
     spent = show.clock(time.monotonic() - begin)
     bench.shown.say(f'{spent:>7}  stage {done}/{len(every)}  {summary(line)}')
-    # A gigabyte each for larger models: only those that a stage to come starts from stay.
-    needed = {bench.folder(p[:-1]) for p in todo if p}
-    for folder in bench.folder(()).parent.iterdir():
-      if folder not in needed:
-        shutil.rmtree(folder / MODEL, ignore_errors=True)
+    tidy(bench, todo)
+
+
+def tidy(bench: Bench, todo: Sequence[Prefix]) -> None:
+  """Leaves the models that a stage to come is or starts from: larger ones have a gigabyte each."""
+  needed = {bench.folder(p[:n]) for p in todo for n in (len(p) - 1, len(p)) if p}
+  for folder in (bench.place / f'seed{bench.seed}').glob('*'):
+    if folder not in needed:
+      shutil.rmtree(folder / MODEL, ignore_errors=True)
 
 
 def gather(bench: Bench) -> None:
-  """results.jsonl of all that is there."""
+  """results.jsonl of all that is there.
+
+  Raises:
+    UserError: a stage of another configuration, as where results.jsonl was removed to begin anew.
+  """
   every = prefixes(bench.chosen['chains'], bench.chosen['learn']['domains'])
   files = [
     bench._replace(seed=seed).folder(p) / LINE for seed in bench.chosen['seeds'] for p in every
   ]
-  durable.write(bench.place / results.FILE, ''.join(f.read_text() for f in files if f.exists()))
+  lines = {f: f.read_text() for f in files if f.exists()}
+  for file, line in lines.items():
+    if json.loads(line)['config_sha256'] != config.sha256(bench.chosen):
+      raise UserError(f'{file} is of another configuration: name another --workdir')
+  if lines:
+    durable.write(bench.place / results.FILE, ''.join(lines.values()))
 
 
 def model_of(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> str:
@@ -216,6 +237,9 @@ def model_of(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> str:
     make = edited if prefix[-1] == 'edit' else learnt
     about = make(bench, exam, prefix, source)
     durable.write(folder / MODEL / MADE, json.dumps(about) + '\n')
+  # What it was made of goes when it is there and not before, so that a kill at any point costs nothing.
+  (folder / edit_state.FILE).unlink(missing_ok=True)
+  shutil.rmtree(folder / 'run', ignore_errors=True)
   return str(folder / MODEL)
 
 
@@ -227,7 +251,6 @@ def edited(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> di
   where = edit_run.Place(bench.data, folder, bench.save_every, None)
   saved, backbone = edit_run.progress(chosen, subject, exam, editor, bench.seed, where, tell)
   decoder.save(folder / MODEL, subject.config, backbone, subject.file)
-  (folder / edit_state.FILE).unlink(missing_ok=True)
   seconds = saved.about['edit_s'] - saved.about['compile_s']
   return {'seconds': round(seconds, 3), 'log_p_target': saved.about['log_p']}
 
@@ -250,7 +273,6 @@ def learnt(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> di
     workdir.remember(place, parsed.config)
     (line,) = run.run(parsed, place, bench.shown)
     merge(place, folder / MODEL, str(bench.data), bench.shown.say)
-  shutil.rmtree(folder / 'run')
   return {'seconds': round(line['wall_s'] - line['compile_s'], 3), 'steps': line['steps']}
 
 

@@ -80,7 +80,7 @@ def check(axes: Mapping[str, Sequence]) -> None:
   for dotted, values in axes.items():
     if not isinstance(values, tuple) or not values:
       raise UserError(f'config.sweep[{dotted!r}] must be a tuple of values; got {values!r}')
-    if dotted.split('.')[0] in ('seeds', 'name', 'sweep'):
+    if dotted.split('.')[0] in ('seeds', 'name', 'sweep', 'feed'):
       raise UserError(f'config.sweep cannot vary {dotted}: every cell has the same')
 
 

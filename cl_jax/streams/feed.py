@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import os
 import signal
+import tempfile
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +62,34 @@ class Fetch(NamedTuple):
     return jax.tree.map(lambda leaf: np.asarray(leaf[some])[place], self.x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Filed:
+  """An array in a file, in the place of one in what workers are given.
+
+  They get it by a pipe before they run. Where it does not fit in there and a worker ends in its start, as by
+  an error in the script that it imports, the process that waits for it would do so for ever.
+  """
+
+  path: Path
+  count: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    return np.asarray(_mapped(self.path)[index])
+
+
+def _filed(path: Path, a: np.ndarray) -> Filed:
+  np.save(path, a)
+  return Filed(path, len(a))
+
+
+@lru_cache(maxsize=8)
+def _mapped(path: Path) -> np.ndarray:
+  return np.load(path, mmap_mode='r')
+
+
 class Feed:
   """See `grain_feed`. Calls that follow each other in the stream are read ahead, others are answered too."""
 
@@ -67,7 +102,7 @@ class Feed:
     self.grain = _grain()
     self.workers = whole(workers, 'workers', 0)
     self.ahead = None if ahead is None else whole(ahead, 'ahead')
-    self.stream, self.index, self.fetch = stream, np.asarray(stream.index), Fetch(stream.x)
+    self.stream, self.index = stream, np.asarray(stream.index)
     self.show, self.count = shown(stream), len(stream.y)
     L, S = self.index.shape[:2]
     self.steps = np.full(L, S) if stream.steps is None else np.asarray(stream.steps)
@@ -76,6 +111,7 @@ class Feed:
     self.iterator: Any = None
     self.at = -1  # the unit, a step of the whole stream, that the iterator gives next
     self.begun = False
+    self.folder: tempfile.TemporaryDirectory | None = None  # of what is `Filed`
 
   def __call__(self, leg: int, rows: np.ndarray) -> Batch:
     """The batches `rows` i32[n, B] of leg `leg`; see `run_chunks`."""
@@ -109,7 +145,9 @@ class Feed:
     """Ends the workers."""
     if self.iterator is not None:
       self.iterator.close()
-    self.iterator, self.at = None, -1
+    if self.folder is not None:
+      self.folder.cleanup()
+    self.iterator, self.folder, self.at = None, None, -1
 
   def __enter__(self) -> Feed:
     return self
@@ -129,20 +167,32 @@ class Feed:
     return None
 
   def _follow(self, at: int, real: int, n: int) -> list[Tree]:
-    if at != self.at:
+    if at == self.at:
+      parts = [next(self.iterator) for _ in range(real)]
+    else:
       self.close()
-      self.iterator, self.at = self._read(self.units[at:], self.workers, self.ahead or n), at
-    parts = [next(self.iterator) for _ in range(real)]
-    self.at += real
+      with _unheard():
+        self.iterator = self._read(self.units[at:], self.workers, self.ahead or n)
+        parts = [next(self.iterator) for _ in range(real)]
+    self.at = at + real
     return parts
 
   def _read(self, rows: np.ndarray, workers: int, ahead: int) -> Any:
     """An iterator over the inputs of rows i32[n, B]."""
-    wanted = places(self.stream, rows, self.count)
+    wanted: Any = places(self.stream, rows, self.count)
+    x = self.stream.x
+    if workers:
+      self.folder = tempfile.TemporaryDirectory(prefix='cl_jax-')
+      folder = Path(self.folder.name)
+      wanted = _filed(folder / 'wanted.npy', wanted)
+      leaves, tree = jax.tree.flatten(x)
+      own = [_filed(folder / f'rows{i}.npy', a.rows) for i, a in enumerate(leaves)]
+      leaves = [dataclasses.replace(a, rows=r) for a, r in zip(leaves, own, strict=True)]
+      x = jax.tree.unflatten(tree, leaves)
     each = -(-ahead // workers) if workers else ahead
     threads = 1 if workers else min(THREADS, ahead)
     grain = self.grain
-    steps = grain.MapDataset.source(wanted).map(self.fetch)
+    steps = grain.MapDataset.source(wanted).map(Fetch(x))
     steps = steps.to_iter_dataset(grain.ReadOptions(threads, threads if workers else each))
     if workers:
       small = grain.experimental.DatasetOptions(min_shm_size=SHARED)
@@ -152,16 +202,30 @@ class Feed:
     return iter(steps)
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+  """Processes that are started inside do not hear SIGINT and SIGTERM, also not before `_worker`.
+
+  They are started by threads that begin inside: a thread and a process inherit what is blocked.
+  """
+  resource_tracker.ensure_running()  # its start would end the blocking
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _worker(number: int, count: int) -> None:
   """In a worker at its start: it ends with the process that reads from it, and not before that does."""
   del number, count
   for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all: the run saves its state first
     signal.signal(signum, signal.SIG_IGN)
-  parent = os.getppid()
+  # Known as well where it is gone before this begins.
+  parent: Any = multiprocessing.parent_process()
 
   def watch() -> None:
-    while os.getppid() == parent:
-      time.sleep(0.5)
+    parent.join()
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()

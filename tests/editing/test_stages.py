@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
 from cl_jax.editing import evaluate, statistics
+from cl_jax.errors import UserError
 from cl_jax.streams import corpora
-from experiments import edit, edit_moments, edit_run, edit_stages, results, run
+from experiments import config, edit, edit_moments, edit_run, edit_stages, results, run
 from tests.experiments.conftest import language_model
 from tools import edit_stages as tables
 
@@ -123,12 +126,59 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
   assert 'edit-lora.medical, seed 0: s ' in capsys.readouterr().out
 
 
+def bench_at(place, *fields):
+  chosen = edit_stages.resolved('configs/edit_stages.py', [('learn.domains', 'a'), *fields])
+  told: Any = SimpleNamespace(say=lambda line: None)
+  return edit_stages.Bench(chosen, 0, place, place, 300.0, '', told)
+
+
+def test_what_a_model_is_made_of_stays_until_it_is_there(tmp_path, monkeypatch):
+  bench, prefix, none = bench_at(tmp_path), ('lora.a',), cast('edit_run.Exam', None)
+  folder = bench.folder(prefix)
+
+  def learnt(*given):
+    for name in ('run', edit_stages.MODEL):
+      (folder / name).mkdir(parents=True, exist_ok=True)
+    return {}
+
+  monkeypatch.setattr(edit_stages, 'learnt', learnt)
+  with monkeypatch.context() as patch:
+    # As far as a kill there lets it come.
+    patch.setattr(edit_stages.durable, 'write', lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      edit_stages.model_of(bench, none, prefix)
+  assert (folder / 'run').exists()
+  for _ in range(2):
+    edit_stages.model_of(bench, none, prefix)
+    assert [p.name for p in folder.iterdir()] == [edit_stages.MODEL]
+    monkeypatch.setattr(edit_stages, 'learnt', lambda *given: 1 / 0)
+    (folder / 'run').mkdir()
+
+
+def test_a_kill_after_the_last_line_leaves_no_line_out_and_no_model(tmp_path):
+  bench = bench_at(tmp_path, ('chains', 'lora'), ('editor', 'rome'), ('rome.layer', '2'))
+  assert bench.chosen['editor'] == 'rome'
+  sha = config.sha256(bench.chosen)
+  for n, prefix in enumerate(((), ('lora.a',))):
+    (bench.folder(prefix) / edit_stages.MODEL).mkdir(parents=True)
+    line = json.dumps({'config_sha256': sha, 'n': n}) + '\n'
+    (bench.folder(prefix) / edit_stages.LINE).write_text(line)
+  edit_stages.whole(bench, ['lora'])
+  assert [line['n'] for line in results.read(tmp_path)] == [0, 1]
+  assert not [*tmp_path.glob('seed0/*/model')]
+  with pytest.raises(UserError, match='another configuration'):
+    edit_stages.whole(bench_at(tmp_path, ('chains', 'lora'), ('edits', '11')), ['lora'])
+
+
 @pytest.mark.parametrize('words, said', [
   (('--config.chains=edit-prompt',), "'prompt' in 'edit-prompt' is no stage"),
   (('--only=full-*',), 'there are edit-lora lora-edit'),
   (('--config.apart=True',), 'all into one model'),
   (('--config.learn.steps=0',), 'learn.steps must be at least 1'),
   (('--config.learn.domain=law',), 'did you mean config.learn.domains'),
+  (('--config.learn.domains=()',), "config.learn.domains is empty, and 'edit-lora'"),
+  (('--config.learn.domains=law',), 'corpora/law/train.txt'),
+  (('--config.learn.source=configs/study_ml.py',), 'config.learn.source: there is no file'),
 ])  # fmt: skip
 def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
   assert go(root, tmp_path / 'x', *words) == 2
@@ -171,7 +221,13 @@ def test_moments_of_ever_more_text_and_what_is_written_with_them(
   assert '192 tokens: E[kk^T] off by 0.000, what is written by 0.000' in capsys.readouterr().out
   monkeypatch.setattr(tables, 'MOMENTS', tmp_path / 'moments.json')
   assert f'| 96 | {points[-2]["moment"][0]:.3f} | {wanted:.3f} |' in tables.converged()
+  with monkeypatch.context() as patch:  # what is finished is not read again
+    patch.setattr(edit_run, 'opened', lambda name: 1 / 0)
+    assert edit.main(argv) == 0
+  assert '192 tokens: E[kk^T] off by 0.000' in capsys.readouterr().out
   assert edit.main([*argv, '--config.moments.tokens=96']) == 2
   assert edit.main(['--moments', '--config=configs/edit_counterfact.py:rome,3', f'--workdir={tmp_path}/x',
                     f'--data_dir={root}', f'--config.model={root}/model']) == 2  # fmt: skip
   assert "what memit writes; config.editor is 'rome'" in capsys.readouterr().err
+  assert edit.main(['--moments', '--grid']) == 2
+  assert '--grid does not go with --moments' in capsys.readouterr().err

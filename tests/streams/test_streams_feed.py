@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import signal
 import sys
+import threading
 from operator import itemgetter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import optax
 import pytest
+from grain._src.python.dataset.transformations import process_prefetch
 
 from cl_jax import run, run_chunks, streams
 from cl_jax.compose import chain
@@ -20,6 +25,7 @@ from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.replay.er import er
 from cl_jax.models.mlp import mlp
 from cl_jax.streams import Plan, Records, dataset, grain_feed, stored
+from cl_jax.streams import feed as feeds
 from cl_jax.streams.check import check
 from cl_jax.streams.take import take
 from tests.prepared import prepare
@@ -193,6 +199,36 @@ def test_a_record_that_is_damaged_later(place, tmp_path, workers):
   stored._source.cache_clear()
   with grain_feed(stream, workers) as feed:
     says('is damaged: prepare it again', lambda: [feed(*c) for c in list(calls(stream))[1:4]])
+
+
+def test_what_workers_are_given_fits_in_a_pipe_and_signals_come_later(place, monkeypatch):
+  """A worker that ends in its start would be waited for for ever; Ctrl-C is sent to all."""
+  data = loaded(place, in_files=True)
+  stream = streams.split(*data, 'class', 2, plan=Plan(batch=6, epochs=2000))
+  size, blocked, real = [], [], process_prefetch._serialize_dataset
+
+  def serialise(dataset):
+    size.append(len(real(dataset)))
+    blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    raise RuntimeError('no worker')
+
+  monkeypatch.setattr(process_prefetch, '_serialize_dataset', serialise)
+  with grain_feed(stream, 1) as feed:
+    says('no worker', lambda: feed(0, np.asarray(stream.index[0, :4])))
+  assert size[0] < 1 << 15 < stream.index.nbytes
+  assert {signal.SIGINT, signal.SIGTERM} <= blocked[0]
+  assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  assert feed.folder is None
+
+
+def test_a_worker_whose_run_was_killed_before_it_began_ends(monkeypatch):
+  ended = threading.Event()
+  gone = SimpleNamespace(join=lambda: None)  # what Python gives where the parent has ended
+  monkeypatch.setattr(multiprocessing, 'parent_process', lambda: gone)
+  monkeypatch.setattr(os, '_exit', lambda code: ended.set())
+  monkeypatch.setattr(signal, 'signal', lambda signum, action: None)
+  feeds._worker(0, 1)
+  assert ended.wait(5)
 
 
 def test_mistakes(split, place, monkeypatch):

@@ -49,7 +49,7 @@ def ranpac(
       once whatever the number of epochs, with the features of the network as it is then.
     features: 'gaussian' keeps W. 'structured' keeps a seed of 4 bytes in its place and makes W of it in every
       step, by Hadamard transforms and signs, for devices: see `projection.structured`. Deviation: then
-      the columns of W are orthogonal within blocks, and of the same length.
+      the columns of W are orthogonal within blocks, and of the same length, where D is a power of 2.
 
   Needs the boundary. State: 4 (D M + M^2 + 2 M C + 1) bytes, 1 in the place of D M if structured. Freeze the
   model.
