@@ -13,12 +13,36 @@ rows that are put before the patches.
 
 from configs import common
 
-CELLS = ('lora,er', 'lora,er,int8', 'prompt_tuning,er,int8')
+CELLS = (
+  'lora,er', 'lora,er,int8', 'prompt_tuning,er,int8', 'lora,er,int8,pretrained',
+  'prompt_tuning,er,int8,pretrained',
+)  # fmt: skip
+WEIGHTS = 'runs/edge/vit_mnist'
+SHAPE = {'image': 28, 'patch': 7, 'channels': 1, 'd': 32, 'depth': 2, 'heads': 2, 'ffn': 64}
+
+
+def pretraining() -> dict:
+  """MNIST's ten digits at once: other images and classes than the stream's."""
+  return {
+    'name': 'edge_vit_pretraining',
+    'seeds': (0,),
+    'dataset': 'mnist',
+    'data': {'examples_per_class': 1000, 'test_per_task': 2000},
+    'scenario': 'class',
+    'tasks': 1,
+    'epochs': 10,
+    'batch': 64,
+    'model': {'name': 'vit', 'config': SHAPE},
+    'optimizer': {'name': 'adam', 'lr': 1e-3},
+    'head': 'all',
+  }
 
 
 def get_config(arg: str = 'lora,er') -> dict:
-  """`arg`: a scenario, methods and int8, as in CELLS."""
-  fields, methods, variants = common.variants(arg, 'class', ('int8',))
+  """`arg`: a scenario, methods and variants, as in CELLS, or `pretrain`."""
+  if arg == 'pretrain':
+    return pretraining()
+  fields, methods, variants = common.variants(arg, 'class', ('int8', 'pretrained'))
   small = 'int8' in variants
   rate = (3e-2 if 'prompt_tuning' in methods else 1e-2) if small else 1e-3
   arguments = {
@@ -26,7 +50,7 @@ def get_config(arg: str = 'lora,er') -> dict:
     'prompt_tuning': {'length': 4},
     'lora': {'rank': 4, 'alpha': 4.0, 'targets': 'backbone/layers/(q|v)/w'},
   }
-  shape = {'image': 28, 'patch': 7, 'channels': 1, 'd': 32, 'depth': 2, 'heads': 2, 'ffn': 64}
+  given = {'pretrained': WEIGHTS} if 'pretrained' in variants else {'config': SHAPE}
   return {
     **fields,
     'name': '_'.join(('edge_vit', *variants)),
@@ -38,7 +62,7 @@ def get_config(arg: str = 'lora,er') -> dict:
     'epochs': 5,
     'batch': 8,
     'ends_batch': 100,
-    'model': {'name': 'vit', 'config': shape},
+    'model': {'name': 'vit', **given},
     'freeze': ('backbone/.*',),
     'frozen_bits': 8 if small else None,
     'micro_batches': 4 if small else 1,

@@ -44,9 +44,8 @@ def latent(tap: str, capacity: int = 500, draw: int = 32, codec: str = '') -> Me
     codec: one of `codecs.ROWS` or 'pqMxK' (`product.form`), in which the memory keeps its activations; ''
       as they are. With 'uint8' that is the replay memory of Ravaglia et al., IEEE JETCAS 2021 (QLR-CL),
       section III, with a scale for each row in place of one for the layer; their fixed part in 8-bit
-      integers is not there. The codewords of 'pqMxK' are
-      fitted by k-means to the rows that the first task puts into the memory, once the part below the cut is
-      fixed, as in `remind`, and stay.
+      integers is not there. The codewords of 'pqMxK' are fitted by k-means to the rows that the first task
+      puts into the memory, once the part below the cut is fixed, as in `remind`, and stay.
 
   Needs the boundary. State: capacity + 1 + draw activations at the cut (in the bytes of `codec`), with 12
   bytes each for label, weight and task, 1 byte per parameter array, 4 bytes; with 'pqMxK' 4 bytes K times per
