@@ -13,6 +13,7 @@ from cl_jax.lowrank import merged
 from cl_jax.models import decoder, pretrained, vit
 from cl_jax.types import overlay
 from experiments import config, run, streams
+from experiments.chain import chain_of
 
 
 def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], None]) -> None:
@@ -44,7 +45,10 @@ def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], No
   if end is None:
     raise UserError(f'{place} has no checkpoint: run the experiment again to its end')
   variables = overlay(end.setup.weights['frozen'], end.state.params)
-  variables = merged(end.method, end.state.method, variables)
+  # Without the head's rule of which classes compete, which is no part of the weights.
+  wires = end.setup.model(end.setup.weights).wires
+  method = chain_of({**resolved, 'head': 'all'}, end.setup.streams[0], end.hp, wires)
+  variables = merged(method, end.state.method, variables)
   extra = sorted(variables.keys() - {'backbone', *(() if text else ('head',))})
   if extra:
     raise UserError(f'{place}: {", ".join(extra)} cannot be folded into the weights of the network')

@@ -83,7 +83,7 @@ RULES: dict[str, Rule] = {
   'ends_batch': least(1),
   'budget_bytes': least(1),
   'compress.memory': (
-    lambda v: v in ('', *codecs.ROWS) or re.fullmatch(r'pq[1-9]\d*x\d+', v),
+    lambda v: v in ('', *codecs.ROWS) or bool(re.fullmatch(r'pq[1-9]\d*x\d+', v)),
     f"must be '', {', '.join(map(repr, codecs.ROWS))} or pqMxK: M parts of a row, K codewords of each",
   ),
   'compress.state': (

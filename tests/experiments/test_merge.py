@@ -14,7 +14,7 @@ def test_a_vit_with_lora_is_written_and_read_by_a_configuration(tmp_path, capsys
   """Adapters are in the weights that they adapt and in no other; the head stays behind."""
   words = {
     'data.examples_per_class': 4, 'data.test_per_task': 4, 'data.test_batch': 4, 'tasks': 1,
-    'epochs': None, 'iterations': 2, 'ends_batch': 4, 'batch': 4, 'lora.targets': 'backbone/layers/q/w',
+    'epochs': 1, 'ends_batch': 4, 'batch': 4, 'lora.targets': 'backbone/layers/q/w',
   }  # fmt: skip
   fields = [f'--config.{k}={v}' for k, v in words.items()]
   place, out = tmp_path / 'run', tmp_path / 'out'

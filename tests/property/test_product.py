@@ -55,7 +55,7 @@ def test_codewords_are_the_means_of_what_they_were_given():
   w = np.ones(40, np.float32)
   w[[3, 20]] = 0
   f = product.Form(2, 4, 'pq2x4')
-  books = product.begun(f, x)
+  books = product.begun(f, jnp.asarray(x))
   for i in range(0, 40, 8):
     books = learn(books, x[i : i + 8], w[i : i + 8])
   assert books.count.sum(1).tolist() == [38, 38] and (np.asarray(books.count) > 0).all()
@@ -67,7 +67,7 @@ def test_codewords_are_the_means_of_what_they_were_given():
 def test_the_first_examples_are_kept_as_they_are_and_unused_codewords_are_not_drawn():
   x = np.random.default_rng(1).integers(0, 256, (3, 4, 2)).astype(np.uint8)
   f = product.Form(4, 8, 'pq4x8')
-  books = learn(product.begun(f, x), x, np.ones(3))
+  books = learn(product.begun(f, jnp.asarray(x)), x, np.ones(3))
   dark = np.zeros((1, 4, 2), np.uint8)  # nearest to a codeword that nothing was given to
   _, back = shown(f, books, np.concatenate([x, dark]))
   assert back.dtype == np.uint8
@@ -80,7 +80,7 @@ def test_the_error_falls_with_codewords_and_parts_and_the_bytes_are_those():
 
   def error(parts, words):
     f = product.Form(parts, words, f'pq{parts}x{words}')
-    books = learn(product.begun(f, x), x, np.ones(120))
+    books = learn(product.begun(f, jnp.asarray(x)), x, np.ones(120))
     made, back = shown(f, books, x)
     code = -(-parts // 2) if words <= 16 else parts
     assert budget.tree_bytes(made) == 120 * code == 120 * product.code_bytes(f)

@@ -113,9 +113,8 @@ def latent(tap: str, capacity: int = 500, draw: int = 32, codec: str = '') -> Me
       h = jax.lax.map(lambda b: keep(None, activation(b)), new)
     else:
       h = jax.lax.map(activation, new)
-      words = jax.lax.cond(
-        s.tasks == 0, lambda: fitted(form, k_rows, h, new.w, s.words), lambda: s.words
-      )
+      fit = partial(fitted, form, k_rows, h, new.w, s.words)
+      words = jax.lax.cond(s.tasks == 0, fit, lambda: s.words)
       h = jax.lax.map(partial(keep, words), h)
     new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:most], new._replace(x=h))
     new = new._replace(w=(slots < capacity).astype(new.w.dtype))
