@@ -14,7 +14,9 @@ each about three times the one before) on a held-out fifth of one seed's images,
 `prompt_tuning` trains four rows that are put before the patches.
 
 The word `pretrained` reads the backbone from runs/edge/vit_mnist, which the second and third command make:
-MNIST's ten digits at once, 10,000 images, 90.5 % of 2,000 test images. ACCURACIES
+MNIST's ten digits at once, 10,000 images, 90.5 % of 2,000 test images. Then
+`lora,er,int8` reaches 50.4 % of the clothes at the end of the stream, where it reaches 40.4 % with the drawn
+one (one seed).
 """
 
 from configs import common
