@@ -13,10 +13,9 @@ learning rates, 1e-2 and of `prompt_tuning` 3e-2, were the best of three (from 1
 each about three times the one before) on a held-out fifth of one seed's images, with the drawn backbone.
 `prompt_tuning` trains four rows that are put before the patches.
 
-The word `pretrained` reads the backbone from runs/edge/vit_mnist, which the second and third command make:
-MNIST's ten digits at once, 10,000 images, 90.5 % of 2,000 test images. Then
-`lora,er,int8` reaches 50.4 % of the clothes at the end of the stream (drawn backbone: 40.4), `prompt_tuning,er,int8`
-38.1 % (19.0); one seed.
+The word `pretrained` reads the backbone from runs/edge/vit_mnist, which the third and fourth command make:
+MNIST's ten digits at once, 10,000 images, 90.5 % of 2,000 test images. Then `lora,er,int8` reaches 50.4 % of
+the clothes at the end of the stream (drawn backbone: 40.4), `prompt_tuning,er,int8` 38.1 % (19.0); one seed.
 """
 
 from configs import common
