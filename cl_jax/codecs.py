@@ -99,7 +99,7 @@ def decode(rows: Rows) -> Array:
   """The rows [B, *shape] that are meant, in their own dtype."""
   codes, dtype = rows.codes, rows.dtype
   if rows.codec == 'int4':
-    codes = _numbers(codes, math.prod(rows.shape)).reshape(codes.shape[0], *rows.shape)
+    codes = numbers(codes, math.prod(rows.shape)).reshape(codes.shape[0], *rows.shape)
     if dtype == 'uint8':
       return (codes * 17).astype(jnp.uint8)
     codes = codes - 8
@@ -144,7 +144,7 @@ def nibbles(levels: Array) -> Array:
   return (flat[:, ::2] | (flat[:, 1::2] << 4)).astype(jnp.uint8)
 
 
-def _numbers(packed: Array, n: int) -> Array:
+def numbers(packed: Array, n: int) -> Array:
   """i32[B, n]: the inverse of `nibbles`."""
   wide = packed.astype(jnp.int32)
   return jnp.stack([wide & 15, wide >> 4], -1).reshape(packed.shape[0], -1)[:, :n]

@@ -7,13 +7,14 @@ sees codes: arrays are decoded when they are read and encoded when they are writ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cl_jax import codecs
+from cl_jax import codecs, product
 from cl_jax.codecs import Packed, Rows
 from cl_jax.cut import Joined
 from cl_jax.errors import UserError
@@ -25,61 +26,107 @@ MOMENTS = ('bfloat16', 'dynamic8')
 POSITIVE = ('nu', 'nu_max', 'sum_of_squares', 'e_g', 'e_x')
 
 
+class Coder(NamedTuple):
+  """encode, decode: of the inputs of a batch, as they are stored and as the stream has them."""
+
+  encode: Callable[[Tree], Tree]
+  decode: Callable[[Tree], Tree]
+
+
 def memory(codec: str, method: Method, name: str = 'the method') -> Method:
   """`method`, whose memory keeps the stream's examples in the bytes of a codec.
 
   Its hooks are handed encoded batches, which is what they store, and networks that decode what they are
   given. The rows of the stream that a step trains on stay as they are; what a method reads from a batch that
-  it stores itself (`mer` its examples, `icarl` a task's) is what the memory will hold.
+  it stores itself (`mer` its examples, `icarl` a task's) is what the memory will hold. With 'pqMxK' the state
+  is `product.Quantised`: codebooks that learn from each batch before it is stored, and the method's own.
 
   Args:
-    codec: one of `codecs.ROWS`; applied to the leaves of `Batch.x` that are floats or uint8.
+    codec: one of `codecs.ROWS` or 'pqMxK' (`product.form`); applied to the leaves of `Batch.x` that are
+      floats or uint8.
     method: one that keeps examples as the stream has them. Activations are `latent`'s own argument `codec`,
       and `remind` has a quantiser already.
     name: of the method, for errors.
 
   Raises:
-    UserError: at init, of a method that keeps no such examples.
+    UserError: at init, of a method that keeps no such examples, or examples that M does not divide.
   """
-  if codec not in codecs.ROWS:
-    raise UserError(f'no codec {codec!r} for a memory: one of {", ".join(codecs.ROWS)}')
+  form = product.form(codec)
+  if form is None and codec not in codecs.ROWS:
+    raise UserError(f'no codec {codec!r} for a memory: one of {", ".join(codecs.ROWS)} or pqMxK')
 
-  def coded(batch: Batch) -> Batch:
+  def opened(s) -> tuple[Coder, Tree]:
+    """What encodes and decodes, and the method's own state."""
+    if form is None:
+      return Coder(partial(codecs.encode_tree, codec), codecs.decode_tree), s
+    return Coder(
+      partial(product.encode_tree, form, s.books), partial(product.decode_tree, s.books)
+    ), s.method
+
+  def closed(s, inner):
+    return inner if form is None else s._replace(method=inner)
+
+  def learnt(s, batch):
+    return s if form is None else s._replace(books=product.learn_tree(s.books, batch.x, batch.w))
+
+  def coded(coder: Coder, batch: Batch) -> Batch:
     if isinstance(batch.x, Joined):
       raise UserError(
         f'{name} in {codec} cannot follow a memory whose rows enter inside the network: name it first'
       )
-    return batch._replace(x=codecs.encode_tree(codec, batch.x))
+    return batch._replace(x=coder.encode(batch.x))
 
   def init(key, params, batch, fwd):
-    added, s = method.init(key, params, coded(batch), decoding(fwd))
-    if not any(isinstance(a, Rows) for a in _leaves(s, Rows)):
+    s = None
+    if form is not None:
+      try:
+        s = product.Quantised(product.begin_tree(form, batch.x), None)
+      except UserError as error:
+        raise UserError(f'{name} in {error}') from error
+    coder, _ = opened(s)
+    added, inner = method.init(key, params, coded(coder, batch), decoding(fwd, coder.decode))
+    if not any(isinstance(a, Rows) for a in _leaves(inner, Rows)):
       raise UserError(
         f'{name} keeps no examples with floats or 8-bit pixels that could be in {codec}: leave the codec out'
       )
-    return added, s
+    return added, closed(s, inner)
+
+  def wrap(s, apply):
+    return method.wrap(opened(s)[1], apply)
 
   def mix(s, batch):
-    n, mixed = batch.y.shape[0], method.mix(s, coded(batch))
+    coder, inner = opened(s)
+    n, mixed = batch.y.shape[0], method.mix(inner, coded(coder, batch))
     rest = jax.tree.map(lambda a: a[n:], mixed)
-    rest = rest._replace(x=codecs.decode_tree(rest.x))
+    rest = rest._replace(x=coder.decode(rest.x))
     whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, rest)
     return whole._replace(w=mixed.w)
 
   def loss(s, params, batch, out, fwd):
-    return method.loss(s, params, batch, out, decoding(fwd))
+    coder, inner = opened(s)
+    return method.loss(inner, params, batch, out, decoding(fwd, coder.decode))
 
   def grads(s, g, params, batch, grad_fn):
-    def decoded(params, batch):
-      return grad_fn(params, batch._replace(x=codecs.decode_tree(batch.x)))
+    coder, inner = opened(learnt(s, batch))  # `after` keeps it
 
-    return method.grads(s, g, params, coded(batch), decoded)
+    def decoded(params, batch):
+      return grad_fn(params, batch._replace(x=coder.decode(batch.x)))
+
+    g, inner = method.grads(inner, g, params, coded(coder, batch), decoded)
+    return g, closed(s, inner)
 
   def after(s, params, step, key):
-    return method.after(s, params, step._replace(batch=coded(step.batch)), key)
+    s = learnt(s, step.batch)
+    coder, inner = opened(s)
+    step = step._replace(batch=coded(coder, step.batch))
+    params, inner = method.after(inner, params, step, key)
+    return params, closed(s, inner)
 
   def boundary(s, params, batches, fwd, key):
-    return method.boundary(s, params, jax.vmap(coded)(batches), decoding(fwd), key)
+    coder, inner = opened(s)
+    held = jax.vmap(partial(coded, coder))(batches)
+    params, inner = method.boundary(inner, params, held, decoding(fwd, coder.decode), key)
+    return params, closed(s, inner)
 
   default = Method()
   return method._replace(
@@ -87,16 +134,17 @@ def memory(codec: str, method: Method, name: str = 'the method') -> Method:
     boundary=boundary,
     after=after,
     loss=loss,
+    wrap=method.wrap if method.wrap is default.wrap else wrap,
     mix=method.mix if method.mix is default.mix else mix,
     grads=method.grads if method.grads is default.grads else grads,
   )
 
 
-def decoding(fwd: Forward) -> Forward:
+def decoding(fwd: Forward, decode: Callable[[Tree], Tree] = codecs.decode_tree) -> Forward:
   """The forward pass that takes encoded batches too."""
 
   def apply(variables, batch, tap, train):
-    return fwd.apply(variables, batch._replace(x=codecs.decode_tree(batch.x)), tap, train)
+    return fwd.apply(variables, batch._replace(x=decode(batch.x)), tap, train)
 
   return fwd._replace(apply=apply)
 

@@ -137,7 +137,7 @@ def defaults() -> dict[str, Any]:
     # gets more slots out of a budget.
     'compress': {
       # The memory of every method that keeps examples or (latent) activations: '' as they come, 'float32',
-      # 'bfloat16', 'uint8', 'int8' or 'int4'.
+      # 'bfloat16', 'uint8', 'int8', 'int4' or 'pqMxK' (M parts of a row, K codewords each).
       'memory': '',
       # ((pattern, codec), ...): parts of the methods' states by path, such as
       # (('.*importance/.*', 'udynamic8'),); codecs are 'bfloat16', 'dynamic8' and 'udynamic8'.

@@ -17,9 +17,9 @@ CELLS = ('er', 'latent', 'ewc', 'adam')
 BUDGET = 60_000
 SWEEPS = {
   'er': {
-    'compress.memory': ('float32', 'bfloat16', 'uint8', 'int4')
+    'compress.memory': ('float32', 'bfloat16', 'uint8', 'int4', 'pq98x8')
   },  # int8 leaves images as uint8 does
-  'latent': {'compress.memory': ('float32', 'bfloat16', 'uint8', 'int8', 'int4')},
+  'latent': {'compress.memory': ('float32', 'bfloat16', 'uint8', 'int8', 'int4', 'pq32x16')},
   'ewc': {
     'compress.state': (
       (),

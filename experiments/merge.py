@@ -10,17 +10,20 @@ import jax
 
 from cl_jax.errors import UserError
 from cl_jax.lowrank import merged
-from cl_jax.models import decoder, pretrained
+from cl_jax.models import decoder, pretrained, vit
 from cl_jax.types import overlay
 from experiments import config, run, streams
+from experiments.chain import chain_of
 
 
 def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], None]) -> None:
-  """Writes the language model that a finished run has left, low-rank terms folded in, to `out`.
+  """Writes the network that a finished run has left, low-rank terms folded in, to `out`.
+
+  A language model, or a ViT, whose head is of the run's classes and left out.
 
   Args:
     place: the --workdir of a run of one seed, its checkpoints in it.
-    out: see `decoder.save`.
+    out: see `decoder.save` and `vit.save`.
 
   Raises:
     UserError: no such run, several seeds, no checkpoint, another kind of model, or a method that a single
@@ -33,18 +36,30 @@ def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], No
   if len(resolved['seeds']) != 1:
     raise UserError(f'{place} has {len(resolved["seeds"])} seeds: a model is made of one')
   about = resolved['model']
-  if about['name'] != 'decoder' or about['output'] != 'tokens' or not about['pretrained']:
+  text = about['name'] == 'decoder' and about['output'] == 'tokens' and about['pretrained']
+  if not text and about['name'] != 'vit':
     raise UserError(
-      f'{place}: only runs of a pretrained language model (decoder, tokens) can be merged'
+      f'{place}: only runs of a pretrained language model (decoder, tokens) or of a ViT can be merged'
     )
   end = run.end_of(resolved, place, data_dir, tell)
   if end is None:
     raise UserError(f'{place} has no checkpoint: run the experiment again to its end')
   variables = overlay(end.setup.weights['frozen'], end.state.params)
-  variables = merged(end.method, end.state.method, variables)
-  extra = sorted(variables.keys() - {'backbone'})
+  # Without the head's rule of which classes compete, which is no part of the weights.
+  wires = end.setup.model(end.setup.weights).wires
+  method = chain_of({**resolved, 'head': 'all'}, end.setup.streams[0], end.hp, wires)
+  variables = merged(method, end.state.method, variables)
+  extra = sorted(variables.keys() - {'backbone', *(() if text else ('head',))})
   if extra:
     raise UserError(f'{place}: {", ".join(extra)} cannot be folded into the weights of the network')
-  shape = decoder.load(pretrained.find(about['pretrained']).path)[0]  # its weights can go
   backbone = jax.tree.map(jax.numpy.asarray, variables['backbone'])
-  decoder.save(out, shape, backbone, streams.tokenizer(resolved))
+  if text:
+    shape = decoder.load(pretrained.find(about['pretrained']).path)[0]  # its weights can go
+    decoder.save(out, shape, backbone, streams.tokenizer(resolved))
+    return
+  if about['pretrained']:
+    shape = vit.load(pretrained.find(about['pretrained']).path)[0]
+  else:
+    shape = vit.Config(**about['config'])
+  shape = shape._replace(image=about['image'] or shape.image, depth=about['layer'] or shape.depth)
+  vit.save(out, shape, backbone)

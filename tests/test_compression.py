@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from cl_jax import budget, checkpoint, codecs, compression, cut, methods
+from cl_jax import budget, checkpoint, codecs, compression, cut, methods, product
 from cl_jax.codecs import Packed, Rows
 from cl_jax.compose import chain
 from cl_jax.errors import UserError
@@ -132,6 +132,91 @@ def test_latent_rows_in_few_bits(toy_stream):
   assert step(begun, first(toy_stream, 1))[1] != step(other, first(toy_stream, 1))[1]
 
 
+def test_codebooks_learn_before_the_memory_stores(toy_stream):
+  """`er` in codes: rows that are fewer than the codewords are stored as they were, from the first step on."""
+  learn = made(compression.memory('pq4x256', make('er', toy_stream)))
+  state = jax.jit(learn.init)(jax.random.key(7), first(toy_stream))
+  step = jax.jit(learn.step)
+  for i in range(3):
+    state, _ = step(state, take(toy_stream, toy_stream.index[0, i], 0))
+  books, inner = state.method.books[0], state.method.method
+  shown = np.asarray(toy_stream.x[toy_stream.index[0, :3].reshape(-1)])
+  assert books.count.sum(1).tolist() == [30] * 4
+  kept = np.asarray(inner.rows.w)[:-1] > 0
+  rows = np.asarray(product.decode(product.used(books), inner.rows.x))[:-1][kept]
+  assert kept.sum() == 30  # fewer than codewords: as they were
+  np.testing.assert_allclose(np.sort(rows, 0), np.sort(shown, 0), atol=1e-6)
+  blank = jax.tree.map(jnp.zeros_like, inner.draw.x)
+  other = state._replace(
+    method=state.method._replace(method=inner._replace(draw=inner.draw._replace(x=blank)))
+  )
+  assert step(state, first(toy_stream))[1] != step(other, first(toy_stream))[1]
+
+
+@pytest.mark.parametrize('name', ['er', 'mer', 'agem', 'gdumb', 'icarl'])
+def test_every_method_that_keeps_examples_takes_codes(name, toy_stream):
+  learn = made(compression.memory('pq4x3', make(name, toy_stream), name))
+  state = jax.eval_shape(learn.init, jax.random.key(0), first(toy_stream))
+  after, _ = jax.eval_shape(learn.step, state, first(toy_stream))
+  for other in (after, jax.eval_shape(learn.boundary, after, ends_of(toy_stream))):
+    assert jax.tree.structure(other) == jax.tree.structure(state)
+    assert [a.shape for a in jax.tree.leaves(other)] == [a.shape for a in jax.tree.leaves(state)]
+  assert all(r.codes.shape[1:] == (2,) for r in leaves(state.method, Rows))
+
+
+def test_latent_fits_its_codewords_to_the_first_task_and_keeps_them(toy_stream):
+  def after(tasks, words):
+    method = methods.find('latent')('l0', 60, 10, f'pq8x{words}')
+    return trained(toy_stream, method, tasks=tasks)[0]
+
+  def error(words):
+    state = after(1, words)
+    rows = state.method.rows
+    kept = np.asarray(rows.w) > 0
+    back = np.asarray(product.decode(state.method.words, rows.x))[kept]
+    batch = first(toy_stream)._replace(x=toy_stream.x[:200])
+    h = np.asarray(cut.at_cut(mlp((16,), 6).apply, state.params, batch, 'l0'))
+    assert rows.x.codes.shape == (61, 8 if words > 16 else 4) and kept.sum() == 60
+    return np.square(back[:, None] - h[None]).sum(-1).min(1).mean()
+
+  few, many = error(2), error(32)
+  assert few > 4 * many
+  once, twice = after(1, 32).method, after(2, 32).method
+  same(once.words, twice.words)
+  assert not np.array_equal(once.rows.x.codes, twice.rows.x.codes)
+  with pytest.raises(UserError, match='latent in pq8x61: 61 codewords .* capacity is 60'):
+    after(1, 61)
+  with pytest.raises(UserError, match="latent at 'l0' in pq3x4: rows of 16 numbers cannot"):
+    trained(toy_stream, methods.find('latent')('l0', 60, 10, 'pq3x4'))
+
+
+@pytest.mark.parametrize('name', ['er', 'latent'])
+def test_codes_of_two_seeds_in_one_program_go_on_from_a_checkpoint(name, toy_stream, tmp_path):
+  """From a saved state the same bits as without a pause."""
+  codec = 'pq4x5'
+  method = methods.find('latent')('l0', 30, 10, codec)
+  learn = made(method if name == 'latent' else compression.memory(codec, make('er', toy_stream)))
+
+  def task(state):
+    one = lambda s, rows: learn.step(s, take(toy_stream, rows, 0))  # noqa: E731
+    return learn.boundary(jax.lax.scan(one, state, toy_stream.index[0, :4])[0], ends_of(toy_stream))
+
+  whole = quick(jax.vmap(task))
+  middle = whole(
+    jax.vmap(lambda key: learn.init(key, first(toy_stream)))(
+      jnp.stack([jax.random.key(7), jax.random.key(1)])
+    )
+  )
+  checkpoint.save(tmp_path, 3, middle)
+  like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), middle)
+  back = checkpoint.restore(tmp_path, like)
+  assert back is not None
+  end = whole(middle)
+  same(whole(back.tree), end)
+  (rows, *_) = leaves(end.method, Rows)
+  assert rows.codes.dtype == jnp.uint8 and not np.array_equal(rows.codes[0], rows.codes[1])
+
+
 def test_state_in_eight_bits_is_near_and_is_packed_once(toy_stream):
   """EWC with importances in 8 bits: near the plain ones; between boundaries the codes do not move."""
   wide = dataclasses.replace(toy_stream, x=jnp.tile(toy_stream.x, 2))
@@ -219,6 +304,10 @@ def test_refusals_name_what_and_why(toy_stream):
   ewc, er = make('ewc', toy_stream), make('er', toy_stream)
   with pytest.raises(UserError, match='ewc keeps no examples .* in int8: leave the codec out'):
     start(compression.memory('int8', ewc, 'ewc'))
+  with pytest.raises(UserError, match='ewc keeps no examples .* in pq4x4: leave the codec out'):
+    start(compression.memory('pq4x4', ewc, 'ewc'))
+  with pytest.raises(UserError, match='er in pq3x4: rows of 8 numbers cannot be cut into 3 equal'):
+    start(compression.memory('pq3x4', er, 'er'))
   with pytest.raises(
     UserError, match=r"'.\*/fisher' packs nothing in udynamic8: the state has anchor"
   ):

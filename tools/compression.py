@@ -103,7 +103,7 @@ def draw() -> None:
       middle = [sum(seeds) / len(seeds) for seeds in values]
       axis.plot(slots, middle, f'{marker}-', color=colour, label=title.replace('`', ''))
       for codec, x, y in zip(cells, slots, middle, strict=True):
-        place = (5, 7) if codec == 'int8' else (4, -11)
+        place = {'int8': (5, 7), 'pq32x16': (-36, -13)}.get(codec, (4, -11))
         axis.annotate(codec, (x, y), place, textcoords='offset points', fontsize=8)
     axis.set_xscale('log')
     axis.set(xlabel='rows that fit into 60,000 bytes', ylabel='accuracy, %, mean and seeds')

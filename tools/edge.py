@@ -39,7 +39,8 @@ KINDS = {
 # Learners of the table of statistics, adapters and memories in few bits.
 SMALL = (
   'ncm', 'slda', 'ranpac', 'ranpac (structured)', 'lora', 'lora+er (vit_int8)',
-  'prompt_tuning+er (vit_int8)', 'latent', 'latent (int8)', 'dreamnet',
+  'lora+er (vit_int8_pretrained)', 'prompt_tuning+er (vit_int8)',
+  'prompt_tuning+er (vit_int8_pretrained)', 'latent', 'latent (int8)', 'dreamnet',
 )  # fmt: skip
 UPDATES = {
   'everything': ('full', 'micro'),

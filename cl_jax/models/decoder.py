@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -146,13 +145,11 @@ def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Pa
   """
   if config.norm != 'rms' or not config.rope or not config.gated or config.parallel:
     raise UserError('only models of the Llama family can be written')
-  from safetensors.numpy import save as serialised
-
   tensors = {}
   for ours, a in paths(backbone).items():
     name, kind = _NAMES['llama'][ours]
     for i, one in enumerate(np.asarray(a)) if '{}' in name else [(0, np.asarray(a))]:
-      tensors[name.format(i)] = np.ascontiguousarray(one.T if kind == 'T' else one)
+      tensors[name.format(i)] = one.T if kind == 'T' else one
   about = {
     'model_type': 'llama',
     'architectures': ['LlamaForCausalLM'],
@@ -172,12 +169,7 @@ def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Pa
     keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     about['rope_scaling'] = {'rope_type': 'llama3', **dict(zip(keys, config.scaling, strict=True))}
   folder = Path(folder)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f'{folder} cannot be made: {durable.reason(error)}') from error
-  durable.replace(folder / containers.WHOLE, lambda file: file.write(serialised(tensors)))
-  durable.write(folder / 'config.json', json.dumps(about, indent=1) + '\n')
+  pretrained.write(folder, about, tensors)
   durable.write(folder / 'tokenizer.json', tokenizers.load(tokenizer).to_str() + '\n')
 
 

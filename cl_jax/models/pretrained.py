@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cl_jax import durable
 from cl_jax.errors import UserError
 from cl_jax.models import containers
 from cl_jax.types import Tree
@@ -244,6 +245,23 @@ def tensors(
   return containers.exactly(containers.safetensors(path), wanted, prefix, ignored, ends)
 
 
+def write(folder: Path, about: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+  """Makes the folder, and config.json and model.safetensors in it.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  from safetensors.numpy import save as serialised
+
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'{folder} cannot be made: {durable.reason(error)}') from error
+  whole = serialised({name: np.ascontiguousarray(a) for name, a in tensors.items()})
+  durable.replace(folder / containers.WHOLE, lambda file: file.write(whole))
+  durable.write(folder / 'config.json', json.dumps(about, indent=1) + '\n')
+
+
 def stack_shapes(
   start: str, names: dict[str, str], depth: int, d: int, ffn: int
 ) -> dict[str, tuple[int, ...]]:
@@ -255,6 +273,17 @@ def stack_shapes(
       shapes[f'{start.format(i)}{theirs}.weight'] = shape
       shapes[f'{start.format(i)}{theirs}.bias'] = shape[:1]
   return shapes
+
+
+def unstack(tree: Tree, start: str, names: dict[str, str]) -> dict[str, np.ndarray]:
+  """The inverse of `stack`."""
+  t = {}
+  for ours, theirs in names.items():
+    for kind, a in tree[ours].items():
+      end = 'bias' if kind in ('b', 'bias') else 'weight'
+      for i, one in enumerate(np.asarray(a)):
+        t[f'{start.format(i)}{theirs}.{end}'] = one.T if kind == 'w' else one
+  return t
 
 
 def stack(t: dict[str, np.ndarray], start: str, names: dict[str, str], depth: int) -> Tree:

@@ -337,6 +337,49 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   return c, _tree(c, names, pretrained.tensors(path, wanted, names.prefix, names.ignored))
 
 
+def save(folder: str | Path, config: Config, backbone: Tree) -> None:
+  """Writes a backbone as a Hugging Face directory of model_type 'vit', which `load` reads again.
+
+  Args:
+    folder: is made; config.json and model.safetensors in it are replaced.
+    config: its shape.
+    backbone: see `vit`, without LayerScale and a norm before the layers.
+
+  Raises:
+    UserError: another kind of ViT, or a folder that cannot be written.
+  """
+  c, n = config, _VIT
+  if c.activation != 'gelu' or 'scale1' in backbone['layers'] or 'before' in backbone:
+    raise UserError(
+      'only a ViT with gelu, without LayerScale and a norm before its layers can be written'
+    )
+  w = np.asarray(backbone['patch']['w']).reshape(c.patch, c.patch, c.channels, c.d)
+  tensors = {
+    f'{n.patch}.weight': w.transpose(3, 2, 0, 1),
+    f'{n.patch}.bias': np.asarray(backbone['patch']['b']),
+    n.cls: np.asarray(backbone['cls'])[None, None],
+    n.positions: np.asarray(backbone['positions'])[None],
+    f'{n.norm}.weight': np.asarray(backbone['norm']['scale']),
+    f'{n.norm}.bias': np.asarray(backbone['norm']['bias']),
+    **pretrained.unstack(backbone['layers'], n.layer, n.block),
+  }
+  about = {
+    'model_type': 'vit',
+    'architectures': ['ViTModel'],
+    'image_size': c.image,
+    'patch_size': c.patch,
+    'num_channels': c.channels,
+    'hidden_size': c.d,
+    'num_hidden_layers': c.depth,
+    'num_attention_heads': c.heads,
+    'intermediate_size': c.ffn,
+    'layer_norm_eps': c.eps,
+    'hidden_act': 'gelu',
+    'qkv_bias': True,
+  }
+  pretrained.write(Path(folder), about, tensors)
+
+
 def _of_hub(path: Path, known: dict[str, Any], names: _Names) -> tuple[Config, _Names]:
   for key, only in (('qkv_bias', True), ('use_swiglu_ffn', False)):
     if known.get(key, only) is not only:

@@ -176,3 +176,4 @@ def test_learners_of_devices_have_names_of_their_own():
   assert found['latent (int8)'][0]['compress']['memory'] == 'int8'
   assert found['lora+er (vit_int8)'][0]['frozen_bits'] == 8
   assert found['lora+er (vit)'][0]['frozen_bits'] is None
+  assert found['lora+er (vit_int8_pretrained)'][0]['model']['pretrained']
