@@ -101,6 +101,12 @@ def append(path: Path, lines: list[dict]) -> None:
     os.fsync(f.fileno())
 
 
+def seconds_of_a_seed(lines: list[dict]) -> float | None:
+  """Wall seconds on the machine that wrote these lines, compilation included; None without a line."""
+  each = [r['wall_s_of_all_seeds'] / r['seeds_together'] for r in lines if 'seeds_together' in r]
+  return float(np.mean(each)) if each else None
+
+
 def table_rows(rows: list[Row], out: Path, command: str) -> list[dict]:
   """The rows of published.csv; a row that was not run has empty figures of ours."""
   lines = []
@@ -147,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--seeds', type=int, default=5, help='seeds per row (5)')
   parser.add_argument('--all', action='store_true', help='also rows that take hours')
-  parser.add_argument('--list', action='store_true', help='print the rows and what is done')
+  listed = 'print the rows, how many seeds are done, and about how long the others take'
+  parser.add_argument('--list', action='store_true', help=listed)
   parser.add_argument('--data_dir', help='parent of tfds/; default: the variable CL_JAX_DATA')
   parser.add_argument('--out', type=Path, default=Path('results'), help='(results)')
   args = parser.parse_args(argv)
@@ -174,11 +181,14 @@ def reproduce(args) -> int:
   wanted = list(range(args.seeds))
   todo = []
   for row in rows:
-    done = {r['seed'] for r in read(store / f'{row.table}.jsonl') if r['row'] == row.name}
+    lines = read(store / f'{row.table}.jsonl')
+    done = {r['seed'] for r in lines if r['row'] == row.name}
     missing = [s for s in wanted if s not in done]
     skip = row.slow and not (args.all or args.only == row.name)
     if args.list:
-      print(f'{row.name}: {len(done)} seeds done{", slow" if row.slow else ""}')
+      took = seconds_of_a_seed([r for r in lines if r['row'] == row.name])
+      time_of = f', about {took * len(missing):.0f} s to go' if took and missing else ''
+      print(f'{row.name}: {len(done)} seeds done{time_of}{", slow" if row.slow else ""}')
     elif missing and skip:
       print(f'{row.name}: left out, it takes hours; --all or --only={row.name} runs it')
     elif missing:

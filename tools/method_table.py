@@ -2,8 +2,8 @@
 
 Hooks and needs are read off the `Method` that each factory returns, passes and bytes are measured on a
 small network, state formulas are the "State:" sentences of the docstrings, tolerances come from
-tests/parity, what keeps a method from a device from tests/edge, reproduced figures from results/published.csv. Without --write the command only says
-whether the committed table is current.
+tests/parity, what keeps a method from a device from tests/edge, reproduced figures from
+results/published.csv. Without --write the command only says whether the committed table is current.
 """
 
 from __future__ import annotations

@@ -69,8 +69,13 @@ def test_heavy_rows_are_left_out_unless_named(rows, tmp_path, capsys):
   assert reproduce.main(['--only=toy*', '--seeds=1', f'--out={tmp_path}']) == 0
   assert 'it takes hours' in capsys.readouterr().out
   assert [r['seeds'] for r in table(tmp_path)] == ['1', '1', '1', '1', '0', '0']
-  assert reproduce.main(['--list']) == 0
-  assert 'toy/task/heavy/small: 0 seeds done, slow' in capsys.readouterr().out
+  (tmp_path / 'published/toy.jsonl').write_text(
+    '{"row": "toy/task/again/small", "seed": 0, "wall_s_of_all_seeds": 12.0, "seeds_together": 2}\n'
+  )
+  assert reproduce.main(['--list', '--seeds=3', f'--out={tmp_path}']) == 0
+  out = capsys.readouterr().out
+  assert 'toy/task/heavy/small: 0 seeds done, slow' in out
+  assert 'toy/task/again/small: 1 seeds done, about 12 s to go' in out
 
 
 def test_a_heavy_row_is_kept_after_every_few_seeds(rows, tmp_path, monkeypatch, capsys):
