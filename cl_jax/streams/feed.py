@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -11,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,6 +206,8 @@ def _unheard() -> Iterator[None]:
 
   They are started by threads that begin inside: a thread and a process inherit what is blocked.
   """
+  from multiprocessing import resource_tracker
+
   resource_tracker.ensure_running()  # its start would end the blocking
   before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
   try:
@@ -218,6 +218,8 @@ def _unheard() -> Iterator[None]:
 
 def _worker(number: int, count: int) -> None:
   """In a worker at its start: it ends with the process that reads from it, and not before that does."""
+  import multiprocessing
+
   del number, count
   for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all: the run saves its state first
     signal.signal(signum, signal.SIG_IGN)

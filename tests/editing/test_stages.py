@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -83,7 +82,7 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
   def interrupt(*args):
     count.append(1)
     if len(count) == 1:
-      signal.raise_signal(signal.SIGINT)
+      raise KeyboardInterrupt
     return real(*args)
 
   monkeypatch.setattr(edit_stages.run, 'run', interrupt)

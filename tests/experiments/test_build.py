@@ -158,7 +158,8 @@ OTHER: dict[str, Any] = {
   'data.test_per_task': 7,
 }
 # Of the loop, another command, another data set or pretrained weights; tested with those (test_run,
-# test_framework, ...; the last two below). Limits refuse and change nothing (test_budget).
+# test_framework, ...; the last two below). Limits refuse and change nothing (test_budget), nor does it
+# change what is run where examples come from (test_feed).
 ELSEWHERE = {'name', 'chunk', 'eval_every', 'dataset', 'by', 'sweep', 'frozen_bits'}
 ELSEWHERE |= {
   f'data.{f}'
@@ -167,7 +168,7 @@ ELSEWHERE |= {
 FIELDS = [
   f
   for f in flat(config.resolve(RAW))
-  if f not in ELSEWHERE and not f.startswith(('tuning.', 'budget.'))
+  if f not in ELSEWHERE and not f.startswith(('tuning.', 'budget.', 'feed.'))
 ]
 
 
