@@ -71,7 +71,7 @@ def test_arguments_of_model_and_optimiser_are_fields():
     ({'lr': 1.0}, r'did you mean .*config\.optimizer\.lr'),
     ({'ewc': {'coef': 1.0}}, r"config\.ewc belongs to a method that is not used: add 'ewc'"),
     ({'methods': ('er',), 'er': {'capacty': 3}}, r'did you mean config\.er\.capacity\?'),
-    ({'methods': ('ewcc',)}, r"no method 'ewcc': did you mean ewc"),
+    ({'methods': ('ewcc',)}, r"no method 'ewcc': did you mean ewc or ewcpp\b"),
     ({'methods': ('er', 'er')}, 'must be different names'),
     ({'methods': 'er'}, r'config\.methods must be of type tuple'),
     ({'model': {'name': 'mpl'}}, r"no model 'mpl': did you mean mlp\?"),
