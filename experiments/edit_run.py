@@ -113,6 +113,10 @@ def run(
     'refused_by_editor': about['full'],
     'before': rounded(evaluate.measures(exam.asked, before)),
     **rounded(evaluate.measures(exam.asked, after)),
+    'by_edit': {
+      name: [None if v is None else round(v, 4) for v in values]
+      for name, values in evaluate.by_edit(exam.asked, after).items()
+    },
     **matrix(about, exam),
     'perplexity': perplexities(chosen, subject, place.data, backbone, saved.state, editor),
     **written(chosen, subject, exam, backbone, editor, seed),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,17 +128,28 @@ def measures(
   """es, ps, ns, portability (means over edits) and s, the harmonic mean of those of the first three that are
   there; None where nothing was asked. `of` bool[Q] picks the questions that count."""
   found: dict[str, float | None] = {}
+  for name, values in by_edit(asked, scores, of).items():
+    answered = [v for v in values if v is not None]
+    found[name] = float(np.mean(answered)) if answered else None
+  return found | {'s': overall(found)}
+
+
+def by_edit(
+  asked: Questions, scores: np.ndarray, of: np.ndarray | None = None
+) -> dict[str, list[float | None]]:
+  """{measure: its value for every edit with questions}: a mean over them, None where none is of that kind."""
+  counted = np.ones(len(scores), bool) if of is None else of
+  edits = np.unique(asked.edit[counted])
+  found = {}
   for k, name in enumerate(('es', 'ps', 'ns', 'portability')):
-    chosen = (asked.kind == k) & (True if of is None else of)
-    found[name] = by_edit(asked.edit[chosen], scores[chosen]) if chosen.any() else None
-  parts = [v for name in ('es', 'ps', 'ns') if (v := found[name]) is not None]
-  found['s'] = harmonic(parts)
+    here = [scores[(asked.kind == k) & counted & (asked.edit == i)] for i in edits]
+    found[name] = [float(v.mean()) if len(v) else None for v in here]
   return found
 
 
-def by_edit(edit: np.ndarray, scores: np.ndarray) -> float:
-  """Mean over edits of the mean over an edit's questions."""
-  return float(np.mean([scores[edit == i].mean() for i in np.unique(edit)]))
+def overall(found: Mapping[str, float | None]) -> float:
+  """S: the harmonic mean of those of efficacy, paraphrase and neighbourhood that are there."""
+  return harmonic([v for name in ('es', 'ps', 'ns') if (v := found[name]) is not None])
 
 
 def harmonic(values: Sequence[float]) -> float:

@@ -178,15 +178,17 @@ def go_on(config: Config, p: Tree, m: Middle, first: int, tap=no_tap) -> Array:
   visible = jnp.concatenate([head_part, causal_part], 2)
 
   def step(h, inputs):
-    i, k_head, v_head = inputs
+    i, k_head, v_head, own = inputs
 
     def attend(q, k, v):
       k, v = jnp.concatenate([k_head, k], 1), jnp.concatenate([v_head, v], 1)
       return causal.attention(config, q, k, v, visible, tap, i)
 
-    return causal.block(config, weights(p, i), h, i, places, attend, tap), None
+    return causal.block(config, own, h, i, places, attend, tap), None
 
-  h, _ = jax.lax.scan(step, m.h, (jnp.arange(first, config.depth), m.k, m.v))
+  # The weights are inputs of the scan: what was indexed inside would be kept again for the backward pass.
+  own = jax.tree.map(lambda a: a[first:], p['layers'])
+  h, _ = jax.lax.scan(step, m.h, (jnp.arange(first, config.depth), m.k, m.v, own))
   return causal.norm(config, p['norm'], h)
 
 

@@ -106,6 +106,9 @@ def test_a_run_measures_what_it_says(root, tmp_path, capsys):
   (line,) = results.read(tmp_path / 'run')
   assert (line['edits'], line['mode'], line['editor'], line['asked']) == (4, 'batch', 'memit', 4)
   assert line['es'] >= line['before']['es'] and len(line['log_p']) == 4
+  for name in ('es', 'ps', 'ns'):  # a value for every edit, whose mean is the measure
+    assert len(line['by_edit'][name]) == 4
+    assert np.mean(line['by_edit'][name]) == pytest.approx(line[name], abs=1e-4)
   assert line['refused'] == [['6', "the record lacks 'requested_rewrite'"]]
   assert set(line['perplexity']) == {'wiki', 'math'} and line['ge'] is not None
   # Two layers of 4 keys of 24 units and residuals of 16 channels, f32.
