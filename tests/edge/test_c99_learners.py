@@ -54,11 +54,11 @@ def near(flat: Flat, got, want, tolerance: float) -> None:
 
 def follow(flat: Flat, device: Device, batches, ends, tolerance=1e-5) -> None:
   """The same calls in both; the boundary comes after 12 steps."""
-  step, predict = jax.jit(flat.step), quick(flat.predict)
+  step, predict = quick(flat.step), quick(flat.predict)
   leaves = flat.leaves
   for i, rows in enumerate(batches):
     if i == 12 and flat.boundary is not None:
-      leaves = jax.jit(flat.boundary)(leaves, jax.tree.leaves(ends))
+      leaves = quick(flat.boundary)(leaves, jax.tree.leaves(ends))
       device.call('boundary', jax.tree.leaves(ends))
       near(flat, device.leaves(), leaves, tolerance)
     rows = jax.tree.leaves(rows)

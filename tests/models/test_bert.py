@@ -13,6 +13,7 @@ import pytest
 from cl_jax.errors import UserError
 from cl_jax.models import bert, layers, pretrained, transformer
 from cl_jax.types import Batch, no_tap
+from tests.compiling import quick
 
 safetensors_numpy = pytest.importorskip('safetensors.numpy')
 
@@ -27,7 +28,7 @@ BATCH = Batch(
 PARAMS, _ = bert.bert(TINY, 4, init=0.5).init(jax.random.key(0), BATCH)
 
 
-@partial(jax.jit, static_argnames=('tap', 'pool', 'normalise', 'remat', 'unroll', 'dtype'))
+@partial(quick, static_argnames=('tap', 'pool', 'normalise', 'remat', 'unroll', 'dtype'))
 def features(tap=no_tap, batch: Batch = BATCH, params=PARAMS, **options) -> jax.Array:
   return bert.bert(TINY, 4, **options).apply(params, batch, tap).features
 
@@ -35,7 +36,7 @@ def features(tap=no_tap, batch: Batch = BATCH, params=PARAMS, **options) -> jax.
 def test_scan_equals_a_loop_over_layers():
   p, x = PARAMS['backbone'], BATCH.x
 
-  @jax.jit
+  @quick
   def loop(p):
     e = p['embed']
     h = e['tokens'][x['tokens']] + e['positions'][:6] + e['types'][0]
@@ -49,13 +50,13 @@ def test_scan_equals_a_loop_over_layers():
       h = layers.layer_norm(q['norm2'], h + layers.dense(q['down'], m), 1e-12)
     return h
 
-  got, _ = jax.jit(lambda p: bert.encode(TINY, p, x))(p)
+  got, _ = quick(lambda p: bert.encode(TINY, p, x))(p)
   np.testing.assert_allclose(got, loop(p), atol=1e-5)
 
 
 def test_remat_and_unroll_change_nothing():
   def grad(**options):
-    return jax.jit(jax.grad(lambda p: jnp.square(features(params=p, **options)).sum()))(PARAMS)
+    return quick(jax.grad(lambda p: jnp.square(features(params=p, **options)).sum()))(PARAMS)
 
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
   want = grad()

@@ -24,6 +24,7 @@ from cl_jax.models.decoder import Config, decoder
 from cl_jax.streams import Plan, split
 from cl_jax.streams.arrays import arrays
 from cl_jax.types import Batch, Out, no_tap
+from tests.compiling import quick
 
 TINY = Config(11, 16, 2, 4, 2, 24, 32, theta=100.0)
 
@@ -79,7 +80,7 @@ def test_a_language_model_learns_a_stream_and_forgets():
   s = stream()
   found = {}
   for name, build in (('naive', naive), ('er', rehearsed)):
-    _, record = jax.jit(partial(run, build))({}, jax.random.key(0), s)
+    _, record = quick(partial(run, build))({}, jax.random.key(0), s)
     found[name] = np.asarray(record.R)
   assert (found['naive'].diagonal() > -0.5).all()
   assert found['naive'][1, 0] < -2 and found['er'][1, 0] > -1, found
@@ -97,7 +98,7 @@ METHODS = {
 def test_methods_above_a_language_model(name):
   model = decoder(TINY, 1, output='tokens', init=0.3)
   build = lambda hp, w: learner(model, optax.adam(5e-3), chain(**{name: METHODS[name]()}))  # noqa: E731
-  state, record = jax.jit(partial(run, build))({}, jax.random.key(0), stream(2))
+  state, record = quick(partial(run, build))({}, jax.random.key(0), stream(2))
   assert np.isfinite(record.R).all() and np.isfinite(record.loss).all()
   assert (np.asarray(record.R).diagonal() > -2).all(), record.R
 
@@ -114,9 +115,9 @@ def test_distillation_and_fisher_see_the_tokens_to_learn_only():
   for rows in (x, other):
     b = batch(rows)
     state = L.init(jax.random.key(0), b)
-    state, _ = jax.jit(L.step)(state, b)
-    state = jax.jit(L.boundary)(state, jax.tree.map(lambda a: a[None], b))
-    state, _ = jax.jit(L.step)(state, b)
+    state, _ = quick(L.step)(state, b)
+    state = quick(L.boundary)(state, jax.tree.map(lambda a: a[None], b))
+    state, _ = quick(L.step)(state, b)
     states.append(state)
   for a, b in zip(*(jax.tree.leaves((s.params, s.method)) for s in states), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -136,16 +137,16 @@ def test_generation_with_kept_keys_equals_recomputing():
   w = w['backbone']
   tokens = jnp.asarray(text(4).x['tokens'])
   mask = jnp.arange(8) >= jnp.array([0, 3, 7, 1])[:, None]
-  greedy = jax.jit(lambda w: causal.generate(TINY, w, tokens, mask, 6))
+  greedy = quick(lambda w: causal.generate(TINY, w, tokens, mask, 6))
   got = greedy(w)
-  last = jax.jit(lambda w, x: causal.unembed(TINY, w, causal.encode(TINY, w, x)[0][:, -1]))
+  last = quick(lambda w, x: causal.unembed(TINY, w, causal.encode(TINY, w, x)[0][:, -1]))
   own, seen = tokens, mask
   for _ in range(6):
     new = last(w, {'tokens': own, 'mask': seen}).argmax(-1)[:, None]
     own = jnp.concatenate([own, new], 1)
     seen = jnp.concatenate([seen, jnp.ones_like(new, bool)], 1)
   np.testing.assert_array_equal(got, own[:, 8:])
-  random = jax.jit(lambda w, key: causal.generate(TINY, w, tokens, mask, 6, key, 5.0))
+  random = quick(lambda w, key: causal.generate(TINY, w, tokens, mask, 6, key, 5.0))
   drawn = [random(w, jax.random.key(k)) for k in (0, 0, 1)]
   np.testing.assert_array_equal(drawn[0], drawn[1])
   assert (drawn[0] != drawn[2]).any() and (drawn[0] != got).any()
@@ -210,7 +211,7 @@ def test_frozen_weights_in_few_bits():
     assert off < error, (bits, off)
     made = decoder(config, 1, few['backbone'], output='tokens')
     L = learner(made, optax.sgd(0.5), chain(lora=lora(2, 4.0, '.*/(q|v)/w')), few)
-    state, step = L.init(jax.random.key(0), b), jax.jit(L.step)
+    state, step = L.init(jax.random.key(0), b), quick(L.step)
     assert set(state.params) == {'lora'}
     new, before = step(state, b)
     for _ in range(20):
@@ -232,7 +233,7 @@ def test_remat_unroll_and_bfloat16():
   def found(**options):
     model = decoder(TINY, 1, output='tokens', **options)
     loss = lambda p: model.loss(model.apply(p, b), b).sum()  # noqa: E731
-    return jax.jit(lambda p: (model.apply(p, b), jax.grad(loss)(p)))(params)
+    return quick(lambda p: (model.apply(p, b), jax.grad(loss)(p)))(params)
 
   want, grads = found()
   for options in ({'remat': True}, {'unroll': True}):

@@ -17,12 +17,13 @@ from cl_jax.editing.rows import Requests, layout, take
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.masks import nest
 from cl_jax.models.causal import Config
+from tests.compiling import quick
 from tests.parity.shared import Golden
 
 NETS = ('llama', 'gpt2')
 SITES = {'block': ('block',), 'feedforward': ('feedforward',), 'both': ('attention', 'feedforward')}
 FAR = dict(rtol=1e-5, atol=1e-5)
-FORWARD = jax.jit(inside.forward, static_argnums=0)
+FORWARD = quick(inside.forward, static_argnums=0)
 
 
 class Case:
@@ -98,8 +99,9 @@ def test_reading(case):
 
 
 @pytest.mark.parametrize('site', SITES)
-def test_optimise(case, site):
+def test_optimise(case, site, monkeypatch):
   """The whole minimisation: clamps, the end of each request, no step in the last iteration."""
+  monkeypatch.setattr(target, '_group', quick(target._group, static_argnums=(0, 2, 3, 4)))
   g, steps = case.g, int(case.g[f'optimise/{site}/losses'].shape[1])
   recipe = Recipe(steps)
   for stop, z, deltas in ((0.05, 'z', True), (float(g[f'optimise/{site}/stop']), 'stop_z', False)):
@@ -120,7 +122,7 @@ def test_loss(case, site):
   g, layer, names = case.g, 2, SITES[site]
   (at,) = np.flatnonzero(g['target/layers'] == layer)
 
-  @jax.jit
+  @quick
   def values(request, deltas):
     fixed = target._prepare(case.config, case.p, request, layer, names)
 

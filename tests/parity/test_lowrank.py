@@ -116,7 +116,7 @@ def test_adapter(v):
   method = adapter(3, where, parallel, float(g['scale']))
   own = nest({f'{p}/{w}': jnp.asarray(g[f'init/adapter/{p}/{w}']) for p in where for w in WEIGHTS})
   L, state = transformer(g, method._replace(init=lambda *a: ({'adapter': own}, ())), 4)
-  step = jax.jit(L.step)
+  step = quick(L.step)
   for t in range(2):
     for i in range(g['xs'].shape[1]):
       state, loss = step(state, batch_of(g['xs'][t, i], g['ys'][t, i]))
@@ -139,7 +139,7 @@ def test_ease():
   inner = method.init
   own = {'ease': nest({w: jnp.asarray(g[f'init/adapter/{w}']) for w in WEIGHTS})}
   L, state = transformer(g, method._replace(init=lambda *a: (own, inner(*a)[1])), 6)
-  step, boundary = jax.jit(L.step), jax.jit(L.boundary)
+  step, boundary = quick(L.step), quick(L.boundary)
   for t in range(3):
     for i in range(g['xs'].shape[1]):
       state, loss = step(state, batch_of(g['xs'][t, i], g['ys'][t, i]))

@@ -24,6 +24,7 @@ from cl_jax.models.mlp import mlp
 from cl_jax.models.vit import Config, vit
 from cl_jax.streams.take import take
 from cl_jax.types import Batch, no_tap
+from tests.compiling import compiled, quick
 
 MAKE = {
   'olora': lambda tasks: olora(tasks, 2, 3.0, targets='l./w'),
@@ -44,7 +45,8 @@ def start(stream, name, tx):
   model, batch = mlp((16, 12), 6), take(stream, stream.index[0, 0], 0)
   params, _ = model.init(jax.random.key(0), batch)
   learn = learner(model, tx, MAKE[name](stream.tasks), {k: params[k] for k in ('l0', 'l1')})
-  return learn.init(jax.random.key(1), batch), jax.jit(learn.step), jax.jit(learn.boundary), learn
+  state = quick(learn.init)(jax.random.key(1), batch)
+  return state, quick(learn.step), quick(learn.boundary), learn
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -182,7 +184,7 @@ def test_inflora_measures_every_layer_of_a_stack_without_padding(toy_stream):
   model.apply(state.params, real, look, False)
   norm = jax.tree.map(lambda a: a[0], state.params['backbone']['layers']['norm1'])
   x = layer_norm(norm, seen['embed'], VIT.eps).reshape(-1, 8)
-  moment = jax.jit(learn.step)(state, batch)[0].method.moment
+  moment = quick(learn.step)(state, batch)[0].method.moment
   k, v = (moment[f'backbone/layers/{n}/w'] for n in 'kv')
   np.testing.assert_allclose(k[0], x.T @ x, rtol=1e-4, atol=1e-4)
   np.testing.assert_array_equal(k, v)
@@ -200,7 +202,7 @@ def test_adapters_start_as_the_model_and_sit_at_every_layer(parallel, toy_stream
   np.testing.assert_array_equal(learn.predict(state, batch), plain.logits)
   own = state.params['adapter']
   assert set(own) == ({'feedforward'} if parallel else {'attention', 'feedforward'})
-  moved, _ = jax.jit(learn.step)(state, batch)
+  moved, _ = quick(learn.step)(state, batch)
   for place in own:
     up = moved.params['adapter'][place]['up']['w']
     assert up.shape == (2, 3, 8) and up[0].any() and up[1].any()
@@ -208,11 +210,12 @@ def test_adapters_start_as_the_model_and_sit_at_every_layer(parallel, toy_stream
 
 def test_ease_keeps_adapters_and_means_of_features(toy_stream):
   model = vit(VIT, 6, init=0.3)
-  params, _ = model.init(jax.random.key(0), images(toy_stream, 0, 0))
+  params, _ = quick(model.init)(jax.random.key(0), images(toy_stream, 0, 0))
   frozen = {'backbone': params['backbone']}
-  learn = learner(model, optax.adamw(0.01, weight_decay=0.1), ease(6, 3, 3, scale=1.0), frozen)
+  tx = optax.adamw(0.01, weight_decay=0.1)
+  learn = compiled(learner(model, tx, ease(6, 3, 3, scale=1.0), frozen))
   state = learn.init(jax.random.key(1), images(toy_stream, 0, 0))
-  step, boundary = jax.jit(learn.step), jax.jit(learn.boundary)
+  step, boundary = learn.step, learn.boundary
   for t in range(2):
     before = paths(state.params['ease'])
     for i in range(4):

@@ -342,7 +342,7 @@ def test_at_the_boundary_epochs_do_not_count(name, toy_stream):
     index = jnp.tile(toy_stream.index, (1, epochs, 1))
     stream = dataclasses.replace(toy_stream, index=index)
     build = lambda hp, w: learner(identity(6), optax.sgd(0.0), factory())  # noqa: E731
-    state, record = jax.jit(lambda k, s, b=build: run(b, None, k, s))(jax.random.key(0), stream)
+    state, record = quick(lambda k, s, b=build: run(b, None, k, s))(jax.random.key(0), stream)
     results.append((state.method, record.R))
     assert record.R[-1].mean() > 0.8
   jax.tree.map(np.testing.assert_array_equal, *results)

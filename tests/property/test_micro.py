@@ -19,6 +19,7 @@ from cl_jax.methods.replay.latent import latent
 from cl_jax.models.layers import batch_norm, dense, dense_init
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Model, Out, no_tap, overlay
+from tests.compiling import quick
 
 MODEL = mlp((8,), 4)
 
@@ -41,10 +42,10 @@ def test_a_step_equals_that_of_the_whole_batch(name):
   """With rehearsed rows, padding, a penalty and memory: parameters, loss, and what memory was given."""
   method = METHODS[name]
   whole, parts = (learner(MODEL, optax.sgd(0.1), method, micro_batches=n) for n in (1, 4))
-  state = jax.jit(whole.init)(jax.random.key(0), batch(0))
+  state = quick(whole.init)(jax.random.key(0), batch(0))
   other = state
-  steps = jax.jit(whole.step), jax.jit(parts.step)
-  boundary = jax.jit(whole.boundary)
+  steps = quick(whole.step), quick(parts.step)
+  boundary = quick(whole.boundary)
   for i in range(3):
     (state, loss), (other, again) = steps[0](state, batch(i)), steps[1](other, batch(i))
     np.testing.assert_allclose(loss, again, rtol=1e-5)
@@ -72,12 +73,12 @@ def test_norm_statistics_are_the_mean_of_those_of_the_parts():
 
   model, rows = Model(init, apply, MODEL.loss), batch(0)
   L = learner(model, optax.sgd(0.1), micro_batches=2)
-  state = jax.jit(L.init)(jax.random.key(0), rows)
-  got = jax.jit(L.step)(state, rows)[0]
+  state = quick(L.init)(jax.random.key(0), rows)
+  got = quick(L.step)(state, rows)[0]
   variables = overlay(state.stats, state.params)
   each = [jax.tree.map(lambda a, i=i: a[i::2], rows) for i in (0, 1)]
   assert [float(b.w.sum()) for b in each] == [2.0, 3.0]
-  run = jax.jit(lambda b: model.apply(variables, b, train=True).stats)
+  run = quick(lambda b: model.apply(variables, b, train=True).stats)
   stats, other = [run(b) for b in each], run(rows)
   share = [float(b.w.sum() / rows.w.sum()) for b in each]
   want = jax.tree.map(lambda a, b: share[0] * a + share[1] * b, *stats)
