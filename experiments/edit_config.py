@@ -76,10 +76,14 @@ def _factory(module: str) -> Any:
 def with_editor(
   raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-  """The configuration with the editor that overrides name, which decides what fields there are; the rest."""
+  """The configuration with the editor that overrides name, which decides what fields there are; the rest.
+
+  Arguments and label of the editor that it had go with it.
+  """
   for dotted, text in overrides:
     if dotted == 'editor':
-      raw = {k: v for k, v in raw.items() if k != raw.get('editor')} | {'editor': text}
+      left = {k: v for k, v in raw.items() if k not in (raw.get('editor'), 'label')}
+      raw = left | {'editor': text}
   return dict(raw), [(dotted, text) for dotted, text in overrides if dotted != 'editor']
 
 

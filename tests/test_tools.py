@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tools import device, figures, licences, method_table, pages, pictures
+from tools import device, edit, figures, licences, method_table, pages, pictures
 
 NOTICE = """x
 
@@ -168,3 +168,17 @@ def test_a_device_becomes_two_tables():
   text = device.cuts(lines, [found])
   assert '| save 1: x | 2 | slot 1, save 3, byte 1,234 | abc |' in text
   assert '| 1,350 | 75.00 % | 50.00 % | 70.00 % | 1,000 | 1,001 | 1,024 | 9 | 7 | f00 |' in text
+
+
+def test_intervals_of_edits_are_over_facts():
+  """Of all seeds; S is a harmonic mean, whose jackknife is Student's interval where a measure stands alone."""
+  es, ps = [1.0, 1.0, 0.0, 0.0], [0.5, 1.0, 0.0, None]
+  lines = [{'by_edit': {'es': es[:2], 'ps': ps[:2], 'ns': [None] * 2}},
+           {'by_edit': {'es': es[2:], 'ps': ps[2:], 'ns': [None] * 2}}]  # fmt: skip
+  assert edit.asked(lines, 'es') == '50.0 ± 91.9'  # 3.182 * 0.577 / 2
+  assert edit.asked(lines, 'ps') == '50.0 ± 124.2'  # 4.303 * 0.5 / sqrt(3)
+  alone = [{'by_edit': {'es': es, 'ps': [None] * 4, 'ns': [None] * 4}}]
+  assert edit.asked(alone, 's') == edit.asked(alone, 'es')
+  assert edit.asked(lines, 's').startswith('50.0 ± ')
+  # Lines that do not say what each fact scored: over seeds.
+  assert edit.asked([{'s': 0.5}, {'s': 0.7}], 's') == '60.0 ± 127.1'

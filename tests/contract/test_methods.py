@@ -35,7 +35,7 @@ from cl_jax.streams import schedules
 from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
 from cl_jax.types import Method, State, Stream
-from tests.compiling import quick
+from tests.compiling import bitwise, quick
 
 SMALL = {
   'capacity': 60,
@@ -74,7 +74,7 @@ LOWRANK = {n for n, module in methods.names().items() if '.lowrank.' in module}
 ADDED = {'hat', 'pnn', 'decoder', *LOWRANK, *TRANSFORMER} - {'partial'}
 OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
-# One of every kind, for what the loop does in the same way with all of them.
+# One of every kind, for what the loop does in the same way with all of them; compiled as a user's programs.
 KINDS = ('agem', 'dualprompt', 'er', 'ewc', 'hat', 'icarl', 'lora', 'packnet', 'ranpac', 'remind')
 
 
@@ -139,10 +139,13 @@ def case(request, toy_stream) -> Case:
   if name in HEADED:
     method = chain(**{name: make(name, stream), 'head': task_head(stream.task_classes, 6)})
   build = builder(method, name=name)
-  state, record = jax.jit(partial(run, build))(HP, jax.random.key(KEY), stream)
+  jit = jax.jit if name in KINDS else bitwise
+  state, record = jit(partial(run, build))(HP, jax.random.key(KEY), stream)
   learn = build(HP, None)
   own = (quick(learn.step), quick(learn.boundary), quick(learn.predict))
-  return Case(name, method, build, stream, state, record, programs(build, 7), *own)
+  *parts, chunk = programs(build, 7)
+  parts = Programs(*map(jit, parts), chunk)
+  return Case(name, method, build, stream, state, record, parts, *own)
 
 
 @pytest.fixture(scope='module')

@@ -307,3 +307,8 @@ def test_every_cell_of_a_grid_is_a_configuration(name):
 
 def test_editors_are_found_by_module():
   assert {'rome', 'memit', 'pmet', 'alphaedit'} <= set(edit_config.names())
+
+
+def test_another_editor_takes_the_label_with_it():
+  chosen = edit.resolved('configs/edit_counterfact.py:finetune_l,10', [('editor', 'lora')])
+  assert (chosen['editor'], chosen['label']) == ('lora', '') and 'finetune' not in chosen

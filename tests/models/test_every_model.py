@@ -13,6 +13,7 @@ from cl_jax.models.decoder import Config, decoder
 from cl_jax.models.mlp import mlp
 from cl_jax.models.resnet import resnet
 from cl_jax.types import Batch, no_tap, overlay
+from tests.compiling import quick
 
 B, CLASSES = 6, 5
 
@@ -51,7 +52,7 @@ class Case:
   def __init__(self, name: str):
     self.name = name
     self.model, self.batch = CASES[name]
-    self.params, self.stats = jax.jit(self.model.init)(jax.random.key(0), self.batch)
+    self.params, self.stats = quick(self.model.init)(jax.random.key(0), self.batch)
     self.traces = 0
 
     def forward(params, stats, batch, train):
@@ -62,8 +63,8 @@ class Case:
       out = self.model.apply(overlay(self.stats, params), batch, no_tap, True)
       return (batch.w * self.model.loss(out, batch)).sum() / batch.w.sum(), out
 
-    self.forward = jax.jit(forward, static_argnums=3)
-    self.gradient = jax.jit(jax.grad(loss, has_aux=True))
+    self.forward = quick(forward, static_argnums=3)
+    self.gradient = quick(jax.grad(loss, has_aux=True))
 
   def grad(self, batch: Batch):
     return self.gradient(self.params, batch)
@@ -162,5 +163,5 @@ def test_taps_see_and_change_the_activations(case):
   assert (not seen) == (case.name == 'linear')
   assert all(shape[0] == B for shape in seen.values())
   if seen:
-    out = jax.jit(lambda v: case.model.apply(v, case.batch, silence, False))(variables)
+    out = quick(lambda v: case.model.apply(v, case.batch, silence, False))(variables)
     assert jnp.ptp(out.logits, axis=0).max() < 1e-5  # what is left does not depend on the input
