@@ -171,7 +171,7 @@ def test_a_device_becomes_two_tables():
 
 
 def test_intervals_of_edits_are_over_facts():
-  """Of all seeds; S is a harmonic mean, whose jackknife is Student's interval where a measure stands alone."""
+  """Of all seeds; the jackknife of S, a harmonic mean, is Student's interval where a measure stands alone."""
   es, ps = [1.0, 1.0, 0.0, 0.0], [0.5, 1.0, 0.0, None]
   lines = [{'by_edit': {'es': es[:2], 'ps': ps[:2], 'ns': [None] * 2}},
            {'by_edit': {'es': es[2:], 'ps': ps[2:], 'ns': [None] * 2}}]  # fmt: skip
