@@ -79,7 +79,7 @@ KINDS = ('agem', 'dualprompt', 'er', 'ewc', 'hat', 'icarl', 'lora', 'packnet', '
 
 
 class Case(NamedTuple):
-  """A method on the toy stream, and what a whole run in one program gave.
+  """A method on the toy stream, and what a whole run gave: of `KINDS` in one program, else a task at a time.
 
   Every program is compiled once: the parts of chunked runs, and step, end and predict by themselves,
   which are to be called with one set of shapes.
@@ -139,12 +139,16 @@ def case(request, toy_stream) -> Case:
   if name in HEADED:
     method = chain(**{name: make(name, stream), 'head': task_head(stream.task_classes, 6)})
   build = builder(method, name=name)
-  jit = jax.jit if name in KINDS else bitwise
-  state, record = jit(partial(run, build))(HP, jax.random.key(KEY), stream)
   learn = build(HP, None)
   own = (quick(learn.step), quick(learn.boundary), quick(learn.predict))
-  *parts, chunk = programs(build, 7)
-  parts = Programs(*map(jit, parts), chunk)
+  jit, key = (jax.jit if name in KINDS else bitwise), jax.random.key(KEY)
+  parts = Programs(*map(jit, programs(build, 7)[:-1]), 7)
+  if name in KINDS:
+    state, record = jit(partial(run, build))(HP, key, stream)
+  else:  # a task in one chunk, with the programs that are there already but for one
+    whole = parts._replace(advance=jit(programs(build, 24).advance), chunk=24)
+    *_, last = run_chunks(build, HP, key, stream, chunk=24, parts=whole)
+    state, record = last.state, last.record
   return Case(name, method, build, stream, state, record, parts, *own)
 
 
@@ -228,7 +232,7 @@ def places(case) -> list[Progress]:
 
 
 def test_chunks_are_the_same_run(case, places):
-  """Chunk by chunk from the host against one program, bitwise, and so is a run that is resumed.
+  """Chunk by chunk from the host against one program, or one a task, bitwise; so is a run that is resumed.
 
   Resumed from the start, inside a task and right after a boundary, through host arrays.
   """

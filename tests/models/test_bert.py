@@ -28,7 +28,7 @@ BATCH = Batch(
 PARAMS, _ = bert.bert(TINY, 4, init=0.5).init(jax.random.key(0), BATCH)
 
 
-@partial(quick, static_argnames=('tap', 'pool', 'normalise', 'remat', 'unroll', 'dtype'))
+@partial(jax.jit, static_argnames=('tap', 'pool', 'normalise', 'remat', 'unroll', 'dtype'))
 def features(tap=no_tap, batch: Batch = BATCH, params=PARAMS, **options) -> jax.Array:
   return bert.bert(TINY, 4, **options).apply(params, batch, tap).features
 
