@@ -9,7 +9,7 @@ follow (1), or `single`, each into the first model. Layers and the weight of wha
 compared on 20 other edits (docs/editing.md). What comes out, S of three seeds of 10 edits: rome 86.1,
 alphaedit 83.6, memit 82.4, pmet 71.4, finetune 66.2; memit,100 84.5; before 29.7. In sequence, one
 seed: alphaedit,300,sequential,10 85.4, memit 81.0; alphaedit,1000,sequential,100 79.1, memit 67.3;
-rome,100 81.4, pmet,100 79.1, finetune,100 43.4.
+alphaedit,100 83.6, rome 81.4, pmet 79.1, finetune 43.4.
 """
 
 from __future__ import annotations
