@@ -8,10 +8,11 @@ import jax
 
 from cl_jax.types import Learner
 
-# Half of the time that XLA's compiler takes for a CPU: LLVM optimises nothing, and the emitters of
-# fusions that are not the default have less to set up. Sums round in another way. For comparisons of a
-# program with itself, and in f64; what is said to be bitwise, is near another program's float32, or is
-# counted, timed or measured in bytes is compiled as a user's programs are.
+# What takes XLA's compiler for a CPU less time. The emitters of fusions that are not the default have less
+# to set up: a third. LLVM optimises nothing as well: half, of large programs four fifths; sums then round in
+# another way. For comparisons of a program with itself, within a tolerance, and in f64; what is said to be
+# bitwise of two programs, or is counted, timed or measured in bytes, is compiled as a user's programs are,
+# or by `bitwise`, where a few are.
 OLD_EMITTERS: dict[str, bool | int] = {}
 if jax.__version_info__ < (0, 11):  # an option that a compiler does not know is an error
   OLD_EMITTERS['xla_cpu_use_fusion_emitters'] = False
@@ -25,7 +26,7 @@ QUICKLY = {
 }
 
 quick = partial(jax.jit, compiler_options=QUICK)
-# A third of the time less. LLVM optimises, so that two programs with the same operations still round alike.
+# LLVM optimises, so that two programs with the same operations still round alike.
 bitwise = partial(jax.jit, compiler_options=OLD_EMITTERS)
 
 

@@ -97,31 +97,20 @@ def asked(lines: Lines, key: str) -> str:
   say what each fact scored."""
   if not all('by_edit' in line for line in lines):
     return percent(values(lines, key))
-  names = ('es', 'ps', 'ns')
-  facts = [f for line in lines for f in zip(*(line['by_edit'][k] for k in names), strict=True)]
+  facts = {k: [v for line in lines for v in line['by_edit'][k]] for k in lines[0]['by_edit']}
   if key != 's':
-    return percent([v for f in facts if (v := f[names.index(key)]) is not None])
-  return over_facts(np.array(facts, float))
-
-
-def over_facts(facts: np.ndarray) -> str:
-  """S of facts f[n, 3] (NaN where nothing was asked) with its jackknife interval: the facts without one of
-  them, for each; of a plain mean this is Student's."""
-  whole = evaluate.overall(means(facts))
-  n = len(facts)
+    return percent([v for v in facts[key] if v is not None])
+  whole, n = s_of(facts), len(facts['es'])
   if n < 2:
     return percent([whole])
-  without = [evaluate.overall(means(np.delete(facts, i, 0))) for i in range(n)]
-  # Pseudo-values: their mean is taken to be that of all facts, their spread is the jackknife's.
+  # The jackknife: S without one of the facts, for each, as pseudo-values around S. Of a plain mean their
+  # interval is Student's.
+  without = [s_of({k: v[:i] + v[i + 1 :] for k, v in facts.items()}) for i in range(n)]
   return percent([whole + (n - 1) * (np.mean(without) - v) for v in without])
 
 
-def means(facts: np.ndarray) -> dict[str, float | None]:
-  there = ~np.isnan(facts)
-  return {
-    k: float(facts[there[:, i], i].mean()) if there[:, i].any() else None
-    for i, k in enumerate(('es', 'ps', 'ns'))
-  }
+def s_of(facts: dict[str, list[float | None]]) -> float:
+  return evaluate.averages(facts)['s'] or 0.0
 
 
 def start(groups: dict[tuple, Lines]) -> str:

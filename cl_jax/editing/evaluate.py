@@ -127,11 +127,7 @@ def measures(
 ) -> dict[str, float | None]:
   """es, ps, ns, portability (means over edits) and s, the harmonic mean of those of the first three that are
   there; None where nothing was asked. `of` bool[Q] picks the questions that count."""
-  found: dict[str, float | None] = {}
-  for name, values in by_edit(asked, scores, of).items():
-    answered = [v for v in values if v is not None]
-    found[name] = float(np.mean(answered)) if answered else None
-  return found | {'s': overall(found)}
+  return averages(by_edit(asked, scores, of))
 
 
 def by_edit(
@@ -147,9 +143,13 @@ def by_edit(
   return found
 
 
-def overall(found: Mapping[str, float | None]) -> float:
-  """S: the harmonic mean of those of efficacy, paraphrase and neighbourhood that are there."""
-  return harmonic([v for name in ('es', 'ps', 'ns') if (v := found[name]) is not None])
+def averages(each: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+  """What `measures` says of the values that `by_edit` gives, which are None where nothing was asked."""
+  found: dict[str, float | None] = {}
+  for name, values in each.items():
+    answered = [v for v in values if v is not None]
+    found[name] = float(np.mean(answered)) if answered else None
+  return found | {'s': harmonic([v for k in ('es', 'ps', 'ns') if (v := found[k]) is not None])}
 
 
 def harmonic(values: Sequence[float]) -> float:
