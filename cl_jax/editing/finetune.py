@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cl_jax.editing import inside
-from cl_jax.editing.rows import Requests, Rows, plain
+from cl_jax.editing.rows import Requests, Rows, cut, plain, take, trimmed
 from cl_jax.editing.write import Editor, Write
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
@@ -70,7 +71,6 @@ def finetune(
   return Editor(lambda backbone: (), edit)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def descend(
   config: Config,
   layers: tuple[int, ...],
@@ -78,11 +78,11 @@ def descend(
   p: Tree,
   rows: Rows,
   terms: Terms,
-  scale: Array | float,
-  steps: Array | int,
-  rate: Array | float,
-  norm: Array | float,
-  stop: Array | float,
+  scale: float,
+  steps: int,
+  rate: float,
+  norm: float,
+  stop: float,
 ) -> tuple[Terms, Array]:
   """(the terms after Adam, log p f[N] of the targets with them), for rows [N, ...]; args as `finetune`.
 
@@ -91,46 +91,41 @@ def descend(
     norm: every entry of the terms is kept in [-norm, norm].
   """
   n = len(rows.head)
-  width = min(batch or n, n)
-  groups = -(-n // width)
-  # The last group is filled up with rows that count nothing.
-  index = jnp.arange(groups * width).reshape(groups, width)
-  valid = index < n
-  index = jnp.minimum(index, n - 1)
-  tx = optax.scale_by_adam()
+  # Each group has only the columns that its rows need.
+  rows = cut(rows, 0)
+  index = [np.arange(lo, min(lo + (batch or n), n)) for lo in range(0, n, batch or n)]
+  groups = [trimmed(take(rows, some)) for some in index]
+  opt = optax.scale_by_adam().init(terms)
+  for _ in range(steps):
+    lost = 0.0
+    for some in groups:
+      terms, opt, one = _step(config, layers, p, some, terms, opt, scale, rate, norm, stop)
+      lost += one * len(some.tail) / n
+    if lost < stop:
+      break
+  log_p = [_said(config, layers, p, some, terms, scale) for some in groups]
+  return terms, jnp.concatenate(log_p)
 
-  def said(terms: Terms, some: Rows) -> Array:
-    h, place = inside.begin(config, p, some)
-    h = inside.between(config, p, h, place, 0, layers[0])
-    change = partial(added, layers, scale, terms)
-    log_p = inside.finish(config, p, h, place, some, layers[0], change=change)
-    return inside.mean_log_p(log_p, some.target)
 
-  def loss(terms: Terms, some: Rows, counts: Array) -> Array:
-    return -jnp.where(counts, said(terms, some), 0).sum() / counts.sum()
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(config, layers, p, rows: Rows, terms: Terms, opt, scale, rate, norm, stop):
+  """(terms, state of Adam, loss before) of a step over rows [N, ...]; none below the loss `stop`."""
+  loss = lambda terms: -_said(config, layers, p, rows, terms, scale).mean()  # noqa: E731
+  lost, g = jax.value_and_grad(loss)(terms)
+  update, new_opt = optax.scale_by_adam().update(g, opt)
+  new = jax.tree.map(lambda a, u: jnp.clip(a - rate * u, -norm, norm), terms, update)
+  keep = lambda old, new: jax.tree.map(partial(jnp.where, lost >= stop), new, old)  # noqa: E731
+  return keep(terms, new), keep(opt, new_opt), lost
 
-  def pick(rows: Rows, index: Array) -> Rows:
-    return Rows(*(a[index] for a in rows))
 
-  def one(carry, inputs):
-    terms, opt = carry
-    index, counts = inputs
-    lost, g = jax.value_and_grad(loss)(terms, pick(rows, index), counts)
-    update, new_opt = tx.update(g, opt)
-    new = jax.tree.map(lambda a, u: jnp.clip(a - rate * u, -norm, norm), terms, update)
-    go = lost >= stop
-    keep = lambda old, new: jax.tree.map(partial(jnp.where, go), new, old)  # noqa: E731
-    return (keep(terms, new), keep(opt, new_opt)), lost * counts.sum()
-
-  def step(carry):
-    i, terms, opt, _ = carry
-    (terms, opt), lost = jax.lax.scan(one, (terms, opt), (index, valid))
-    return i + 1, terms, opt, lost.sum() / n
-
-  start = (0, terms, tx.init(terms), jnp.asarray(jnp.inf, p['norm']['scale'].dtype))
-  found = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[-1] >= stop), step, start)[1]
-  log_p = jax.lax.map(lambda index: said(found, pick(rows, index)), index)
-  return found, log_p.reshape(-1)[:n]
+@partial(jax.jit, static_argnums=(0, 1))
+def _said(config, layers, p, rows: Rows, terms: Terms, scale) -> Array:
+  """log p f[N] of the targets of rows [N, ...] with the terms."""
+  h, place = inside.begin(config, p, rows)
+  h = inside.between(config, p, h, place, 0, layers[0])
+  change = partial(added, layers, scale, terms)
+  log_p = inside.finish(config, p, h, place, rows, layers[0], change=change)
+  return inside.mean_log_p(log_p, rows.target)
 
 
 def added(layers: tuple[int, ...], scale: Array | float, terms: Terms, own: Tree, i: Array) -> Tree:

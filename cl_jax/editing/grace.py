@@ -6,10 +6,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cl_jax.editing import inside
-from cl_jax.editing.rows import Requests, Rows, plain
+from cl_jax.editing.rows import Requests, Rows, cut, groups, plain, take
 from cl_jax.editing.write import Editor
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
@@ -26,6 +27,7 @@ def grace(
   steps: int = 100,
   rate: float = 1.0,
   warm: bool = False,
+  width: int = 16,
 ) -> Editor:
   """Replaces what a layer hands on at the prompt's last token when what it gets is near a stored key (eq. 1):
 
@@ -36,7 +38,8 @@ def grace(
   - has the same target grows that radius to d, if it is less;
   - has another target adds an entry with radius d / 2, and sets the other's to d / 2 - 1e-5.
   Requests are taken one after the other, and the value of the entry that a request ends at is trained on it
-  by Adam (for a grown entry once more, as in the repository).
+  by Adam (for a grown entry once more, as in the repository). What a value is trained on does not depend on
+  other entries, so those of a batch are trained together, requests that share an entry in turn.
 
   Args:
     layer: of the codebook; published for GPT2-XL: 35 of 48.
@@ -45,10 +48,11 @@ def grace(
     eps: first radius, in units of the states; published 1.
     steps, rate: of Adam; published 100, 1.
     warm: whether values start at what stands there, else uniform in [0, 1) by the key (published).
+    width: requests whose values are trained at a time.
 
   State: keys and values f[capacity, d], radii f[capacity], labels i32[capacity] (the target's first token)
   and count; 8 d + 8 bytes an entry, used or not. Report: also 'refused' bool[N] and 'entry' i32[N] (-1 when
-  refused); the loss is -'log_p' after the last step, and of a refused request what the codebook gives.
+  refused); the loss is -'log_p', by what the codebook gives after the batch.
   Deviations: the layer that is wrapped is the MLP with its norm and its residual, q what is before them (tap
   'middle') and h what is after ('block'), where the repository wraps a matrix inside (c_fc); of its
   replacements this is 'replace_last', at one token, which EasyEdit takes too (the default there replaces the
@@ -71,9 +75,26 @@ def grace(
     }
 
   def edit(backbone: Tree, state: Tree, requests: Requests, key: Array):
-    rows = plain(requests.rewrite)
-    state, report = _edit(config, layer, warm, backbone, state, rows, key, eps, steps, rate)
-    return [], state, report
+    # The tail is the prompt's last token and the target: nothing before it depends on the value.
+    rows = cut(plain(requests.rewrite), -1)
+    n = len(rows.tail)
+    every = groups(np.arange(n), width)
+    found = [_states(config, layer, backbone, take(rows, some)) for some, _ in every]
+    query, here = (jnp.concatenate(a)[:n] for a in zip(*found, strict=True))
+    draw = lambda key: jax.random.uniform(key, here.shape[1:], here.dtype)  # noqa: E731
+    first = here if warm else jax.vmap(draw)(jax.random.split(key, n))
+    state, entry, new = _inserted(state, query, rows.target[:, 0], first, eps)
+    for turn in turns(np.asarray(entry)):
+      for some, real in groups(turn, width):
+        start = jnp.where(new[some, None], first[some], state['values'][entry[some]])
+        value = _train(config, layer, backbone, take(rows, some), start, steps, rate)
+        values = state['values'].at[entry[some[:real]]].set(value[:real])
+        state = state | {'values': values}
+    distance, i = jax.lax.map(partial(nearest, state), query)
+    given = jnp.where((distance <= state['radii'][i])[:, None], state['values'][i], here)
+    log_p = [_said(config, layer, backbone, take(rows, some), given[some]) for some, _ in every]
+    log_p = jnp.concatenate(log_p)[:n]
+    return [], state, {'loss': -log_p, 'log_p': log_p, 'refused': entry < 0, 'entry': entry}
 
   return Editor(init, edit, lambda state, columns: tap(layer, state, columns))
 
@@ -105,8 +126,8 @@ def nearest(state: Tree, query: Array) -> tuple[Array, Array]:
   return distance.min(-1), distance.argmin(-1)
 
 
-def insert(state: Tree, query: Array, label: Array, value: Array, eps) -> tuple[Tree, Array]:
-  """(the state with room for a request, the entry that is its own or -1), by the rules of `grace`.
+def insert(state: Tree, query: Array, label: Array, value: Array, eps) -> tuple[Tree, Array, Array]:
+  """(the state with room for a request, its entry or -1, whether `value` stands there), as `grace` says.
 
   Args:
     query, value: f[d], key and value of a new entry. label: i32[].
@@ -135,51 +156,67 @@ def insert(state: Tree, query: Array, label: Array, value: Array, eps) -> tuple[
     'labels': state['labels'].at[renamed].set(label, mode='drop'),
     'count': state['count'] + (add & ~full),
   }
-  return state, jnp.where(full, -1, entry)
+  return state, jnp.where(full, -1, entry), (add & ~full) | over
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _edit(config, layer, warm, p, state, rows: Rows, key, eps, steps, rate) -> tuple[Tree, Tree]:
-  tx = optax.scale_by_adam()
-  width = rows.head.shape[-1]
+@jax.jit
+def _inserted(state: Tree, query, label, value, eps) -> tuple[Tree, Array, Array]:
+  """`insert` of N requests, one after the other."""
 
   def one(state, inputs):
-    row, key = inputs
-    row = Rows(*(a[None] for a in row))
-    at = row.before[0, 0]
-    query = _query(config, p, row, layer, width + at)
-    m = inside.middle(config, p, row, layer + 1)
+    query, label, value = inputs
+    state, entry, new = insert(state, query, label, value, eps)
+    return state, (entry, new)
 
-    def loss(value):
-      h = m.h.at[:, at].set(value)
-      h = inside.go_on(config, p, m._replace(h=h), layer + 1)
-      return -inside.mean_log_p(inside.predictions(config, p, h, row), row.target)[0]
-
-    here = m.h[0, at]
-    cold = jax.random.uniform(key, here.shape, here.dtype)
-    state, entry = insert(state, query, row.target[0, 0], here if warm else cold, eps)
-    refused = entry < 0
-
-    def step(_, carry):
-      value, opt = carry
-      update, opt = tx.update(jax.grad(loss)(value), opt)
-      return value - rate * update, opt
-
-    first = state['values'][entry]
-    most = jnp.where(refused, 0, steps)
-    value, _ = jax.lax.fori_loop(0, most, step, (first, tx.init(first)))
-    to = jnp.where(refused, len(state['values']), entry)
-    state = state | {'values': state['values'].at[to].set(value, mode='drop')}
-    distance, i = nearest(state, query)
-    lost = loss(jnp.where(distance <= state['radii'][i], state['values'][i], here))
-    return state, {'loss': lost, 'log_p': -lost, 'refused': refused, 'entry': entry}
-
-  return jax.lax.scan(one, state, (rows, jax.random.split(key, len(rows.head))))
+  state, (entry, new) = jax.lax.scan(one, state, (query, label, value))
+  return state, entry, new
 
 
-def _query(config, p, row: Rows, layer: int, column: Array) -> Array:
-  """f[d], what the MLP of the layer gets at a column of one row."""
-  h, place = inside.begin(config, p, row)
+def turns(entries: np.ndarray) -> list[np.ndarray]:
+  """The requests that end at an entry first, those that end there second, ...; refused ones (-1) in none."""
+  seen: dict[int, int] = {}
+  found: list[list[int]] = []
+  for n, entry in enumerate(entries.tolist()):
+    if entry < 0:
+      continue
+    seen[entry] = seen.get(entry, -1) + 1
+    if seen[entry] == len(found):
+      found.append([])
+    found[seen[entry]].append(n)
+  return [np.array(some) for some in found]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _states(config, layer, p, rows: Rows) -> tuple[Array, Array]:
+  """What the MLP of the layer gets and what the layer hands on, f[N, d] each, where tails begin."""
+  column = rows.head.shape[-1]
+  h, place = inside.begin(config, p, rows)
   h = inside.between(config, p, h, place, 0, layer)
-  _, found = inside.captured(config, p, h, layer, place, ('middle',), column)
-  return found['middle'][0]
+  h, found = inside.captured(config, p, h, layer, place, ('middle',), column)
+  return found['middle'], h[:, column]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _train(config, layer, p, rows: Rows, value: Array, steps, rate) -> Array:
+  """The values f[N, d] after Adam, each on its own row."""
+  tx = optax.scale_by_adam()
+  m = inside.middle(config, p, rows, layer + 1)
+
+  def step(_, carry):
+    value, opt = carry
+    g = jax.grad(lambda value: -_log_p(config, layer, p, rows, m, value).sum())(value)
+    update, opt = tx.update(g, opt)
+    return value - rate * update, opt
+
+  return jax.lax.fori_loop(0, steps, step, (value, tx.init(value)))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _said(config, layer, p, rows: Rows, value: Array) -> Array:
+  """log p f[N] of the targets with the values f[N, d]."""
+  return _log_p(config, layer, p, rows, inside.middle(config, p, rows, layer + 1), value)
+
+
+def _log_p(config, layer, p, rows: Rows, m: inside.Middle, value: Array) -> Array:
+  h = inside.go_on(config, p, m._replace(h=m.h.at[:, 0].set(value)), layer + 1)
+  return inside.mean_log_p(inside.predictions(config, p, h, rows), rows.target)

@@ -57,32 +57,28 @@ def checked(config: Config, layers: Collection[int]) -> tuple[int, ...]:
   return found
 
 
+def weights(p: Tree, first: int) -> Tree:
+  """Of the layers from `first` on, as inputs of a scan: a gradient keeps what is indexed inside again."""
+  return jax.tree.map(lambda a: a[first:], p['layers'])
+
+
 Change = Callable[[Tree, Array], Tree]  # (weights of layer i, i) -> the weights to use
 
 
-def layer(
-  config: Config,
-  p: Tree,
-  h: Array,
-  i: Array | int,
-  place: Place,
-  tap=no_tap,
-  change: Change | None = None,
-) -> Array:
-  """Layer i of the backbone p applied to h f32[B, L, d]; `change` sets other weights."""
+def layer(config: Config, p: Tree, h: Array, i: Array | int, place: Place, tap=no_tap) -> Array:
+  """Layer i of the backbone p applied to h f32[B, L, d]."""
+  return apply(config, jax.tree.map(lambda a: a[i], p['layers']), h, i, place, tap)
+
+
+def apply(config: Config, own: Tree, h: Array, i: Array | int, place: Place, tap=no_tap) -> Array:
+  """Layer i, whose weights are `own`, applied to h f32[B, L, d]."""
   n = h.shape[1]
   visible = jnp.tril(jnp.ones((n, n), bool)) & place.seen[:, None, :]
 
   def attend(q, k, v):
     return causal.attention(config, q, tap('k', k, i), tap('v', v, i), visible, tap, i)
 
-  own = weights(p, i) if change is None else change(weights(p, i), jnp.asarray(i))
   return causal.block(config, own, h, jnp.asarray(i), place.places, attend, tap)
-
-
-def weights(p: Tree, i: Array | int) -> Tree:
-  """The weights of layer i."""
-  return jax.tree.map(lambda a: a[i], p['layers'])
 
 
 def between(
@@ -186,9 +182,8 @@ def go_on(config: Config, p: Tree, m: Middle, first: int, tap=no_tap) -> Array:
 
     return causal.block(config, own, h, i, places, attend, tap), None
 
-  # The weights are inputs of the scan: what was indexed inside would be kept again for the backward pass.
-  own = jax.tree.map(lambda a: a[first:], p['layers'])
-  h, _ = jax.lax.scan(step, m.h, (jnp.arange(first, config.depth), m.k, m.v, own))
+  layers = jnp.arange(first, config.depth)
+  h, _ = jax.lax.scan(step, m.h, (layers, m.k, m.v, weights(p, first)))
   return causal.norm(config, p['norm'], h)
 
 
@@ -214,12 +209,14 @@ def finish(
   tap=no_tap,
   change: Change | None = None,
 ) -> Array:
-  """`forward` from the residual stream h f[B, L, d] before layer `first` on."""
+  """`forward` from the residual stream h f[B, L, d] before layer `first` on; `change` sets other weights."""
 
-  def step(h, i):
-    return layer(config, p, h, i, place, tap, change), None
+  def step(h, inputs):
+    i, own = inputs
+    own = own if change is None else change(own, i)
+    return apply(config, own, h, i, place, tap), None
 
-  h, _ = jax.lax.scan(step, h, jnp.arange(first, config.depth))
+  h, _ = jax.lax.scan(step, h, (jnp.arange(first, config.depth), weights(p, first)))
   h = causal.norm(config, p['norm'], h[:, rows.head.shape[-1] :])
   return predictions(config, p, h, rows)
 

@@ -179,10 +179,31 @@ def take(requests: Any, rows: Any) -> Any:
   return jax.tree.map(lambda a: a[jnp.asarray(rows)], requests)
 
 
+def groups(index: np.ndarray, width: int) -> list[tuple[np.ndarray, int]]:
+  """(indices, how many of them count), `width` at a time: the last are filled up with some of their own."""
+  width = min(width, len(index))
+  parts = [index[lo : lo + width] for lo in range(0, len(index), width)]
+  return [(np.resize(part, width), len(part)) for part in parts]
+
+
 def trimmed(rows: Rows, step: int = 4) -> Rows:
   """Tails without the columns that are padding in all rows, up to a multiple of `step`: few shapes occur."""
   longest = int((np.asarray(rows.tail) >= 0).sum(-1).max())
   return rows._replace(tail=rows.tail[..., : -(-longest // step) * step])
+
+
+def cut(rows: Rows, at: int) -> Rows:
+  """Rows [N, ...] cut elsewhere: `at` tokens of each prompt, or all but -at, are its head.
+
+  With 0 there are no heads, so that rows are as wide as the longest, not as the longest head and tail.
+  """
+  found = []
+  for head, tail, _, target in zip(*map(np.asarray, rows), strict=True):
+    tokens = [int(t) for t in (*head, *tail) if t >= 0]
+    answer = [int(t) for t in target if t >= 0]
+    prompt = tokens[: len(tokens) - len(answer)]
+    found.append((prompt, at % len(prompt), answer))
+  return layout(found)
 
 
 def plain(rows: Rows) -> Rows:

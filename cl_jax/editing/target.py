@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from cl_jax.editing import inside
-from cl_jax.editing.rows import Requests, Rows, take, trimmed
+from cl_jax.editing.rows import Requests, Rows, groups, take, trimmed
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
 from cl_jax.types import Array, Tree
@@ -106,9 +106,7 @@ def optimise(
   lengths = np.asarray((requests.rewrite.tail >= 0).sum(-1).max(1))
   order = np.argsort(lengths, kind='stable')
   found = []
-  for lo in range(0, len(order), width):
-    # The last group is filled up with its own first requests, whose results are dropped.
-    some = np.resize(order[lo : lo + width], min(width, len(order)))
+  for some, _ in groups(order, width):
     group = take(requests, some)
     group = group._replace(rewrite=trimmed(group.rewrite))
     floats = jax.tree.map(float, recipe._replace(steps=0))

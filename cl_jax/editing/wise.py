@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cl_jax.editing import inside
-from cl_jax.editing.rows import Requests, Rows
+from cl_jax.editing.rows import Requests, Rows, cut, flat, take, trimmed
 from cl_jax.editing.write import Editor
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
@@ -156,7 +157,6 @@ def ties(terms: Array, weights: Array, density: float) -> Array:
   return merged.reshape(terms.shape[1:])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def train(
   config: Config,
   layer: int,
@@ -167,48 +167,54 @@ def train(
   unrelated: Rows,
   key: Array,
 ) -> tuple[Array, Tree]:
-  """(the shards f[parts, ffn, d], the report of rows [N, P, ...])."""
-  n = len(rewrite.head)
+  """(the shards f[parts, ffn, d], the report of rows [N, P, ...]); the shards are trained side by side."""
+  n, contexts = rewrite.head.shape[:2]
   size = -(-n // parts)
-  index = jnp.arange(parts * size).reshape(parts, size)
-  valid, index = index < n, jnp.minimum(index, n - 1)
+  index = np.arange(parts * size).reshape(parts, size)
   shape, dtype = p['layers']['down']['w'].shape[1:], p['layers']['down']['w'].dtype
   of_mask, of_other = jax.random.split(key)
   drawn = jax.random.randint(of_other, (parts, size), 0, len(unrelated.head))
+  draw = lambda key: jax.random.bernoulli(key, training.ratio, shape)  # noqa: E731
+  masks = jax.vmap(draw)(jax.random.split(of_mask, parts))
+  wide = cut(flat(rewrite), 0)
+  wide = Rows(*(a.reshape(n, contexts, a.shape[-1]) for a in wide))
+  sides, reports = jnp.zeros((parts, *shape), dtype), []
+  for now in range(size):
+    # Where a shard has no request left it is given the last one, which changes nothing.
+    some = trimmed(take(wide, np.minimum(index[:, now], n - 1)))
+    away = take(unrelated, drawn[:, now, None])
+    counts = jnp.asarray(index[:, now] < n)
+    sides, report = _one(config, layer, training, p, sides, masks, some, away, counts)
+    reports.append(report)
+  return sides, jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1)[:n], *reports)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _one(config, layer: int, training: Training, p: Tree, sides, masks, rewrite, away, counts):
+  """(the shards after a request of each, the report [parts]); rows [parts, P, ...] and [parts, 1, ...]."""
   alpha, beta, gamma = training.margins
 
-  def shard(inputs):
-    index, valid, drawn, key = inputs
-    mask = jax.random.bernoulli(key, training.ratio, shape)
+  def shard(side, mask, rows: Rows, away: Rows, counts):
+    h, place, hidden, seen = _before(config, p, rows, layer)
+    far_from, unseen = _before(config, p, away, layer)[2:]
 
-    def one(side, inputs):
-      i, counts, u = inputs
-      rows = Rows(*(a[i] for a in rewrite))
-      h, place, hidden, seen = _before(config, p, rows, layer)
-      away, unseen = _before(config, p, Rows(*(a[u][None] for a in unrelated)), layer)[2:]
+    def loss(side):
+      extra = hidden @ side
+      log_p = inside.finish(config, p, h + extra, place, rows, layer + 1)
+      log_p = inside.mean_log_p(log_p, rows.target).mean()
+      near, far = distance(extra, seen), distance(far_from @ side, unseen)[0]
+      broken = jax.nn.relu(far - alpha) + jax.nn.relu(beta - near) + jax.nn.relu(gamma + far - near)
+      return broken.mean() - log_p, {'log_p': log_p, 'distance': near.min()}
 
-      def loss(side):
-        extra = hidden @ side
-        log_p = inside.finish(config, p, h + extra, place, rows, layer + 1)
-        log_p = inside.mean_log_p(log_p, rows.target).mean()
-        near, far = distance(extra, seen), distance(away @ side, unseen)[0]
-        broken = (
-          jax.nn.relu(far - alpha) + jax.nn.relu(beta - near) + jax.nn.relu(gamma + far - near)
-        )
-        return broken.mean() - log_p, {'log_p': log_p, 'distance': near.min()}
+    def step(_, side):
+      g = jax.grad(loss, has_aux=True)(side)[0]
+      return jnp.clip(side - training.rate * mask * g, -training.bound, training.bound)
 
-      def step(_, side):
-        g = jax.grad(loss, has_aux=True)(side)[0]
-        return jnp.clip(side - training.rate * mask * g, -training.bound, training.bound)
+    new = jnp.where(counts, jax.lax.fori_loop(0, training.steps, step, side), side)
+    lost, report = loss(new)
+    return new, report | {'loss': lost}
 
-      side = jax.lax.fori_loop(0, jnp.where(counts, training.steps, 0), step, side)
-      lost, report = loss(side)
-      return side, report | {'loss': lost}
-
-    return jax.lax.scan(one, jnp.zeros(shape, dtype), (index, valid, drawn))
-
-  sides, report = jax.lax.map(shard, (index, valid, drawn, jax.random.split(of_mask, parts)))
-  return sides, jax.tree.map(lambda a: a.reshape(-1)[:n], report)
+  return jax.vmap(shard)(sides, masks, rewrite, away, counts)
 
 
 def _before(config, p, rows: Rows, layer: int) -> tuple[Array, inside.Place, Array, Array]:

@@ -365,7 +365,7 @@ def test_the_rules_of_the_codebook():
     keys, radii, names, entries = codebook(queries, labels, eps, capacity)
     state, found = blank, []
     for q, label in zip(queries, labels, strict=True):
-      state, entry = insert(state, jnp.asarray(q), jnp.asarray(label, jnp.int32), jnp.asarray(q))
+      state, entry, _ = insert(state, jnp.asarray(q), jnp.asarray(label, jnp.int32), jnp.asarray(q))
       found.append(int(entry))
     assert found == entries
     n = int(state['count'])
@@ -388,10 +388,8 @@ def test_grace_leaves_what_is_outside_every_radius(case):
   state, empty = case.states[1], case.states[0]
   assert int(state['count']) == N
   tap, p, c = case.editor.tap, case.backbone, case.config
-  query = jax.jit(grace._query, static_argnums=(0, 3))
-  for row in range(N):
-    one = rows.take(far, [row])
-    q = query(c, p, one, 2, one.head.shape[-1] + one.before[0, 0])
+  queries, _ = grace._states(c, 2, p, rows.cut(far, -1))
+  for q in queries:
     distance, i = grace.nearest(state, q)
     assert distance > state['radii'][i] + 0.05
   kept = np.asarray(log_p(c, tap, p, state, far))
@@ -425,6 +423,24 @@ def test_grace_refuses_what_does_not_fit_and_keeps_the_rest():
   _, again, _ = small.edit(p, state, rows.take(draw(0), [2, 2, 2]), jax.random.key(1))
   for a, b in zip(leaves(state), leaves(again), strict=True):
     assert a.tobytes() == b.tobytes()
+
+
+def test_requests_that_share_an_entry_are_trained_in_turn():
+  """All at once is what one after the other is: values that were trained before go on from there."""
+  config = CONFIGS['llama']
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  editor = grace.grace(config, 2, capacity=4, eps=0.1, steps=5, rate=0.1, warm=True, width=2)
+  twice = [0, 1, 0, 2, 0]
+  _, state, report = editor.edit(p, editor.init(p), rows.take(draw(0), twice), jax.random.key(0))
+  assert np.asarray(report['entry']).tolist() == twice
+  assert [turn.tolist() for turn in grace.turns(np.array([0, -1, 1, 0]))] == [[0, 2], [3]]
+  now = editor.init(p)
+  for n in twice:
+    _, now, _ = editor.edit(p, now, rows.take(draw(0), [n]), jax.random.key(0))
+  for a, b in zip(leaves(state), leaves(now), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  once = editor.edit(p, editor.init(p), rows.take(draw(0), [0, 1, 2]), jax.random.key(0))[1]
+  assert np.abs(once['values'][0] - state['values'][0]).max() > 0.1
 
 
 # WISE.
