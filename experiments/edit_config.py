@@ -16,7 +16,7 @@ from experiments import config, fields
 from experiments.fields import Field
 
 # What the command knows about an editor's arguments.
-KNOWN = ('config', 'moments', 'unrelated')
+KNOWN = ('config', 'moments', 'unrelated', 'rounds')
 DEFAULTS: dict[str, Any] = {
   'name': 'edit',
   'seeds': (0,),  # each draws other edits

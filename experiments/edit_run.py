@@ -6,6 +6,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from cl_jax import checkpoint, metrics
 from cl_jax.editing import evaluate, rows, statistics, write
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Edit
 from cl_jax.editing.write import Editor
 from cl_jax.errors import Fault, UserError
@@ -24,6 +26,7 @@ from cl_jax.streams import edits as edit_streams
 from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.types import Tree
 from experiments import config, edit_config, edit_state, results
+from experiments.edit_rounds import Watched
 from experiments.watch import Clock, Interrupted, Stop
 
 
@@ -96,8 +99,7 @@ def run(
   """One seed: the line of results.jsonl, without its command."""
   clock = Clock()
   exam = prepare(chosen, subject, place.data, seed, tell)
-  editor = editor_of(chosen, subject, place.data, tell)
-  saved, backbone = progress(chosen, subject, exam, editor, seed, place, tell)
+  saved, backbone, editor = progress(chosen, subject, exam, seed, place, tell)
   about = saved.about
   before, after = (np.array(about[k], np.float64) for k in ('before', 'after'))
   line = {
@@ -159,13 +161,16 @@ def prepare(chosen, subject: Subject, data: Path, seed: int, tell) -> Exam:
 
 
 def progress(
-  chosen, subject: Subject, exam: Exam, editor: Editor, seed: int, place: Place, tell
-) -> tuple[edit_state.Saved, Tree]:
-  """Writes the edits, batch by batch; goes on where an earlier process stopped.
+  chosen, subject: Subject, exam: Exam, seed: int, place: Place, tell
+) -> tuple[edit_state.Saved, Tree, Editor]:
+  """Writes the edits, batch by batch; goes on where an earlier process stopped, also within a batch.
 
   Returns:
-    What was measured on the way, and the backbone at the end.
+    What was measured on the way, the backbone at the end, and the editor.
   """
+  stop = Stop()
+  rounds = Watched(place.folder, place.save_every, stop, tell)
+  editor = editor_of(chosen, subject, place.data, tell, rounds)
   ask = evaluate.asker(subject.config, editor.tap)
   score = lambda p, s, asked: evaluate.score(ask, p, s, asked)  # noqa: E731
   first, n, size, alone = subject.backbone, len(exam.edits), chosen['batch'], chosen['apart']
@@ -183,11 +188,14 @@ def progress(
   marks = points(n, size, chosen['evaluate']['points'])
   key = jax.random.fold_in(jax.random.key(seed), 1)
   last_saved = time.monotonic()
-  with Stop().listening() as stop:
+  with stop.listening():
     while about['done'] < n:
       lo, hi = about['done'], min(about['done'] + size, n)
       batch = rows.take(exam.requests, np.arange(lo, hi))
-      new, state = edited(editor, backbone, state, batch, jax.random.fold_in(key, lo), about)
+      so_far = edit_state.Saved(about, writes, state)
+      clock = rounds.begin(f'{sha} {lo}', partial(edit_state.save, place.folder, so_far))
+      batch_key = jax.random.fold_in(key, lo)
+      new, state = edited(editor, backbone, state, batch, batch_key, about, clock)
       about['done'] = hi
       kept = new if alone else [*writes, *new]
       kept = kept if chosen['undo'] else write.merged(kept)
@@ -213,12 +221,11 @@ def progress(
         tell(f'{hi}/{n} edits, saved')
       if stop():
         raise Interrupted(stop(), f'stopped after {hi} of {n} edits, saved in {place.folder}')
-  return edit_state.Saved(about, writes, state), backbone
+  return edit_state.Saved(about, writes, state), backbone, editor
 
 
-def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: dict[str, Any]):
+def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: dict, clock: Clock):
   """(new writes, new state) of a batch; its seconds and how far targets were said are added to `about`."""
-  clock = Clock()
   with clock.running():
     new, state, report = editor.edit(backbone, state, batch, key)
     jax.block_until_ready(([w.left for w in new], state))
@@ -289,9 +296,9 @@ def begin_texts(chosen, subject: Subject, seed: int) -> list[str]:
   return found
 
 
-def editor_of(chosen, subject: Subject, data: Path, tell) -> Editor:
+def editor_of(chosen, subject: Subject, data: Path, tell, rounds: Rounds = straight) -> Editor:
   """The editor, with the statistics and the texts that it needs."""
-  known: dict[str, Any] = {'config': subject.config}
+  known: dict[str, Any] = {'config': subject.config, 'rounds': rounds}
   known['moments'] = moments_of(chosen, subject, data, tell)
   if edit_config.needs(chosen, 'unrelated'):
     about = chosen['moments']

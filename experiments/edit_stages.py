@@ -32,6 +32,7 @@ from experiments import (
   cli,
   config,
   edit_config,
+  edit_rounds,
   edit_run,
   edit_state,
   fields,
@@ -238,7 +239,8 @@ def model_of(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> str:
     about = make(bench, exam, prefix, source)
     durable.write(folder / MODEL / MADE, json.dumps(about) + '\n')
   # What it was made of goes when it is there and not before, so that a kill at any point costs nothing.
-  (folder / edit_state.FILE).unlink(missing_ok=True)
+  for name in (edit_state.FILE, edit_rounds.FILE):
+    (folder / name).unlink(missing_ok=True)
   shutil.rmtree(folder / 'run', ignore_errors=True)
   return str(folder / MODEL)
 
@@ -247,9 +249,8 @@ def edited(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> di
   """Writes the facts into a model; what that took."""
   chosen, folder, tell = bench.editing, bench.folder(prefix), bench.shown.say
   subject = edit_run.opened(source)
-  editor = edit_run.editor_of(chosen, subject, bench.data, tell)
   where = edit_run.Place(bench.data, folder, bench.save_every, None)
-  saved, backbone = edit_run.progress(chosen, subject, exam, editor, bench.seed, where, tell)
+  saved, backbone, _ = edit_run.progress(chosen, subject, exam, bench.seed, where, tell)
   decoder.save(folder / MODEL, subject.config, backbone, subject.file)
   seconds = saved.about['edit_s'] - saved.about['compile_s']
   return {'seconds': round(seconds, 3), 'log_p_target': saved.about['log_p']}

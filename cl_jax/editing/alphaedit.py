@@ -9,6 +9,7 @@ import numpy as np
 
 from cl_jax.editing import write
 from cl_jax.editing.memit import Moments, ascending, keys_of, spread
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.editing.write import Editor
@@ -24,6 +25,7 @@ def alphaedit(
   coef: float = 10.0,
   recipe: Recipe = Recipe(),  # noqa: B008 (a NamedTuple)
   width: int = 16,
+  rounds: Rounds = straight,
 ) -> Editor:
   """Like `memit`, but (eq. 11; github.com/jianghoucheng/AlphaEdit)
 
@@ -49,7 +51,7 @@ def alphaedit(
 
   def edit(backbone: Tree, state: Tree, requests: Requests, key: Array):
     del key
-    target = optimise(config, backbone, requests, layers[-1], ('block',), recipe, width)
+    target = optimise(config, backbone, requests, layers[-1], ('block',), recipe, width, rounds)
     past = np.array(state['past'], np.float64)
 
     def solve(layer: int, keys: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from cl_jax.editing import inside
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests, Rows, cut, plain, take, trimmed
 from cl_jax.editing.write import Editor, Write
 from cl_jax.errors import UserError
@@ -31,6 +32,7 @@ def finetune(
   norm: float | None = None,
   batch: int = 0,
   stop: float = 1e-2,
+  rounds: Rounds = straight,
 ) -> Editor:
   """Adam on the down-projections W_l of `layers`, over the plain prompts of all requests of a batch:
 
@@ -46,6 +48,7 @@ def finetune(
     norm: the bound, in units of the weights; published 5e-4 (GPT2-XL), 5e-5 (GPT-J).
     batch: requests of one step; 0 is all.
     stop: steps are left out below this loss, and training ends when a pass stays below it on average.
+    rounds: runs the loop over passes.
 
   State: none. Terms are whole, 4 ffn d bytes a layer and batch. Report: 'loss' is -'log_p', after the last
   step.
@@ -63,7 +66,7 @@ def finetune(
     terms: Terms = {inside.KEY: (jnp.zeros((len(layers), *w.shape[1:]), w.dtype),)}
     rows = plain(requests.rewrite)
     found, log_p = descend(
-      config, layers, batch, backbone, rows, terms, 1.0, steps, rate, bound, stop
+      config, layers, batch, backbone, rows, terms, 1.0, steps, rate, bound, stop, rounds
     )
     writes = [Write(inside.KEY, layer, found[inside.KEY][0][j]) for j, layer in enumerate(layers)]
     return writes, state, {'loss': -log_p, 'log_p': log_p}
@@ -83,6 +86,7 @@ def descend(
   rate: float,
   norm: float,
   stop: float,
+  rounds: Rounds,
 ) -> tuple[Terms, Array]:
   """(the terms after Adam, log p f[N] of the targets with them), for rows [N, ...]; args as `finetune`.
 
@@ -95,14 +99,19 @@ def descend(
   rows = cut(rows, 0)
   index = [np.arange(lo, min(lo + (batch or n), n)) for lo in range(0, n, batch or n)]
   groups = [trimmed(take(rows, some)) for some in index]
-  opt = optax.scale_by_adam().init(terms)
-  for _ in range(steps):
-    lost = 0.0
+
+  def descent(_: int, carry):
+    terms, opt, lost = carry
+    if lost < stop:
+      return carry
+    lost = jnp.zeros_like(lost)
     for some in groups:
       terms, opt, one = _step(config, layers, p, some, terms, opt, scale, rate, norm, stop)
       lost += one * len(some.tail) / n
-    if lost < stop:
-      break
+    return terms, opt, lost
+
+  begin = (terms, optax.scale_by_adam().init(terms), jnp.asarray(jnp.inf, p['norm']['scale'].dtype))
+  terms, _, _ = rounds('passes', steps, begin, descent)
   log_p = [_said(config, layers, p, some, terms, scale) for some in groups]
   return terms, jnp.concatenate(log_p)
 

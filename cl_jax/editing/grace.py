@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from cl_jax.editing import inside
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests, Rows, cut, groups, plain, take
 from cl_jax.editing.write import Editor
 from cl_jax.errors import UserError
@@ -28,6 +29,7 @@ def grace(
   rate: float = 1.0,
   warm: bool = False,
   width: int = 16,
+  rounds: Rounds = straight,
 ) -> Editor:
   """Replaces what a layer hands on at the prompt's last token when what it gets is near a stored key (eq. 1):
 
@@ -49,6 +51,7 @@ def grace(
     steps, rate: of Adam; published 100, 1.
     warm: whether values start at what stands there, else uniform in [0, 1) by the key (published).
     width: requests whose values are trained at a time.
+    rounds: runs the loop over these.
 
   State: keys and values f[capacity, d], radii f[capacity], labels i32[capacity] (the target's first token)
   and count; 8 d + 8 bytes an entry, used or not. Report: also 'refused' bool[N] and 'entry' i32[N] (-1 when
@@ -84,12 +87,15 @@ def grace(
     draw = lambda key: jax.random.uniform(key, here.shape[1:], here.dtype)  # noqa: E731
     first = here if warm else jax.vmap(draw)(jax.random.split(key, n))
     state, entry, new = _inserted(state, query, rows.target[:, 0], first, eps)
-    for turn in turns(np.asarray(entry)):
-      for some, real in groups(turn, width):
-        start = jnp.where(new[some, None], first[some], state['values'][entry[some]])
-        value = _train(config, layer, backbone, take(rows, some), start, steps, rate)
-        values = state['values'].at[entry[some[:real]]].set(value[:real])
-        state = state | {'values': values}
+    parts = [part for turn in turns(np.asarray(entry)) for part in groups(turn, width)]
+
+    def step(i: int, values: Array) -> Array:
+      some, real = parts[i]
+      start = jnp.where(new[some, None], first[some], values[entry[some]])
+      value = _train(config, layer, backbone, take(rows, some), start, steps, rate)
+      return values.at[entry[some[:real]]].set(value[:real])
+
+    state = state | {'values': rounds('values', len(parts), state['values'], step)}
     distance, i = jax.lax.map(partial(nearest, state), query)
     given = jnp.where((distance <= state['radii'][i])[:, None], state['values'][i], here)
     log_p = [_said(config, layer, backbone, take(rows, some), given[some]) for some, _ in every]

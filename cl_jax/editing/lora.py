@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from cl_jax.editing import inside
 from cl_jax.editing.finetune import Terms, descend
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests, plain
 from cl_jax.editing.write import Editor, Write
 from cl_jax.errors import UserError
@@ -30,6 +31,7 @@ def lora_edit(
   rate: float = 5e-3,
   batch: int = 0,
   stop: float = 1e-2,
+  rounds: Rounds = straight,
 ) -> Editor:
   """W_l + alpha / rank A_l B_l, with A and B trained by Adam as `finetune` trains W (eq. 3; the LoRA
   baseline of github.com/zjunlp/EasyEdit). A starts uniform in +-1 / sqrt(d_in), drawn by the key, B at 0.
@@ -39,7 +41,7 @@ def lora_edit(
     layers: to train; none is all.
     paths: matrices, of 'layers/q/w', 'layers/v/w', 'layers/down/w'.
     rank, alpha, steps, rate: published in EasyEdit 8, 32, 70 and 5e-3.
-    batch, stop: as `finetune`.
+    batch, stop, rounds: as `finetune`.
 
   State: none. Writes hold 4 rank (d_in + d_out) bytes a matrix and batch. Report: as `finetune`.
   Deviations: no dropout (EasyEdit 0.1), and the loss is on the target alone, over the plain prompt.
@@ -61,7 +63,7 @@ def lora_edit(
       terms[path] = jax.random.uniform(one, a, w.dtype, -side, side), jnp.zeros(b, w.dtype)
     rows = plain(requests.rewrite)
     found, log_p = descend(
-      config, layers, batch, backbone, rows, terms, scale, steps, rate, math.inf, stop
+      config, layers, batch, backbone, rows, terms, scale, steps, rate, math.inf, stop, rounds
     )
     writes = [
       Write(path, layer, found[path][0][j], scale * found[path][1][j])

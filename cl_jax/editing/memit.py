@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.editing import inside, write
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests, Rows, flat
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.editing.write import Editor, Write
@@ -28,6 +29,7 @@ def memit(
   coef: float = 15000.0,
   recipe: Recipe = Recipe(),  # noqa: B008 (a NamedTuple)
   width: int = 16,
+  rounds: Rounds = straight,
 ) -> Editor:
   """Spreads the residual of all requests over `layers` (alg. 1, eq. 14 and 20; github.com/kmeng01/memit):
 
@@ -42,6 +44,7 @@ def memit(
     coef: weight of what the layers knew before; published 15000 (GPT-J), 20000 (GPT2-XL).
     recipe: of the targets.
     width: requests whose targets are optimised at a time.
+    rounds: runs the loop over these.
 
   State: none; moments are the editor's constants. Deviation: W and keys are in the model's own precision, the
   solve alone in float64, as in the repository.
@@ -51,7 +54,7 @@ def memit(
 
   def edit(backbone: Tree, state: Any, requests: Requests, key: Array):
     del key
-    target = optimise(config, backbone, requests, layers[-1], ('block',), recipe, width)
+    target = optimise(config, backbone, requests, layers[-1], ('block',), recipe, width, rounds)
     writes = spread(config, backbone, requests, target.at('block'), layers, solve)
     return writes, state, {'loss': target.loss, 'log_p': target.log_p}
 

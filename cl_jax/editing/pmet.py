@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cl_jax.editing.memit import Moments, ascending, spread
+from cl_jax.editing.memit import Moments, ascending, solver, spread
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.editing.write import Editor
@@ -22,6 +21,7 @@ def pmet(
   coef: float = 6000.0,
   recipe: Recipe = Recipe(steps=30),  # noqa: B008 (a NamedTuple)
   width: int = 16,
+  rounds: Rounds = straight,
 ) -> Editor:
   """MEMIT's layer loop towards what the MLP of the last layer should add, with the residual shared out by
   square roots, R / sqrt(L - l + 1) (eq. 11 to 14; github.com/xpq-tech/PMET).
@@ -33,13 +33,12 @@ def pmet(
   """
   layers = ascending(config, layers, moments)
 
-  def solve(layer: int, keys: np.ndarray) -> np.ndarray:
-    return np.linalg.solve(coef * moments[layer] + keys @ keys.T, keys)
+  solve = solver(moments, coef)
 
   def edit(backbone: Tree, state: Any, requests: Requests, key: Array):
     del key
     sites = ('attention', 'feedforward')
-    target = optimise(config, backbone, requests, layers[-1], sites, recipe, width)
+    target = optimise(config, backbone, requests, layers[-1], sites, recipe, width, rounds)
     goal = target.at('feedforward')
     share = lambda rest: rest**-0.5  # noqa: E731
     writes = spread(config, backbone, requests, goal, layers, solve, share, 'feedforward')

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from cl_jax.editing import inside
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests, Rows, groups, take, trimmed
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
@@ -81,6 +82,7 @@ def optimise(
   sites: tuple[str, ...] = ('block',),
   recipe: Recipe = Recipe(),  # noqa: B008 (a NamedTuple)
   width: int = 16,
+  rounds: Rounds = straight,
 ) -> Target:
   """Minimises for every request, by an Adam of its own from 0, over the deltas added at the sites of `layer`,
 
@@ -96,6 +98,7 @@ def optimise(
     sites: 'block' (the residual stream, MEMIT), 'feedforward' (what the MLP adds, ROME), 'attention'; several
       get a delta each (PMET: attention and feedforward).
     width: requests at a time.
+    rounds: runs the loop over these.
   """
   for site in sites:
     if site not in SITES:
@@ -105,14 +108,21 @@ def optimise(
   # Requests of like lengths go together, in arrays whose tails, which every step runs through, are short.
   lengths = np.asarray((requests.rewrite.tail >= 0).sum(-1).max(1))
   order = np.argsort(lengths, kind='stable')
-  found = []
-  for some, _ in groups(order, width):
+  parts = groups(order, width)
+  floats = jax.tree.map(float, recipe._replace(steps=0))
+
+  def step(i: int, found: Target) -> Target:
+    some, real = parts[i]
     group = take(requests, some)
     group = group._replace(rewrite=trimmed(group.rewrite))
-    floats = jax.tree.map(float, recipe._replace(steps=0))
-    found.append(_group(config, p, layer, tuple(sites), recipe.steps, floats, group))
-  back = jnp.asarray(np.argsort(order))
-  return jax.tree.map(lambda *a: jnp.concatenate(a)[back], *found)
+    new = _group(config, p, layer, tuple(sites), recipe.steps, floats, group)
+    at = some[:real]
+    return jax.tree.map(lambda a, b: a.at[at].set(b[:real]), found, new)
+
+  dtype = p['embed']['tokens'].dtype
+  none, blank = jnp.zeros(len(order), dtype), jnp.zeros((len(order), config.d), dtype)
+  nothing = Target(dict.fromkeys(sites, blank), dict.fromkeys(sites, blank), none, none)
+  return rounds('targets', len(parts), nothing, step)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3, 4))

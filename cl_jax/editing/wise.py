@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.editing import inside
+from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests, Rows, cut, flat, take, trimmed
 from cl_jax.editing.write import Editor
 from cl_jax.errors import UserError
@@ -47,6 +48,7 @@ def wise(
   unrelated: Rows,
   shards: int = 2,
   training: Training = Training(),  # noqa: B008 (a NamedTuple)
+  rounds: Rounds = straight,
 ) -> Editor:
   """WISE-Merge: W' = W + side, used instead of W = 'down' of one layer where its activation a says so (eq. 3
   to 9; github.com/zjunlp/EasyEdit, models/wise):
@@ -66,6 +68,7 @@ def wise(
     layer: published 27 of 32 (Llama-2-7B).
     unrelated: rows [U, ...] of prompts that no edit should touch; targets are not looked at.
     shards: published 2.
+    rounds: runs the loop over the requests of every shard.
 
   The distance of a row is the mean over the tokens of its prompt, as in the repository (which takes the
   maximum for prompts of more than 100 tokens); one decision is made for the whole row.
@@ -95,7 +98,8 @@ def wise(
 
   def edit(backbone: Tree, state: Tree, requests: Requests, key: Array):
     parts = min(shards, len(requests.rewrite.head))
-    side, report = train(config, layer, parts, training, backbone, requests.rewrite, unrelated, key)
+    rewrite = requests.rewrite
+    side, report = train(config, layer, parts, training, backbone, rewrite, unrelated, key, rounds)
     weights = jnp.asarray([(1 - OLD) / parts] * parts + [OLD], side.dtype)
     merged = ties(jnp.concatenate([side, state['side'][None]]), weights, training.density)
     state = {
@@ -166,6 +170,7 @@ def train(
   rewrite: Rows,
   unrelated: Rows,
   key: Array,
+  rounds: Rounds,
 ) -> tuple[Array, Tree]:
   """(the shards f[parts, ffn, d], the report of rows [N, P, ...]); the shards are trained side by side."""
   n, contexts = rewrite.head.shape[:2]
@@ -178,15 +183,20 @@ def train(
   masks = jax.vmap(draw)(jax.random.split(of_mask, parts))
   wide = cut(flat(rewrite), 0)
   wide = Rows(*(a.reshape(n, contexts, a.shape[-1]) for a in wide))
-  sides, reports = jnp.zeros((parts, *shape), dtype), []
-  for now in range(size):
+
+  def step(now: int, carry):
+    sides, report = carry
     # Where a shard has no request left it is given the last one, which changes nothing.
     some = trimmed(take(wide, np.minimum(index[:, now], n - 1)))
     away = take(unrelated, drawn[:, now, None])
     counts = jnp.asarray(index[:, now] < n)
-    sides, report = _one(config, layer, training, p, sides, masks, some, away, counts)
-    reports.append(report)
-  return sides, jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1)[:n], *reports)
+    sides, one = _one(config, layer, training, p, sides, masks, some, away, counts)
+    return sides, jax.tree.map(lambda a, b: a.at[:, now].set(b), report, one)
+
+  blank = dict.fromkeys(('distance', 'log_p', 'loss'), jnp.zeros((parts, size), dtype))
+  begin = (jnp.zeros((parts, *shape), dtype), blank)
+  sides, report = rounds('requests of each shard', size, begin, step)
+  return sides, jax.tree.map(lambda a: a.reshape(-1)[:n], report)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

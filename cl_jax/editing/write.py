@@ -66,6 +66,12 @@ def apply(backbone: Tree, writes: Sequence[Write]) -> Tree:
   return nest(leaves)
 
 
+def put(backbone: Tree, path: str, layer: int, matrix: Array) -> Tree:
+  """The backbone with another matrix in one layer."""
+  leaves = dict(paths(backbone))
+  return nest(leaves | {path: leaves[path].at[layer].set(matrix)})
+
+
 def merged(writes: Sequence[Write]) -> list[Write]:
   """One whole term a layer for all that was written to it: bounded bytes, no edit can be undone alone."""
   found: dict[tuple[str, int], Array] = {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cl_jax.editing import evaluate
+from cl_jax.editing import evaluate, target
 from cl_jax.errors import UserError
 from cl_jax.models import causal, decoder
 from cl_jax.streams import corpora
@@ -18,6 +18,7 @@ from experiments import (
   config,
   edit,
   edit_config,
+  edit_rounds,
   edit_run,
   edit_state,
   results,
@@ -149,6 +150,39 @@ def test_stopped_and_repeated_gives_the_same_bits(root, tmp_path, monkeypatch):
   (one,), (two,) = results.read(tmp_path / 'whole'), results.read(tmp_path / 'cut')
   for name in ('state_sha256', 'R', 'curve', 'log_p', 'es', 'perplexity'):
     assert one[name] == two[name], name
+
+
+def test_an_edit_that_was_cut_goes_on_within(root, tmp_path, monkeypatch, capsys):
+  """Two batches of two requests, a request a round; the signal comes at the first of the second batch."""
+  words = ('--config.batch=2', '--config.memit.width=1')
+  assert go(root, tmp_path / 'whole', *words) == 0
+  real, count = target._group, []
+
+  def interrupt(*args):
+    count.append(1)
+    if len(count) == 3:
+      signal.raise_signal(signal.SIGTERM)
+    return real(*args)
+
+  monkeypatch.setattr(target, '_group', interrupt)
+  assert go(root, tmp_path / 'cut', *words) == 128 + signal.SIGTERM
+  assert 'stopped after 1 of 2 targets' in capsys.readouterr().err
+  saved = tmp_path / 'cut/seed0' / edit_rounds.FILE
+  whole = saved.read_bytes()
+  saved.write_bytes(whole[:-40])
+  assert go(root, tmp_path / 'cut', *words) == 2
+  assert 'rounds.npz is damaged' in capsys.readouterr().err
+  saved.write_bytes(whole)
+  assert go(root, tmp_path / 'cut', *words) == 0
+  assert len(count) == 4  # three before, one after
+  (one,), (two,) = results.read(tmp_path / 'whole'), results.read(tmp_path / 'cut')
+  for name in ('state_sha256', 'log_p', 'es', 'perplexity'):
+    assert one[name] == two[name], name
+  # What was saved of one edit is not taken for another's.
+  (tmp_path / 'other/seed0').mkdir(parents=True)
+  (tmp_path / 'other/seed0' / edit_rounds.FILE).write_bytes(whole)
+  assert go(root, tmp_path / 'other', *words, '--config.memit.coef=2.0') == 0
+  assert len(count) == 8
 
 
 def test_merged_terms_are_as_many_bytes_as_the_matrices(root, tmp_path):
