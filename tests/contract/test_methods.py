@@ -266,7 +266,6 @@ def test_host_fed_is_the_same_run(case, places):
   same(last.state, case.state)
 
 
-# Vmapped sums round differently, and training amplifies that: mapped runs are compared in the first chunk.
 def first_chunk(case, key, stream):
   learn = case.build(HP, None)
   state = learn.init(key, take(stream, stream.index[0, 0], 0))
@@ -282,7 +281,9 @@ def first_of_two(case, width, jit):
   return jax.tree.map(lambda a: a[0], jit(both)(keys, case.stream))
 
 
+@pytest.mark.parametrize('case', sorted({*KINDS, *OTHER}), indirect=True)
 def test_vmapped_runs_are_near_single_ones(case, places):
+  """Mapped over keys; what every method does when it is mapped, `test_gated_off_is_absent` shows."""
   near(first_of_two(case, 2, quick), (places[1].state, places[1].record.loss[0, :7]), 2e-4)
 
 
@@ -355,7 +356,10 @@ def test_predictions_are_per_row(case):
 
 
 def test_gated_off_is_absent(case, naive):
-  """`gated(0, method)` trains and predicts like no method at all, in the same program as `gated(1)`."""
+  """`gated(0, method)` trains and predicts like no method at all, and `gated(1)` as without a gate.
+
+  Both are one mapped program over the whole stream, as the runs of a factorial ablation are.
+  """
   # What methods add is there without effect.
   compare = lambda p: {k: v for k, v in p.items() if k not in ADDED}  # noqa: E731
 
@@ -366,16 +370,18 @@ def test_gated_off_is_absent(case, naive):
   # inflora's third task finds none of the 8 input directions free: what it then reads are singular
   # vectors of rounding errors, which only the options that `case` was compiled with repeat.
   jit = jax.jit if case.name == 'inflora' else quick
-  program = jit(partial(trained, switched))
+  axes, two = (MAPPED, SHARED, SHARED), 2
+  program = jit(map_runs(partial(trained, switched), axes, two, two, jax.devices()[:1]))
+  hp = {'lr': jnp.stack([HP['lr']] * two), 'on': jnp.float32([0, 1])}
   if case.name in OTHER:
     with pytest.raises(UserError, match='cannot be gated'):
-      program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
+      program(hp, jax.random.key(KEY), case.stream)
     return
-  off, logits = program({**HP, 'on': jnp.float32(0)}, jax.random.key(KEY), case.stream)
-  on, _ = program({**HP, 'on': jnp.float32(1)}, jax.random.key(KEY), case.stream)
+  states, logits = program(hp, jax.random.key(KEY), case.stream)
+  off, on = (jax.tree.map(lambda a, i=i: a[i], states) for i in range(two))
   plain, expected = naive(case.name)
   near(compare(off.params), plain.params, 2e-4)
-  near(logits, expected, 2e-3)
+  near(logits[0], expected, 2e-3)
   if case.name not in HEADED:  # those runs have a head besides
     near(on.params, case.state.params, 2e-4)
     alike = ('er', 'fecam', 'imm', 'ncm', 'slda', 'ranpac', 'task_head')  # in their parameters
