@@ -300,6 +300,20 @@ def test_the_order_of_a_batch_does_not_matter(case):
   )
 
 
+@pytest.mark.parametrize('at', [0, 2, -1])
+def test_rows_that_are_cut_elsewhere_say_the_same(at):
+  config, some = CONFIGS['gpt2'], rows.flat(draw(0).rewrite)
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  new = rows.cut(some, at)
+  prompts = np.asarray((some.head >= 0).sum(-1) + some.before[:, 0] + 1)
+  assert (new.head >= 0).sum(-1).tolist() == (
+    [at] * len(prompts) if at >= 0 else (prompts + at).tolist()
+  )
+  assert new.head.shape[-1] + new.tail.shape[-1] <= some.head.shape[-1] + some.tail.shape[-1]
+  before, after = (mean(log_p(config, None, p, (), r), r.target) for r in (some, new))
+  np.testing.assert_allclose(before, after, atol=1e-5)
+
+
 # FT and FT-L.
 
 
