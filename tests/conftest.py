@@ -21,6 +21,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -75,6 +76,19 @@ def data_dir() -> Path:
   if not Path(place).is_dir():
     pytest.fail(f'CL_JAX_DATA={place} is not a directory')
   return Path(place)
+
+
+@pytest.fixture(scope='module')
+def quickly():
+  """XLA optimises little in the tests of a module: programs that run for milliseconds cost their compiling.
+
+  As `tests.compiling.quick`, for what is compiled far from the test. Not where bits of two programs, times or
+  bytes are compared.
+  """
+  old = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', old)
 
 
 @pytest.fixture(scope='session')

@@ -29,6 +29,8 @@ from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Method, no_tap
 from tests.compiling import compiled, quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 B, C, D, HEADS = 6, 4, 8, 2
 IMAGES = Batch(
   jax.random.normal(jax.random.key(7), (B, 4, 4, 1)),

@@ -125,14 +125,11 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick_to_compile():
-  """Half of the time, and a sixth of that of the largest: these programs run for milliseconds."""
-  old = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
+def quick_targets(quickly):
+  """The largest program takes a sixth."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(target, '_group', quick(target._group, static_argnums=(0, 2, 3, 4)))
     yield
-  jax.config.update('jax_disable_most_optimizations', old)
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,6 @@ import json
 from types import SimpleNamespace
 from typing import Any, cast
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,6 +15,8 @@ from cl_jax.streams import corpora
 from experiments import config, edit, edit_moments, edit_run, edit_stages, results, run
 from tests.experiments.conftest import language_model
 from tools import edit_stages as tables
+
+pytestmark = pytest.mark.usefixtures('quickly')
 
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk')
 PLACES = ('Rome', 'Oslo', 'Lima')
@@ -54,13 +55,10 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick_to_compile(tmp_path_factory):
-  old = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
+def own_cache(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('CL_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
     yield
-  jax.config.update('jax_disable_most_optimizations', old)
 
 
 def go(root, place, *words):

@@ -27,6 +27,8 @@ from experiments import (
   weights,
 )
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk', 'Emil', 'Frieda')
 PLACES = ('Rome', 'Oslo', 'Lima')
 WORDS = (

@@ -20,6 +20,8 @@ from cl_jax.models.causal import Config
 from tests.compiling import quick
 from tests.parity.shared import Golden
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 NETS = ('llama', 'gpt2')
 SITES = {'block': ('block',), 'feedforward': ('feedforward',), 'both': ('attention', 'feedforward')}
 FAR = dict(rtol=1e-5, atol=1e-5)

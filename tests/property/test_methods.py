@@ -44,6 +44,8 @@ from cl_jax.streams.take import take
 from cl_jax.types import Batch, Method, no_tap
 from tests.compiling import compiled, quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 @given(seed=st.integers(0, 10_000))
 def test_agem_never_goes_against_the_reference(seed):
