@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import QUICKLY
+
 jupytext = pytest.importorskip('jupytext', reason="notebooks need: pip install 'cl_jax[notebooks]'")
 nbclient = pytest.importorskip('nbclient', reason="notebooks need: pip install 'cl_jax[notebooks]'")
 
@@ -26,6 +28,8 @@ def test_the_notebooks_are_those_that_are_tested():
 
 @pytest.mark.parametrize('name', SAYS)
 def test_notebook_runs(name, tmp_path, monkeypatch):
+  for variable, value in QUICKLY.items():
+    monkeypatch.setenv(variable, value)
   monkeypatch.setenv('CL_JAX_SMOKE', '1')
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
