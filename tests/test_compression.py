@@ -24,6 +24,8 @@ from cl_jax.types import Method
 from tests.compiling import quick
 from tests.contract.test_methods import make, same
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 KEEP_EXAMPLES = 'er er_ace mir agem gem mer gdumb icarl rehearsal der derpp'.split()
 
 

@@ -24,6 +24,8 @@ from cl_jax.models.vit import Config, vit
 from cl_jax.types import Batch, overlay
 from tests.compiling import compiled
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 def batch_of(seed, classes=(0, 1, 2), n=12):
   rng = np.random.default_rng(seed)

@@ -15,6 +15,8 @@ from experiments import config, options, results, run, study
 from experiments.streams import streams
 from tests.experiments.conftest import language_model, lines
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 NAMES = [
   'split_mnist',

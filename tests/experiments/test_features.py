@@ -15,6 +15,8 @@ from cl_jax.streams import text
 from experiments import build, config, features, run
 from tests.experiments.conftest import final_state, language_model, lines
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 DATA = Path(text.__file__).parents[1] / 'data'
 FROZEN = {
   'data': {'examples_per_class': 20, 'test_per_task': 15, 'test_batch': 10},

@@ -13,6 +13,8 @@ import pytest
 from experiments import build, config, framework, run
 from tests.experiments.conftest import lines
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 TUNING = ('--config.tuning.rates=(0.03, 0.01, 1e30)', '--config.tuning.first_rates=()')
 
 

@@ -16,6 +16,8 @@ from cl_jax.sweep import compile_groups
 from experiments import build, config, engine, run, show, sweep
 from tests.experiments.conftest import lines
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 GRID = "{'optimizer.lr': (0.03, 0.01, 1e30), 'er.capacity': (30, 40)}"
 
 

@@ -22,6 +22,8 @@ from experiments.export import main as export
 from experiments.verify import main as verify
 from tests.experiments.test_build import saved_vit
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 ROOT = Path(__file__).resolve().parents[2]
 RAW = {
   'data': {'examples_per_class': 24, 'test_per_task': 20, 'test_batch': 20},

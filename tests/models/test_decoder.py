@@ -26,6 +26,8 @@ from cl_jax.streams.arrays import arrays
 from cl_jax.types import Batch, Out, no_tap
 from tests.compiling import quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 TINY = Config(11, 16, 2, 4, 2, 24, 32, theta=100.0)
 
 

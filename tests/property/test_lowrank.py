@@ -26,6 +26,8 @@ from cl_jax.streams.take import take
 from cl_jax.types import Batch, no_tap
 from tests.compiling import compiled, quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 MAKE = {
   'olora': lambda tasks: olora(tasks, 2, 3.0, targets='l./w'),
   'sdlora': lambda tasks: sdlora(tasks, 2, targets='l./w'),

@@ -25,6 +25,8 @@ from cl_jax.models.vit import Config, vit
 from cl_jax.types import Batch, no_tap, overlay
 from tests.compiling import quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 TX = optax.adam(1e-2)
 MLP, CNN = mlp((8, 6), 4, bias=0.1), cnn((4, 6), (8,), 4)
 VIT = vit(Config(8, 4, 1, 4, 4, 1, 4), 4, init=0.4)
