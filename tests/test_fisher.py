@@ -13,6 +13,8 @@ from cl_jax.models.bert import Config, bert
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Forward
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 @pytest.fixture(scope='module')
 def sentences():

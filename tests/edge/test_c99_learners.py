@@ -24,6 +24,8 @@ from tests.compiling import quick
 from tests.contract.test_methods import HEADED, HP, NAMES, TRANSFORMER, builder, make, short
 from tests.edge.agent import Device, sanitized
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 # Decompositions that XLA leaves to a library of the device.
 REFUSED = {'fecam': 'Eigh', 'inflora': 'Qr', 'slca': 'Eigh'}
 # JAX's own compiler sums in another order: what a method divides by something small differs by more.

@@ -14,6 +14,8 @@ from cl_jax.errors import UserError
 from cl_jax.models import causal
 from cl_jax.models.causal import Config
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 LLAMA = Config(40, 16, 4, 4, 2, 24, 32)
 GPT2 = Config(40, 16, 4, 4, 4, 24, 32, norm='layer', rope=False, gated=False)
 PROMPT = Prompt(np.array([3, 17, 5, 29, 8, 11], np.int32), 1, 3)

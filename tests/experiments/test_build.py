@@ -25,6 +25,8 @@ from experiments import build, config, optimizer
 from experiments.chain import known
 from experiments.streams import streams
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 RAW: dict[str, Any] = {
   'seeds': (0,),
   'data': {'examples_per_class': 24, 'test_per_task': 20, 'test_batch': 20},

@@ -10,6 +10,8 @@ from cl_jax.errors import UserError
 from experiments import build, capacity, config, results, run
 from tests.experiments.conftest import lines
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 RAW = {
   'data': {'examples_per_class': 24, 'test_per_task': 20, 'test_batch': 20},
   'batch': 10,

@@ -15,6 +15,8 @@ from cl_jax.models.resnet import resnet
 from cl_jax.types import Batch, no_tap, overlay
 from tests.compiling import quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 B, CLASSES = 6, 5
 
 

@@ -11,6 +11,8 @@ from cl_jax.errors import UserError
 from cl_jax.models import layers
 from cl_jax.types import Batch, Out
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), shape)

@@ -14,6 +14,8 @@ from cl_jax.errors import UserError
 from cl_jax.models import layers, pretrained, transformer, vit
 from cl_jax.types import Batch, no_tap
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 SMALL = vit.Config(8, 4, 1, 8, 2, 2, 12)
 BATCH = Batch(
   jax.random.uniform(jax.random.key(1), (3, 8, 8, 1)),

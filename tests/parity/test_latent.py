@@ -24,6 +24,8 @@ from tests.parity.shared import (
   stacked,
 )
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 @pytest.fixture(autouse=True)
 def double():

@@ -19,6 +19,8 @@ from cl_jax.models.vit import Config, vit
 from tests.compiling import quick
 from tests.parity.shared import Golden, batch_of, build, close, fixed, stacked
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 LAYERS = ('l0', 'l1')
 
 

@@ -35,6 +35,8 @@ from cl_jax.types import Forward, Method, overlay
 from tests.compiling import quick
 from tests.parity.shared import OURS, Golden, batch_of, build, close, close_trees, stacked
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 @pytest.fixture(autouse=True)
 def double():

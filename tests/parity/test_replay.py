@@ -32,6 +32,8 @@ from tests.parity.shared import (
   stacked,
 )
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 @pytest.fixture(autouse=True)
 def double():

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from cl_jax import budget, codecs
 from cl_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 SHAPES = ((), (7,), (4, 3, 1))
 
 

@@ -15,6 +15,8 @@ from cl_jax import memory, writers
 from cl_jax.types import Batch
 from tests.compiling import quick
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 
 def batch_of(ids, classes, valid=None):
   ids = jnp.asarray(ids, jnp.int32)
