@@ -4,7 +4,8 @@
   python -m experiments.edit --config=configs/edit_zsre.py --grid --workdir=runs/zsre
 
 There is no truth to compare with: what counts is the share of an answer's tokens that are the most probable
-ones: memit,10 (one seed) ES 90.7 (22.3 before), PS 65.3 (16.0), NS 15.3 as before. Words as in
+ones: memit,10 (one seed) ES 90.7 (22.3 before), PS 65.3 (16.0), NS 15.3 as before; ES of lora 100, grace
+96.7, alphaedit 90.7, rome 86.7, wise 82.7, finetune 76.3, pmet 40.3, finetune_l 27.7. Words as in
 configs/edit_counterfact.py.
 """
 
