@@ -15,8 +15,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TINY = """
 from configs.common import words
 
-pytestmark = pytest.mark.usefixtures('quickly')
-
 CELLS = ('naive', 'er')
 
 def get_config(arg='naive'):
