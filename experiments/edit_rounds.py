@@ -32,7 +32,7 @@ class Watched:
       save_rest: saves what was there before the edit, without which the carry is of no use.
     """
     self.edit, self.save_rest = edit, save_rest
-    self.clock, self.last = Clock(), time.monotonic()
+    self.clock, self.last, self.rest_saved = Clock(), time.monotonic(), False
     return self.clock
 
   def __call__(self, name: str, n: int, carry: T, step: Callable[[int, T], T]) -> T:
@@ -49,7 +49,11 @@ class Watched:
     return carry
 
   def _save(self, name: str, done: int, carry: object) -> None:
-    self.save_rest()
+    if (
+      not self.rest_saved
+    ):  # it stays as it was while this edit lasts, and may be a hundred times the carry
+      self.save_rest()
+      self.rest_saved = True
     about = {'edit': self.edit, 'name': name, 'done': done, **self.clock.stand()}
     leaves = jax.tree.leaves(carry)
     kept.save(self.path, about, {f'carry{i}': np.asarray(a) for i, a in enumerate(leaves)})

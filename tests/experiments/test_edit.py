@@ -134,18 +134,24 @@ def test_sequence_has_a_matrix_and_single_none(root, tmp_path):
   assert alone['state_bytes'] == line['state_bytes'] / 4
 
 
-def test_stopped_and_repeated_gives_the_same_bits(root, tmp_path, monkeypatch):
-  config = 'configs/edit_counterfact.py:memit,4,sequential'
-  assert go(root, tmp_path / 'whole', config=config) == 0
-  real, count = edit_run.edited, []
+def signalled(monkeypatch, owner, name, at):
+  """A list that grows with the calls of a function; SIGTERM comes with one of them, counted from 1."""
+  real, calls = getattr(owner, name), []
 
-  def interrupt(*args):
-    count.append(1)
-    if len(count) == 2:
+  def counted(*args):
+    calls.append(1)
+    if len(calls) == at:
       signal.raise_signal(signal.SIGTERM)
     return real(*args)
 
-  monkeypatch.setattr(edit_run, 'edited', interrupt)
+  monkeypatch.setattr(owner, name, counted)
+  return calls
+
+
+def test_stopped_and_repeated_gives_the_same_bits(root, tmp_path, monkeypatch):
+  config = 'configs/edit_counterfact.py:memit,4,sequential'
+  assert go(root, tmp_path / 'whole', config=config) == 0
+  count = signalled(monkeypatch, edit_run, 'edited', 2)
   assert go(root, tmp_path / 'cut', config=config) == 128 + signal.SIGTERM
   assert go(root, tmp_path / 'cut', config=config) == 0
   assert len(count) == 4  # two before, two after
@@ -158,15 +164,7 @@ def test_an_edit_that_was_cut_goes_on_within(root, tmp_path, monkeypatch, capsys
   """Two batches of two requests, a request a round; the signal comes at the first of the second batch."""
   words = ('--config.batch=2', '--config.memit.width=1')
   assert go(root, tmp_path / 'whole', *words) == 0
-  real, count = target._group, []
-
-  def interrupt(*args):
-    count.append(1)
-    if len(count) == 3:
-      signal.raise_signal(signal.SIGTERM)
-    return real(*args)
-
-  monkeypatch.setattr(target, '_group', interrupt)
+  count = signalled(monkeypatch, target, '_group', 3)
   assert go(root, tmp_path / 'cut', *words) == 128 + signal.SIGTERM
   assert 'stopped after 1 of 2 targets' in capsys.readouterr().err
   saved = tmp_path / 'cut/seed0' / edit_rounds.FILE
