@@ -121,7 +121,7 @@ def run(
     },
     **matrix(about, exam),
     'perplexity': perplexities(chosen, subject, place.data, backbone, saved.state, editor),
-    **written(chosen, subject, exam, backbone, editor, seed),
+    **written(chosen, subject, exam, backbone, saved.state, editor, seed),
     'seconds_per_edit': round((about['edit_s'] - about['compile_s']) / len(exam.edits), 4),
     'compile_s': round(about['compile_s'], 3),
     'state_bytes': about['state_bytes'],
@@ -382,20 +382,21 @@ def perplexities(chosen, subject: Subject, data: Path, backbone, state, editor: 
   return found
 
 
-def written(chosen, subject: Subject, exam: Exam, backbone, editor: Editor, seed: int) -> dict:
-  """Fluency and consistency of what the model writes after some prompts, before and after the edits.
-
-  None where every edit was made in a model of its own, and for editors that change the forward pass, which
-  generation with kept keys and values does not know.
-  """
+def written(
+  chosen, subject: Subject, exam: Exam, backbone, state, editor: Editor, seed: int
+) -> dict[str, float | None]:
+  """Fluency and consistency of what the model writes after some prompts, before and after the edits; None
+  where every edit was made in a model of its own."""
   found: dict[str, float | None] = dict.fromkeys(('ge_before', 'rs_before', 'ge', 'rs'))
   about = chosen['evaluate']
-  if not about['written'] or editor.tap is not None or chosen['apart']:
+  if not about['written'] or chosen['apart']:
     return found
   some = [exam.edits[i] for i in at_most(exam.edits, about['written'])]
   references = evaluate.references(some, exam.known)
-  for name, p in (('_before', subject.backbone), ('', backbone)):
-    ids = go_on(subject, p, [e.text for e in some], about['tokens'], seed)
+  key, prompts = jax.random.key(seed), [e.text for e in some]
+  before = go_on(subject, subject.backbone, prompts, about['tokens'], key)
+  after = go_on(subject, backbone, prompts, about['tokens'], key, state, editor.tap)
+  for name, ids in (('_before', before), ('', after)):
     texts = [e.text + subject.tokenizer.decode(i) for e, i in zip(some, ids, strict=True)]
     found[f'ge{name}'] = evaluate.fluency(ids)
     found[f'rs{name}'] = evaluate.consistency(texts, references)
@@ -403,23 +404,23 @@ def written(chosen, subject: Subject, exam: Exam, backbone, editor: Editor, seed
 
 
 def go_on(
-  subject: Subject, backbone, prompts: Sequence[str], steps: int, seed: int
+  subject: Subject, backbone, prompts: Sequence[str], steps: int, key, state: Any = (), tap=None
 ) -> list[list[int]]:
-  """The tokens that the model writes after each prompt, all at once."""
+  """The tokens that the model writes after each prompt, all at once; `tap` is an `Editor.tap`."""
   ids = [subject.tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
-  width = max(map(len, ids))
-  tokens = np.zeros((len(ids), width), np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for i, row in enumerate(ids):
-    tokens[i, width - len(row) :] = row
-    mask[i, width - len(row) :] = True
-  given = (jnp.asarray(tokens), jnp.asarray(mask))
-  return np.asarray(
-    _continued(subject.config, backbone, *given, steps, jax.random.key(seed))
-  ).tolist()
+  if tap is not None:
+    begun = rows.layout([(row, len(row) - 1, []) for row in ids])
+    drawn = _tapped(subject.config, tap, steps, backbone, state, begun, key)
+  else:
+    width = max(map(len, ids))
+    tokens = np.array([[0] * (width - len(row)) + row for row in ids], np.int32)
+    mask = np.array([[False] * (width - len(row)) + [True] * len(row) for row in ids])
+    drawn = _continued(subject.config, backbone, tokens, mask, steps, key)
+  return np.asarray(drawn).tolist()
 
 
 _continued = jax.jit(causal.generate, static_argnums=(0, 4))
+_tapped = jax.jit(evaluate.written, static_argnums=(0, 1, 2))
 
 
 def rounded(found: Mapping[str, float | None]) -> dict[str, float | None]:

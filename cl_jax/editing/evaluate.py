@@ -15,6 +15,7 @@ import numpy as np
 from cl_jax.editing import inside
 from cl_jax.editing.rows import Edit, Rows, layout
 from cl_jax.errors import UserError
+from cl_jax.models import causal
 from cl_jax.models.causal import Config
 from cl_jax.types import Array, Tree
 
@@ -154,6 +155,31 @@ def averages(each: Mapping[str, Sequence[float | None]]) -> dict[str, float | No
 
 def harmonic(values: Sequence[float]) -> float:
   return len(values) / sum(1 / v for v in values) if all(v > 0 for v in values) else 0.0
+
+
+def written(
+  config: Config, tap: Any, steps: int, backbone: Tree, state: Any, prompts: Rows, key: Array
+) -> Array:
+  """i32[B, steps], what `causal.generate` draws after prompts with the same key, under a tap.
+
+  A tap decides by a whole row, so every token is a pass over all of them: `steps` times the work.
+
+  Args:
+    tap: an `Editor.tap`.
+    prompts: rows that are cut before their last token, without targets.
+  """
+  head, last = prompts.head, prompts.tail[:, :1]
+  causal.checked(config, head.shape[-1] + 1 + steps)
+  tail = jnp.pad(last, ((0, 0), (0, steps)), constant_values=-1)
+  here = tap(state, jnp.full(len(head), head.shape[-1]))
+  column = jnp.zeros_like(last)
+
+  def step(tail: Array, i: Array) -> tuple[Array, Array]:
+    log_p = inside.forward(config, backbone, Rows(head, tail, column + i, column), here)[:, 0]
+    drawn = jax.random.categorical(jax.random.fold_in(key, i), log_p).astype(jnp.int32)
+    return tail.at[:, i + 1].set(drawn), drawn
+
+  return jax.lax.scan(step, tail, jnp.arange(steps))[1].T
 
 
 def fluency(tokens: Sequence[Sequence[int]]) -> float:

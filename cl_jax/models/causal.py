@@ -115,9 +115,7 @@ def generate(
     i32[B, steps].
   """
   b, length = tokens.shape
-  total = length + steps
-  if total > config.positions:
-    raise UserError(f'{total} tokens exceed the {config.positions} positions of this model')
+  total = checked(config, length + steps)
   empty = jnp.zeros((config.depth, b, total, config.kv_heads * config.size))
   seen = jnp.concatenate([mask > 0, jnp.zeros((b, steps), bool)], 1)
 
@@ -162,6 +160,17 @@ def generate(
   logits, cache = forward(tokens, seen, (empty, empty), 0)
   _, out = jax.lax.scan(step, (seen, cache, choose(logits, 0)), jnp.arange(steps))
   return out.T
+
+
+def checked(config: Config, tokens: int) -> int:
+  """The number of tokens of a row.
+
+  Raises:
+    UserError: the model has fewer positions.
+  """
+  if tokens > config.positions:
+    raise UserError(f'{tokens} tokens exceed the {config.positions} positions of this model')
+  return tokens
 
 
 def attention(

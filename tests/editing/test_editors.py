@@ -16,6 +16,7 @@ import pytest
 import cl_jax.editing
 from cl_jax.editing import (
   alphaedit,
+  evaluate,
   finetune,
   grace,
   inside,
@@ -593,6 +594,30 @@ def test_wise_says_what_its_report_says():
   broken = sum(np.maximum(0, v) for v in (far[0] - alpha, beta - near, gamma + far[0] - near))
   np.testing.assert_allclose(report['distance'][-1], near.min(), rtol=1e-4)
   np.testing.assert_allclose(report['loss'][-1], broken.mean() - found, rtol=1e-4)
+
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_writing_under_a_tap(family):
+  """With a side memory that routes nothing it is `causal.generate`, token by token; with one that routes
+  everything it is that of a model with the side memory in its weights."""
+  config, steps, key = CONFIGS[family], 6, jax.random.key(3)
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  side = jax.random.normal(jax.random.key(1), (config.ffn, config.d))
+  prompts = [[5, 7, 11, 2], [9], [1, 3]]
+  begun = rows.layout([(row, len(row) - 1, []) for row in prompts])
+  padded = jnp.array([[0] * (4 - len(row)) + row for row in prompts])
+  mask = jnp.array([[False] * (4 - len(row)) + [True] * len(row) for row in prompts])
+  tap = lambda threshold, columns: wise.tap(1, side, threshold, columns)  # noqa: E731
+  found = quick(evaluate.written, static_argnums=(0, 1, 2))
+  plain = quick(causal.generate, static_argnums=(0, 4))
+  edited = write.apply(p, [write.Write(inside.KEY, 1, side)])
+  wanted = [np.asarray(plain(config, q, padded, mask, steps, key)) for q in (p, edited)]
+  assert (wanted[0] != wanted[1]).any(1).all()
+  for threshold, tokens in zip((jnp.inf, -1.0), wanted, strict=True):
+    got = found(config, tap, steps, p, jnp.float32(threshold), begun, key)
+    np.testing.assert_array_equal(got, tokens)
+  with pytest.raises(UserError, match='36 tokens exceed the 32 positions'):
+    evaluate.written(config, tap, 32, p, jnp.float32(0), begun, key)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_a_full_codebook_refuses_and_says_so(root, tmp_path):
   ]
   assert edit.main([*argv, *rest, *own]) == 0
   (line,) = results.read(tmp_path)
-  assert line['refused_by_editor'] == 2 and line['ge'] is None
+  assert line['refused_by_editor'] == 2 and line['ge'] is not None
 
 
 def test_saved_state_is_refused_when_tampered_with(root, tmp_path):
