@@ -3,26 +3,27 @@
   python -m experiments.edit --config=configs/edit_counterfact.py:memit,100 --workdir=runs/memit_100
   python -m experiments.edit --config=configs/edit_counterfact.py --grid --workdir=runs/counterfact
 
-Words: an editor (rome, memit, pmet, alphaedit, finetune, finetune_l, lora, grace, wise, or none, which only
-asks), a number of edits, and how they come: all at once, or `sequential` in batches of a number that may
-follow (1), or `single`, each into the first model. Layers and the weight of what was known before were
-compared on 20 other edits (docs/editing.md). What comes out, S of three seeds of 10 edits: rome 86.1,
-alphaedit 83.6, memit 82.4, pmet 71.4, finetune 66.2; before 24.0. Of 100, one seed: memit 84.5,
-alphaedit 83.6, rome 81.4, pmet 79.1, wise 47.2, grace 45.7, finetune 43.4, lora 42.6, finetune_l 30.8.
-Of 1,000: alphaedit 80.5, memit 75.9; in sequence, alphaedit,300,sequential,10 85.4, memit 81.0;
-alphaedit,1000,sequential,100 79.1, memit 67.3.
+Words: an editor (rome, memit, pmet, pmet_mlp, which looks for the MLP's part alone, alphaedit, finetune,
+finetune_l, lora, grace, wise, or none, which only asks), a number of edits, and how they come: all at once,
+or `sequential` in batches of a number that may follow (1), or `single`, each into the first model. Layers and
+the weight of what was known before were compared on 20 other edits (docs/editing.md). What comes out, S of
+three seeds of 10 edits: rome 86.1, alphaedit 83.6, memit 82.4, pmet 71.4, finetune 66.2; before 24.0. Of 100,
+one seed: memit 84.5, alphaedit 83.6, rome 81.4, pmet 79.1, wise 47.2, grace 45.7, finetune 43.4, lora 42.6,
+finetune_l 30.8. Of 1,000: alphaedit 80.5, memit 75.9; in sequence, alphaedit,300,sequential,10 85.4, memit
+81.0; alphaedit,1000,sequential,100 79.1, memit 67.3.
 """
 
 from __future__ import annotations
 
 EDITORS = ('rome', 'memit', 'pmet', 'alphaedit', 'finetune', 'finetune_l', 'lora', 'grace', 'wise')
+VARIANTS = ('pmet_mlp',)
 CELLS = (
-  *(f'{e},10' for e in EDITORS),
+  *(f'{e},10' for e in (*EDITORS, *VARIANTS)),
   *(f'{e},100' for e in EDITORS),
   *(f'{e},300,sequential,10' for e in ('memit', 'alphaedit')),
   'rome,100,sequential,10',
   *(f'{e},10,single' for e in EDITORS),
-  *(f'{e},1000' for e in ('memit', 'alphaedit', 'pmet')),
+  *(f'{e},1000' for e in EDITORS),
   *(f'{e},1000,sequential,100' for e in ('memit', 'alphaedit')),
 )
 LAYERS = (0, 1, 2, 3, 4)
@@ -32,7 +33,7 @@ COEF = 1000.0
 
 def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
   words = [w for w in arg.split(',') if w]
-  editor = next((w for w in words if w in (*EDITORS, 'none')), 'memit')
+  editor = next((w for w in words if w in (*EDITORS, *VARIANTS, 'none')), 'memit')
   numbers = [int(w) for w in words if w.isdigit()]
   edits = numbers[0] if numbers else 10
   batch = edits
@@ -45,6 +46,7 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
     'rome': {'layer': LAYERS[2], 'recipe': {**recipe, 'clamp': 4.0}},
     'memit': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe},
     'pmet': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe},
+    'pmet_mlp': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe, 'joint': False},
     'alphaedit': {'layers': LAYERS, 'recipe': recipe},
     'finetune': {'layers': (LAYERS[2],), 'batch': 32},
     'finetune_l': {'layers': (LAYERS[2],), 'batch': 32, 'norm': 5e-4},
@@ -52,7 +54,7 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
     'grace': {'layer': 22},
     'wise': {'layer': 24},
   }[editor if editor != 'none' else 'memit']
-  module = {'finetune_l': 'finetune'}.get(editor, editor)
+  module = {'finetune_l': 'finetune', 'pmet_mlp': 'pmet'}.get(editor, editor)
   return {
     'name': f'edit_{data}',
     'data': data,

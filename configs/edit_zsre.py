@@ -12,9 +12,12 @@ configs/edit_counterfact.py.
 from __future__ import annotations
 
 from configs import edit_counterfact
-from configs.edit_counterfact import EDITORS
+from configs.edit_counterfact import EDITORS, VARIANTS
 
-CELLS = tuple(f'{e},{n}' for n in (10, 100) for e in EDITORS)
+CELLS = (
+  *(f'{e},{n}' for n in (10, 100) for e in EDITORS),
+  *(f'{e},10' for e in VARIANTS),
+)
 
 
 def get_config(arg: str = 'memit,10') -> dict:

@@ -21,6 +21,7 @@ def pmet(
   coef: float = 6000.0,
   recipe: Recipe = Recipe(steps=30),  # noqa: B008 (a NamedTuple)
   width: int = 16,
+  joint: bool = True,
   rounds: Rounds = straight,
 ) -> Editor:
   """MEMIT's layer loop towards what the MLP of the last layer should add, with the residual shared out by
@@ -30,6 +31,8 @@ def pmet(
   forgotten.
 
   Args, state: as `memit`; coef published 6000 (GPT-J).
+    joint: whether attention has a delta; without it the MLP has to say the fact by itself (the paper's
+      ablation). The report is of the deltas together.
   """
   layers = ascending(config, layers, moments)
 
@@ -37,7 +40,7 @@ def pmet(
 
   def edit(backbone: Tree, state: Any, requests: Requests, key: Array):
     del key
-    sites = ('attention', 'feedforward')
+    sites = ('attention', 'feedforward') if joint else ('feedforward',)
     target = optimise(config, backbone, requests, layers[-1], sites, recipe, width, rounds)
     goal = target.at('feedforward')
     share = lambda rest: rest**-0.5  # noqa: E731

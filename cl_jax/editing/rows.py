@@ -213,4 +213,5 @@ def plain(rows: Rows) -> Rows:
 
 def flat(rows: Rows) -> Rows:
   """Rows [N * P, ...] of rows [N, P, ...]."""
-  return Rows(*(a.reshape(-1, a.shape[-1]) for a in rows))
+  n, contexts = rows.target.shape[:2]  # of a head without columns -1 could not be told
+  return Rows(*(a.reshape(n * contexts, a.shape[-1]) for a in rows))
