@@ -177,10 +177,7 @@ def train(
   size = -(-n // parts)
   index = np.arange(parts * size).reshape(parts, size)
   shape, dtype = p['layers']['down']['w'].shape[1:], p['layers']['down']['w'].dtype
-  of_mask, of_other = jax.random.split(key)
-  drawn = jax.random.randint(of_other, (parts, size), 0, len(unrelated.head))
-  draw = lambda key: jax.random.bernoulli(key, training.ratio, shape)  # noqa: E731
-  masks = jax.vmap(draw)(jax.random.split(of_mask, parts))
+  masks, others = draw(key, (parts, size), training.ratio, shape, len(unrelated.head))
   wide = cut(flat(rewrite), 0)
   wide = Rows(*(a.reshape(n, contexts, a.shape[-1]) for a in wide))
 
@@ -188,7 +185,7 @@ def train(
     sides, report = carry
     # Where a shard has no request left it is given the last one, which changes nothing.
     some = trimmed(take(wide, np.minimum(index[:, now], n - 1)))
-    away = take(unrelated, drawn[:, now, None])
+    away = take(unrelated, others[:, now, None])
     counts = jnp.asarray(index[:, now] < n)
     sides, one = _one(config, layer, training, p, sides, masks, some, away, counts)
     return sides, jax.tree.map(lambda a, b: a.at[:, now].set(b), report, one)
@@ -197,6 +194,15 @@ def train(
   begin = (jnp.zeros((parts, *shape), dtype), blank)
   sides, report = rounds('requests of each shard', size, begin, step)
   return sides, jax.tree.map(lambda a: a.reshape(-1)[:n], report)
+
+
+def draw(key: Array, requests: tuple[int, int], ratio: float, shape: tuple[int, ...], rows: int):
+  """(masks bool[parts, *shape] of the shards, i32[parts, size] which of `rows` unrelated ones goes with a
+  request)."""
+  of_mask, of_other = jax.random.split(key)
+  others = jax.random.randint(of_other, requests, 0, rows)
+  mask = lambda key: jax.random.bernoulli(key, ratio, shape)  # noqa: E731
+  return jax.vmap(mask)(jax.random.split(of_mask, requests[0])), others
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
