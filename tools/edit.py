@@ -32,7 +32,8 @@ from tools.pictures import shown as picture
 
 MAKER = 'tools/edit.py'
 PAGE, TABLE = ROOT / 'docs/editing.md', RESULTS / 'edit.csv'
-DATA = ('counterfact', 'known', 'zsre')
+# Folders of results/edit and the configurations that they were made with.
+DATA = {'counterfact': 'counterfact', 'known': 'known', 'zsre': 'zsre', 'ablation': 'zsre'}
 COLUMNS = (
   'model', 'editor', 'edits', 'mode', 'es', 'ps', 'ns', 's', 'ge', 'rs', 'ppl_before', 'ppl_after',
   'seconds_per_edit', 'state_bytes', 'seeds', 'command',
@@ -143,7 +144,7 @@ def part(groups: dict[tuple, Lines], name: str) -> str:
   first = next(iter(groups.values()))[0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}; {commits(groups)}'
   command = f'`{first["command"]}`; each run has its own in its line, with its configuration'
-  config = f'configs/edit_{name}.py'
+  config = f'configs/edit_{DATA[name]}.py'
   beneath = (f'results/edit/{name}', command, f'[{config}](../{config})')
   left = 'what is left over the edits'
   pictures = [picture(f'edit_{name}', left, *beneath)] if curves(groups) else []
