@@ -36,8 +36,10 @@ from experiments import (
   cli,
   config,
   edit_config,
+  edit_measures,
   edit_moments,
   edit_run,
+  edit_subject,
   edit_trace,
   options,
   results,
@@ -126,8 +128,8 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
     todo = [s for s in chosen['seeds'] if (sha, s) not in results.done(place)]
     cli.devices(1)
     if todo:
-      data = edit_run.data_root(given.data_dir)
-      subject = edit_run.opened(chosen['model'])
+      data = edit_subject.data_root(given.data_dir)
+      subject = edit_subject.opened(chosen['model'])
       words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
     for seed in todo:
       folder = place / f'seed{seed}'
@@ -137,7 +139,7 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
       results.append(place, [{**line, 'command': words}])
       shutil.rmtree(folder)
     for line in results.read(place):
-      print(edit_run.summary(line))
+      print(edit_measures.summary(line))
   return 0
 
 
@@ -147,14 +149,14 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
 def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   """Edits one fact and prints what the model says before and after."""
   cli.devices(1)
-  subject = edit_run.opened(chosen['model'])
+  subject = edit_subject.opened(chosen['model'])
   edit = Edit(given.prompt, given.subject, given.target, paraphrases=tuple(given.paraphrase),
               neighbours=tuple(given.neighbour))  # fmt: skip
   shown = show.make()
-  prefixes = edit_run.begin_texts(chosen, subject, 0)
+  prefixes = edit_subject.begin_texts(chosen, subject, 0)
   requests, _, _ = rows.requests(subject.tokenizer, [edit], prefixes, chosen['length'])
-  root = edit_run.data_root(given.data_dir)
-  editor = edit_run.editor_of(chosen, subject, root, shown.say)
+  root = edit_subject.data_root(given.data_dir)
+  editor = edit_subject.editor_of(chosen, subject, root, shown.say)
   state = editor.init(subject.backbone)
   writes, new_state, _ = editor.edit(subject.backbone, state, requests, jax.random.key(0))
   edited = write.apply(subject.backbone, writes)
@@ -183,10 +185,10 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
 def traced(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]) -> int:
   if given.trace < 1:
     raise UserError(f'--trace must be at least 1 fact; got {given.trace}')
-  data = edit_run.data_root(given.data_dir)
+  data = edit_subject.data_root(given.data_dir)
   folder = given.workdir or Path('runs/trace')
   cli.devices(1)
-  subject = edit_run.opened(chosen['model'])
+  subject = edit_subject.opened(chosen['model'])
   words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
   say = show.make().say
   return edit_trace.trace(subject, chosen['model'], data, given.trace, folder, words, say)
@@ -196,7 +198,7 @@ def traced(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str
 
 
 def converging(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]) -> int:
-  data = edit_run.data_root(given.data_dir)
+  data = edit_subject.data_root(given.data_dir)
   folder = given.workdir or Path('runs/moments')
   cli.devices(1)
   words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))

@@ -15,7 +15,7 @@ from cl_jax.editing import evaluate, memit, statistics, write
 from cl_jax.editing.statistics import Collected
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.errors import UserError
-from experiments import edit_config, edit_run, results
+from experiments import edit_config, edit_exam, edit_measures, edit_subject, results
 
 FILE = 'moments.json'
 HALVINGS = 6  # the first point has a 64th of the text
@@ -43,10 +43,10 @@ def converge(
     shutil.rmtree(parts, ignore_errors=True)
     print('\n'.join((*map(said, there['points']), str(path))))
     return 0
-  subject = edit_run.opened(chosen['model'])
+  subject = edit_subject.opened(chosen['model'])
   seed, own = chosen['seeds'][0], chosen['memit']
   layers = edit_config.layers(chosen)
-  blocks = edit_run.moment_blocks(chosen, subject, data)
+  blocks = edit_subject.moment_blocks(chosen, subject, data)
   if len(blocks) < 1 << HALVINGS:
     raise UserError(
       f'config.moments.tokens={chosen["moments"]["tokens"]}: {len(blocks)} blocks are fewer than the '
@@ -55,7 +55,7 @@ def converge(
   found = beginnings(
     subject, blocks, layers, parts / checkpoint.digest(subject.backbone)[:16], tell
   )
-  exam = edit_run.prepare(chosen, subject, data, seed, tell)
+  exam = edit_exam.prepare(chosen, subject, data, seed, tell)
   recipe = Recipe(**own['recipe'])
   target = optimise(
     subject.config, subject.backbone, exam.requests, layers[-1], ('block',), recipe, own['width']
@@ -76,7 +76,7 @@ def converge(
     measures = {}
     if writes and all(np.isfinite(a).all() for a in terms.values()):
       scores = evaluate.score(ask, write.apply(subject.backbone, writes), (), exam.asked)
-      measures = edit_run.rounded(evaluate.measures(exam.asked, scores))
+      measures = edit_measures.rounded(evaluate.measures(exam.asked, scores))
     points.append({
       'tokens': one.tokens,
       'moment': [relative(moments[i], whole[i]) for i in layers],
@@ -98,7 +98,7 @@ def converge(
 
 
 def beginnings(
-  subject: edit_run.Subject, blocks: np.ndarray, layers: Sequence[int], folder: Path, tell
+  subject: edit_subject.Subject, blocks: np.ndarray, layers: Sequence[int], folder: Path, tell
 ) -> list[Collected]:
   """The moments of 1/64, ... 1/2 and all of the blocks, every block read once; each part keeps a file."""
   ends = [len(blocks) >> i for i in reversed(range(HALVINGS + 1))]
@@ -125,6 +125,6 @@ def said(point: dict[str, Any]) -> str:
   moment, delta = (
     np.mean([np.nan if v is None else v for v in point[k]]) for k in ('moment', 'delta')
   )
-  measures = edit_run.said({k: point.get(k) for k in ('s', 'es', 'ps', 'ns')})
+  measures = edit_measures.said({k: point.get(k) for k in ('s', 'es', 'ps', 'ns')})
   off = f'E[kk^T] off by {moment:.3f}, what is written by {delta:.3f}'
   return f'{point["tokens"]:>8} tokens: {off}  {measures}'

@@ -32,9 +32,12 @@ from experiments import (
   cli,
   config,
   edit_config,
+  edit_exam,
+  edit_measures,
   edit_rounds,
   edit_run,
   edit_state,
+  edit_subject,
   fields,
   options,
   results,
@@ -85,7 +88,7 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   chains = [c for c in chosen['chains'] if any(fnmatch.fnmatch(c, p) for p in patterns)]
   if not chains:
     raise UserError(f'--only={given.only} matches no chain; there are {" ".join(chosen["chains"])}')
-  data = edit_run.data_root(given.data_dir)
+  data = edit_subject.data_root(given.data_dir)
   shown, words = show.make(), f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
   cli.devices(1)
   with workdir.claimed(given.workdir) as place:
@@ -183,12 +186,12 @@ def whole(bench: Bench, chains: Sequence[str]) -> None:
   tidy(bench, todo)
   if not todo:
     return
-  begin, subject = time.monotonic(), edit_run.opened(bench.chosen['model'])
+  begin, subject = time.monotonic(), edit_subject.opened(bench.chosen['model'])
   if any(p[-1] != 'edit' for p in todo if p):
     # A mistake in their names is found now, not hours later.
     folder, length = bench.data / 'text/corpora', bench.chosen['learn']['length']
     corpora.load(folder, domains, subject.file, length)
-  exam = edit_run.prepare(bench.editing, subject, bench.data, bench.seed, bench.shown.say)
+  exam = edit_exam.prepare(bench.editing, subject, bench.data, bench.seed, bench.shown.say)
   while todo:
     prefix = todo.pop(0)
     bench.folder(prefix).mkdir(parents=True, exist_ok=True)
@@ -227,7 +230,7 @@ def gather(bench: Bench) -> None:
     durable.write(bench.place / results.FILE, ''.join(lines.values()))
 
 
-def model_of(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> str:
+def model_of(bench: Bench, exam: edit_exam.Exam, prefix: Prefix) -> str:
   """The model after some stages, made if it is not there."""
   if not prefix:
     return bench.chosen['model']
@@ -245,10 +248,10 @@ def model_of(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> str:
   return str(folder / MODEL)
 
 
-def edited(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> dict[str, Any]:
+def edited(bench: Bench, exam: edit_exam.Exam, prefix: Prefix, source: str) -> dict[str, Any]:
   """Writes the facts into a model; what that took."""
   chosen, folder, tell = bench.editing, bench.folder(prefix), bench.shown.say
-  subject = edit_run.opened(source)
+  subject = edit_subject.opened(source)
   where = edit_run.Place(bench.data, folder, bench.save_every, None)
   saved, backbone, _ = edit_run.progress(chosen, subject, exam, bench.seed, where, tell)
   decoder.save(folder / MODEL, subject.config, backbone, subject.file)
@@ -256,7 +259,7 @@ def edited(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> di
   return {'seconds': round(seconds, 3), 'log_p_target': saved.about['log_p']}
 
 
-def learnt(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> dict[str, Any]:
+def learnt(bench: Bench, exam: edit_exam.Exam, prefix: Prefix, source: str) -> dict[str, Any]:
   """Reads one domain with a fresh optimiser, and merges what was learnt into the weights."""
   del exam
   folder, learn = bench.folder(prefix), bench.chosen['learn']
@@ -280,12 +283,12 @@ def learnt(bench: Bench, exam: edit_run.Exam, prefix: Prefix, source: str) -> di
 asker: Callable[..., evaluate.Ask] = cache(evaluate.asker)  # models of a chain share their programs
 
 
-def measured(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> dict[str, Any]:
+def measured(bench: Bench, exam: edit_exam.Exam, prefix: Prefix) -> dict[str, Any]:
   """The line of a stage: what the model says after it."""
   clock, chosen = Clock(), bench.chosen
   name = model_of(bench, exam, prefix)
   made = json.loads((Path(name) / MADE).read_text()) if prefix else {}
-  subject, asked = edit_run.opened(name), exam.asked
+  subject, asked = edit_subject.opened(name), exam.asked
   log_p, right = asker(subject.config)(subject.backbone, (), asked.rows)
   scores = evaluate.score(lambda *_: (log_p, right), subject.backbone, (), asked)
   new, true = np.split(log_p, 2)
@@ -300,8 +303,8 @@ def measured(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> dict[str, Any
     'seed': bench.seed,
     'stages': list(prefix),
     'asked': len(exam.seen),
-    **edit_run.rounded(evaluate.measures(asked, scores)),
-    **edit_run.rounded(
+    **edit_measures.rounded(evaluate.measures(asked, scores)),
+    **edit_measures.rounded(
       {'log_p_new': mean(new[own]), 'log_p_true': mean(true[own & asked.compared])}
     ),
     'rewrites': [round(float(v), 6) for v in scores[own]],
@@ -316,7 +319,7 @@ def measured(bench: Bench, exam: edit_run.Exam, prefix: Prefix) -> dict[str, Any
   }
 
 
-def perplexities(bench: Bench, subject: edit_run.Subject) -> dict[str, float]:
+def perplexities(bench: Bench, subject: edit_subject.Subject) -> dict[str, float]:
   """{corpus: perplexity} on test text."""
   about, found = bench.chosen['evaluate'], {}
   for name in about['texts']:
@@ -328,7 +331,7 @@ def perplexities(bench: Bench, subject: edit_run.Subject) -> dict[str, float]:
 
 def summary(line: Mapping[str, Any]) -> str:
   """A line about a stage."""
-  measures = edit_run.said({k: line[k] for k in ('s', 'es', 'ps', 'ns')})
+  measures = edit_measures.said({k: line[k] for k in ('s', 'es', 'ps', 'ns')})
   texts = ', '.join(f'{k} {v:.1f}' for k, v in line['perplexity'].items())
   return (
     f'{"-".join(line["stages"]) or "start"}, seed {line["seed"]}: {measures}; perplexity {texts}'

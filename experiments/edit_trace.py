@@ -18,7 +18,7 @@ from cl_jax.editing.rows import layout
 from cl_jax.errors import UserError
 from cl_jax.report import tracing as figures
 from experiments import results
-from experiments.edit_run import Subject
+from experiments.edit_subject import Subject
 
 FILE = 'trace.json'
 SAMPLES, WINDOW, LONGEST = 5, 6, 8  # of noise; layers; tokens of a prompt

@@ -12,7 +12,16 @@ import pytest
 from cl_jax.editing import evaluate, statistics
 from cl_jax.errors import UserError
 from cl_jax.streams import corpora
-from experiments import config, edit, edit_moments, edit_run, edit_stages, results, run
+from experiments import (
+  config,
+  edit,
+  edit_exam,
+  edit_moments,
+  edit_stages,
+  edit_subject,
+  results,
+  run,
+)
 from tests.experiments.conftest import language_model
 from tools import edit_stages as tables
 
@@ -105,7 +114,7 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
   )
   assert found['lora.medical']['steps'] == 4
   # What the first line says is what is known of the model that all start from.
-  subject = edit_run.opened(f'{root}/model')
+  subject = edit_subject.opened(f'{root}/model')
   blocks = corpora.blocks(root / 'text/corpora/wiki/test.txt', subject.file, 8)[:2]
   wiki = evaluate.perplexity(subject.config, subject.backbone, blocks)
   assert found['']['perplexity']['wiki'] == pytest.approx(wiki, rel=1e-4)
@@ -130,7 +139,7 @@ def bench_at(place, *fields):
 
 
 def test_what_a_model_is_made_of_stays_until_it_is_there(tmp_path, monkeypatch):
-  bench, prefix, none = bench_at(tmp_path), ('lora.a',), cast('edit_run.Exam', None)
+  bench, prefix, none = bench_at(tmp_path), ('lora.a',), cast('edit_exam.Exam', None)
   folder = bench.folder(prefix)
 
   def learnt(*given):
@@ -203,8 +212,8 @@ def test_moments_of_ever_more_text_and_what_is_written_with_them(
   points = about['points']
   assert [p['tokens'] for p in points] == [3, 6, 12, 24, 48, 96, 192]
   # The beginnings are those of the text, measured at once.
-  subject = edit_run.opened(f'{root}/model')
-  blocks = edit_run.moment_blocks(about['config'], subject, root)
+  subject = edit_subject.opened(f'{root}/model')
+  blocks = edit_subject.moment_blocks(about['config'], subject, root)
   for found, n in ((kept[0][-1], 64), (kept[0][-2], 32), (kept[0][0], 1)):
     at_once = statistics.moments(subject.config, subject.backbone, blocks[:n], (0, 1))
     for layer in (0, 1):
@@ -219,7 +228,7 @@ def test_moments_of_ever_more_text_and_what_is_written_with_them(
   monkeypatch.setattr(tables, 'MOMENTS', tmp_path / 'moments.json')
   assert f'| 96 | {points[-2]["moment"][0]:.3f} | {wanted:.3f} |' in tables.converged()
   with monkeypatch.context() as patch:  # what is finished is not read again
-    patch.setattr(edit_run, 'opened', lambda name: 1 / 0)
+    patch.setattr(edit_subject, 'opened', lambda name: 1 / 0)
     assert edit.main(argv) == 0
   assert '192 tokens: E[kk^T] off by 0.000' in capsys.readouterr().out
   assert edit.main([*argv, '--config.moments.tokens=96']) == 2

@@ -21,6 +21,7 @@ from experiments import (
   edit_rounds,
   edit_run,
   edit_state,
+  edit_subject,
   results,
   run,
   study,
@@ -254,7 +255,7 @@ def test_what_a_run_has_learnt_can_be_edited(root, tmp_path, capsys):
   (line,) = results.read(stages)
   out = tmp_path / 'merged'
   assert weights.main(['merge', str(stages), f'--out={out}', f'--data_dir={root}']) == 0
-  subject = edit_run.opened(str(out))
+  subject = edit_subject.opened(str(out))
   for task, name in enumerate(('wiki', 'math')):
     blocks = corpora.blocks(root / f'text/corpora/{name}/test.txt', subject.file, 8)
     found = evaluate.perplexity(subject.config, subject.backbone, blocks)

@@ -1,0 +1,96 @@
+"""What a line of results.jsonl says of a run: R, perplexities, fluency and consistency, and it in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cl_jax import metrics
+from cl_jax.editing import evaluate
+from cl_jax.editing.write import Editor
+from cl_jax.streams import corpora
+from experiments import results
+from experiments.edit_exam import Exam, at_most
+from experiments.edit_subject import Subject, go_on
+
+
+def matrix(about: Mapping[str, Any], exam: Exam) -> dict[str, Any]:
+  """R[t, i], how well the edits between two points are known after each, its measures, and the curves."""
+  marks, asked = about['points'], exam.asked
+  bounds = [0, *marks]
+  position = np.array(exam.seen)[asked.edit]
+  R = np.full((len(marks), len(marks)), np.nan)
+  curve = []
+  for t, (mark, found) in enumerate(zip(marks, about['scores'], strict=True)):
+    scores = np.asarray(found)
+    for i in range(len(marks)):
+      here = (asked.kind == 0) & (position >= bounds[i]) & (position < bounds[i + 1])
+      R[t, i] = scores[here].mean() if here.any() else np.nan
+    done = position < mark
+    if done.any():
+      curve.append({'edits': mark, **rounded(evaluate.measures(asked, scores, done))})
+  whole = len(marks) > 1 and not np.isnan(R).any()
+  forgotten = metrics.forgetting(R) if whole else None
+  return {
+    'R': results.nested(R),
+    'forgetting': None if forgotten is None else round(forgotten, 6),
+    'curve': curve,
+  }
+
+
+def perplexities(chosen, subject: Subject, data: Path, backbone, state, editor: Editor) -> dict:
+  """{corpus: [before, after]}: what happened to text that has nothing to do with the edits."""
+  about, found = chosen['evaluate'], {}
+  if chosen['apart']:
+    return found
+  for name in about['texts']:
+    file = data / 'text/corpora' / name / 'test.txt'
+    blocks = corpora.blocks(file, subject.file, about['block'])[: about['blocks']]
+    pair = [evaluate.perplexity(subject.config, subject.backbone, blocks)]
+    pair.append(evaluate.perplexity(subject.config, backbone, blocks, state, editor.tap))
+    found[name] = [round(v, 4) for v in pair]
+  return found
+
+
+def written(
+  chosen, subject: Subject, exam: Exam, backbone, state, editor: Editor, seed: int
+) -> dict[str, float | None]:
+  """Fluency and consistency of what the model writes after some prompts, before and after the edits; None
+  where every edit was made in a model of its own."""
+  found: dict[str, float | None] = dict.fromkeys(('ge_before', 'rs_before', 'ge', 'rs'))
+  about = chosen['evaluate']
+  if not about['written'] or chosen['apart']:
+    return found
+  some = [exam.edits[i] for i in at_most(exam.edits, about['written'])]
+  references = evaluate.references(some, exam.known)
+  key, prompts = jax.random.key(seed), [e.text for e in some]
+  before = go_on(subject, subject.backbone, prompts, about['tokens'], key)
+  after = go_on(subject, backbone, prompts, about['tokens'], key, state, editor.tap)
+  for name, ids in (('_before', before), ('', after)):
+    texts = [e.text + subject.tokenizer.decode(i) for e, i in zip(some, ids, strict=True)]
+    found[f'ge{name}'] = evaluate.fluency(ids)
+    found[f'rs{name}'] = evaluate.consistency(texts, references)
+  return rounded(found)
+
+
+def rounded(found: Mapping[str, float | None]) -> dict[str, float | None]:
+  return {k: None if v is None else round(v, 6) for k, v in found.items()}
+
+
+def said(found: Mapping[str, float | None]) -> str:
+  return '  '.join(f'{k} {100 * v:.1f}' for k, v in found.items() if v is not None)
+
+
+def summary(line: Mapping[str, Any]) -> str:
+  """A line about a result."""
+  texts = ', '.join(f'{k} {a:.1f} -> {b:.1f}' for k, (a, b) in line['perplexity'].items()) or '-'
+  return (
+    f'{line["editor"]}, {line["edits"]} edits ({line["mode"]}), seed {line["seed"]}: '
+    f'{said({k: line[k] for k in ("s", "es", "ps", "ns", "portability")})}; perplexity {texts}; '
+    f'{line["seconds_per_edit"]:.2f} s an edit; {line["state_bytes"] / 1e6:.2f} MB; '
+    f'{len(line["refused"])} refused'
+  )
