@@ -196,7 +196,9 @@ def train(
   return sides, jax.tree.map(lambda a: a.reshape(-1)[:n], report)
 
 
-def draw(key: Array, requests: tuple[int, int], ratio: float, shape: tuple[int, ...], rows: int):
+def draw(
+  key: Array, requests: tuple[int, int], ratio: float, shape: tuple[int, ...], rows: int
+) -> tuple[Array, Array]:
   """(masks bool[parts, *shape] of the shards, i32[parts, size] which of `rows` unrelated ones goes with a
   request)."""
   of_mask, of_other = jax.random.split(key)
