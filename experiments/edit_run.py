@@ -36,12 +36,14 @@ class Place(NamedTuple):
     folder: of what is needed to go on.
     save_every: seconds.
     model: where the edited model is to be written, or None.
+    statistics: where E[k k^T] of this model is kept; None is below CL_JAX_CACHE, for the runs to come.
   """
 
   data: Path
   folder: Path
   save_every: float
-  model: Path | None
+  model: Path | None = None
+  statistics: Path | None = None
 
 
 def run(
@@ -102,7 +104,7 @@ def progress(
   """
   stop = Stop()
   rounds = Watched(place.folder, place.save_every, stop, tell)
-  editor = editor_of(chosen, subject, place.data, tell, rounds)
+  editor = editor_of(chosen, subject, place.data, tell, rounds, place.statistics)
   ask = evaluate.asker(subject.config, editor.tap)
   score = lambda p, s, asked: evaluate.score(ask, p, s, asked)  # noqa: E731
   first, n, size, alone = subject.backbone, len(exam.edits), chosen['batch'], chosen['apart']

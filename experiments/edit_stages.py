@@ -51,7 +51,7 @@ from experiments.watch import Clock
 PROGRAM = 'experiments.edit_stages'
 LEARNERS = ('lora', 'full', 'half', 'bitfit')  # adaptations whose network can be merged
 SAVE_EVERY = 300.0
-MODEL, MADE, LINE = 'model', 'made.json', 'stage.json'
+MODEL, MADE, LINE, STATISTICS = 'model', 'made.json', 'stage.json', 'statistics'
 # What this command adds to the fields of an editing experiment.
 OWN: dict[str, Any] = {
   'chains': ('edit-lora', 'lora-edit'),
@@ -244,7 +244,8 @@ def model_of(bench: Bench, exam: edit_exam.Exam, prefix: Prefix) -> str:
   # What it was made of goes when it is there and not before, so that a kill at any point costs nothing.
   for name in (edit_state.FILE, edit_rounds.FILE):
     (folder / name).unlink(missing_ok=True)
-  shutil.rmtree(folder / 'run', ignore_errors=True)
+  for name in ('run', STATISTICS):
+    shutil.rmtree(folder / name, ignore_errors=True)
   return str(folder / MODEL)
 
 
@@ -252,7 +253,8 @@ def edited(bench: Bench, exam: edit_exam.Exam, prefix: Prefix, source: str) -> d
   """Writes the facts into a model; what that took."""
   chosen, folder, tell = bench.editing, bench.folder(prefix), bench.shown.say
   subject = edit_subject.opened(source)
-  where = edit_run.Place(bench.data, folder, bench.save_every, None)
+  own = folder / STATISTICS if len(prefix) > 1 else None  # nobody else starts from such a model
+  where = edit_run.Place(bench.data, folder, bench.save_every, statistics=own)
   saved, backbone, _ = edit_run.progress(chosen, subject, exam, bench.seed, where, tell)
   decoder.save(folder / MODEL, subject.config, backbone, subject.file)
   seconds = saved.about['edit_s'] - saved.about['compile_s']

@@ -91,10 +91,12 @@ _continued = jax.jit(causal.generate, static_argnums=(0, 4))
 _tapped = jax.jit(evaluate.written, static_argnums=(0, 1, 2))
 
 
-def editor_of(chosen, subject: Subject, data: Path, tell, rounds: Rounds = straight) -> Editor:
-  """The editor, with the statistics and the texts that it needs."""
+def editor_of(
+  chosen, subject: Subject, data: Path, tell, rounds: Rounds = straight, kept: Path | None = None
+) -> Editor:
+  """The editor, with the statistics (see `moments_of`) and the texts that it needs."""
   known: dict[str, Any] = {'config': subject.config, 'rounds': rounds}
-  known['moments'] = moments_of(chosen, subject, data, tell)
+  known['moments'] = moments_of(chosen, subject, data, tell, kept)
   if edit_config.needs(chosen, 'unrelated'):
     about = chosen['moments']
     text = data / 'text/corpora' / about['corpus'] / 'train.txt'
@@ -103,16 +105,18 @@ def editor_of(chosen, subject: Subject, data: Path, tell, rounds: Rounds = strai
   return edit_config.make(chosen, known)
 
 
-def moments_of(chosen, subject: Subject, data: Path, tell) -> dict[int, np.ndarray]:
-  """E[k k^T] of the layers that the editor needs, measured once and kept below CL_JAX_CACHE."""
+def moments_of(
+  chosen, subject: Subject, data: Path, tell, kept: Path | None = None
+) -> dict[int, np.ndarray]:
+  """E[k k^T] of the layers that the editor needs, measured once; below CL_JAX_CACHE if not in `kept`."""
   layers = edit_config.layers(chosen)
   if not layers:
     return {}
   blocks = moment_blocks(chosen, subject, data)
   name = '-'.join(map(str, (chosen['moments']['corpus'], blocks.size, *layers)))
-  model = checkpoint.digest(subject.backbone)[:16]
-  folder = cache.directory() / 'editing' / model / name
-  found = statistics.moments(subject.config, subject.backbone, blocks, layers, folder, tell=tell)
+  place = kept or cache.directory() / 'editing' / checkpoint.digest(subject.backbone)[:16]
+  config, backbone = subject.config, subject.backbone
+  found = statistics.moments(config, backbone, blocks, layers, place / name, tell=tell)
   return found.moments()
 
 

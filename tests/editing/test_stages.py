@@ -11,7 +11,7 @@ import pytest
 
 from cl_jax.editing import evaluate, statistics
 from cl_jax.errors import UserError
-from cl_jax.streams import corpora
+from cl_jax.streams import cache, corpora
 from experiments import (
   config,
   edit,
@@ -126,7 +126,9 @@ def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, m
     and '4 steps of 2 x 8' in text
   )
   # No model is left, and nothing is done again.
-  assert not [*place.glob('seed0/*/model')] and not [*place.glob('seed0/*/run')]
+  assert {p.name for p in place.glob('seed0/*/*')} == {edit_stages.LINE}
+  # The statistics of the first model stay for other commands, those of a model in between went with it.
+  assert len([*(cache.directory() / 'editing').iterdir()]) == 1
   capsys.readouterr()
   assert go(root, place) == 0 and len(count) == 3
   assert 'edit-lora.medical, seed 0: s ' in capsys.readouterr().out
