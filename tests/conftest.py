@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +20,11 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
+# A program is compiled in one piece, not in up to 32 for as many cores: less work, of which workers share the
+# cores. An option that a compiler does not know ends the process.
+ONE_PIECE = '--xla_cpu_parallel_codegen_split_count=1'
+if [*map(int, version('jaxlib').split('.')[:2])] < [0, 11]:
+  os.environ.setdefault('XLA_FLAGS', ONE_PIECE)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -49,6 +55,18 @@ def _insist(report) -> None:
     report.longrepr = (
       f'{report.nodeid} would be skipped, and CL_JAX_REQUIRE_DATA forbids it: {reason}'
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """What one worker of `--dist loadgroup` takes as a whole: a file, of the contract a method.
+
+  What the tests of a file share is then made, and compiled, by one worker.
+  """
+  for item in items:
+    params = item.callspec.params if hasattr(item, 'callspec') else {}
+    own = params.get('case', '') if item.path.parent.name == 'contract' else ''
+    item.add_marker(pytest.mark.xdist_group(f'{item.path.relative_to(ROOT)}:{own}'))
 
 
 @pytest.hookimpl(wrapper=True)

