@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## does a foundation model forget? the main job on the data 
 	$(RUN) -m experiments.demo $(ARGS)
 
 test: $(VENV)/.test ## the whole suite; make test ONLY=er runs the tests whose name holds "er"
-	$(RUN) -m pytest -n $(JOBS) --dist loadgroup --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
 
 lint: $(VENV)/.test ## ruff (rules and format), pyright, licences of data and dependencies
 	@failed=; \

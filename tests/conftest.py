@@ -57,18 +57,6 @@ def _insist(report) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """What one worker of `--dist loadgroup` takes as a whole: a file, of the contract a method.
-
-  What the tests of a file share is then made, and compiled, by one worker.
-  """
-  for item in items:
-    params = item.callspec.params if hasattr(item, 'callspec') else {}
-    own = params.get('case', '') if item.path.parent.name == 'contract' else ''
-    item.add_marker(pytest.mark.xdist_group(f'{item.path.relative_to(ROOT)}:{own}'))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
   report = yield
