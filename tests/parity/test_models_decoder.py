@@ -16,6 +16,8 @@ from cl_jax.models import causal, containers, decoder, language, pretrained
 from cl_jax.streams import corpora, tokenizer
 from cl_jax.types import Batch
 
+pytestmark = pytest.mark.usefixtures('quickly')
+
 torch = pytest.importorskip('torch', reason='parity with transformers needs torch')
 transformers = pytest.importorskip('transformers', reason='parity needs transformers')
 
