@@ -23,6 +23,7 @@ from cl_jax.models.mlp import mlp
 from cl_jax.models.vit import Config, vit
 from cl_jax.sweep import MAPPED, SHARED
 from cl_jax.types import Batch, Method
+from tests.compiling import quick
 
 ABLATED = {'er': lambda: er(40, 5), 'ewc': lambda: ewc(1.0), 'lwf': lambda: lwf(0.5)}
 
@@ -57,7 +58,7 @@ def test_factorial_ablation_in_one_program(toy_stream):
   for c, cell in enumerate(cells):
     names = [n for n in ABLATED if cell[n]]
     one = lambda key, stream, names=names: run(separate(names), 0.05, key, stream)[1].R  # noqa: E731
-    program = jax.jit(sweep.map_runs(one, (MAPPED, SHARED), seeds, devices=jax.devices()[:1]))
+    program = quick(sweep.map_runs(one, (MAPPED, SHARED), seeds, devices=jax.devices()[:1]))
     alone = np.asarray(program(seed_keys, toy_stream))
     ours = np.stack([together[c * seeds + s][1].R for s in range(seeds)])
     # Rows that a disabled ER appends have weight 0, but sums over 15 rows round unlike sums over 10.
