@@ -12,10 +12,12 @@ from cl_jax.types import Learner
 # What takes XLA's compiler for a CPU less time. The emitters of fusions that are not the default have less
 # to set up: a third. LLVM optimises nothing as well: half, of large programs four fifths; sums then round in
 # another way. For comparisons of a program with itself, within a tolerance, and in f64; what is said to be
-# bitwise of two programs, or is counted, timed or measured in bytes, is compiled as a user's programs are.
-QUICK: dict[str, bool | int] = {'xla_backend_optimization_level': 0}
+# bitwise of two programs, or is counted, timed or measured in bytes, is compiled as a user's programs are,
+# or by `bitwise`, where a few are.
+OLD_EMITTERS: dict[str, bool | int] = {}
 if jax.__version_info__ < (0, 11):  # an option that a compiler does not know is an error
-  QUICK['xla_cpu_use_fusion_emitters'] = False
+  OLD_EMITTERS['xla_cpu_use_fusion_emitters'] = False
+QUICK = {'xla_backend_optimization_level': 0} | OLD_EMITTERS
 
 # The same in the environment of a process that a test starts. Where several processes compile the same
 # programs, the small ones are kept as well.
@@ -27,6 +29,8 @@ QUICKLY = {
 }
 
 quick = partial(jax.jit, compiler_options=QUICK)
+# LLVM optimises, so that two programs with the same operations still round alike.
+bitwise = partial(jax.jit, compiler_options=OLD_EMITTERS)
 
 
 def compiled(learn: Learner) -> Learner:

@@ -35,7 +35,7 @@ from cl_jax.streams import schedules
 from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
 from cl_jax.types import Method, State, Stream
-from tests.compiling import compiled, quick
+from tests.compiling import bitwise, compiled, quick
 
 SMALL = {
   'capacity': 60,
@@ -74,11 +74,10 @@ LOWRANK = {n for n, module in methods.names().items() if '.lowrank.' in module}
 ADDED = {'hat', 'pnn', 'decoder', *LOWRANK, *TRANSFORMER} - {'partial'}
 OTHER = ('latent', 'remind', 'pnn')  # rows enter inside the network, or it becomes another one
 NAMES = sorted(methods.names())
-# One of every kind, for what the loop does in the same way with all of them; compiled as a user's programs
-# and compared bitwise. The others are compiled quickly, and then sums of two programs may round apart.
+# One of every kind, for what the loop does in the same way with all of them; compiled as a user's programs.
 KINDS = ('agem', 'dualprompt', 'er', 'ewc', 'hat', 'icarl', 'lora', 'packnet', 'ranpac', 'remind')
-# Of these, those whose state or batches differ most, for what costs a program of its own.
-FEW = ('dualprompt', 'er', 'hat', 'icarl')
+# Of two programs that LLVM does not optimise only these round in different ways (jax 0.10.2).
+UNEVEN = {'dgr', 'mer', *TRANSFORMER}
 
 
 class Case(NamedTuple):
@@ -123,6 +122,13 @@ def network(name=''):
   return mlp((16, 12), 6)
 
 
+def exactly(name):
+  """How the method is compiled where bits of two programs are compared."""
+  if name in KINDS:
+    return jax.jit
+  return bitwise if name in UNEVEN or jax.__version_info__ >= (0, 11) else quick
+
+
 def builder(method, frozen=None, name=''):
   def build(hp, weights):
     return learner(network(name), optax.sgd(hp['lr'], momentum=0.9), method, frozen)
@@ -144,7 +150,7 @@ def case(request, toy_stream) -> Case:
   build = builder(method, name=name)
   learn = build(HP, None)
   own = (quick(learn.step), quick(learn.boundary), quick(learn.predict))
-  jit, key = (jax.jit if name in KINDS else quick), jax.random.key(KEY)
+  jit, key = exactly(name), jax.random.key(KEY)
   parts = Programs(*map(jit, programs(build, 7)[:-1]), 7)
   if name in KINDS:
     state, record = jit(partial(run, build))(HP, key, stream)
@@ -235,18 +241,12 @@ def places(case) -> list[Progress]:
 
 
 def test_chunks_are_the_same_run(case, places):
-  """Chunk by chunk from the host against one program, bitwise, or one a task; so is a run that is resumed.
+  """Chunk by chunk from the host against one program, or one a task, bitwise; so is a run that is resumed.
 
-  Resumed from the start, inside a task and right after a boundary, through host arrays: what is resumed
-  gives the bits of the run that was not stopped, with every method.
+  Resumed from the start, inside a task and right after a boundary, through host arrays.
   """
-  last = places[-1]
-  if case.name in KINDS:
-    same(last.state, case.state)
-    same(last.record, case.record)
-  else:  # where two prompts of a pool are as near, one row in 200 may be said to be another class
-    near((last.state, last.record.loss), (case.state, case.record.loss), 1e-4)
-    np.testing.assert_allclose(last.record.R, case.record.R, atol=0.01)
+  same(places[-1].state, case.state)
+  same(places[-1].record, case.record)
   assert [(p.leg, p.done) for p in places[:6]] == [
     (0, 0),
     (0, 7),
@@ -261,10 +261,10 @@ def test_chunks_are_the_same_run(case, places):
     host = jax.tree.map(np.asarray, stored._replace(state=stored.state._replace(key=words)))
     state = jax.tree.map(jnp.asarray, host.state)._replace(key=jax.random.wrap_key_data(words))
     *_, last = chunks(case, resume=host._replace(state=state))
-    same(last.state, places[-1].state)
+    same(last.state, case.state)
 
 
-@pytest.mark.parametrize('case', FEW, indirect=True)
+@pytest.mark.parametrize('case', KINDS, indirect=True)
 def test_host_fed_is_the_same_run(case, places):
   """From the first state on; that comes from the first batch, which is the same (see test_loop)."""
   feed, stream = host_feed(case.stream), case.stream
@@ -295,7 +295,7 @@ def test_vmapped_runs_are_near_single_ones(case, places):
   near(first_of_two(case, 2, quick), (places[1].state, places[1].record.loss[0, :7]), 2e-4)
 
 
-@pytest.mark.parametrize('case', FEW, indirect=True)
+@pytest.mark.parametrize('case', KINDS, indirect=True)
 def test_runs_one_after_the_other_are_single_runs(case, places):
   """Bitwise. From jax 0.12 on the compiler rounds a mapped run's sums in another order: some 1e-7."""
   one_by_one = same if jax.__version_info__ < (0, 12) else partial(near, rtol=1e-5)
@@ -375,8 +375,11 @@ def test_gated_off_is_absent(case, naive):
     method = chain(**{case.name: gated(hp['on'], make(case.name, case.stream))})
     return learner(network(case.name), optax.sgd(hp['lr'], momentum=0.9), method)
 
+  # inflora's third task finds none of the 8 input directions free: what it then reads are singular
+  # vectors of rounding errors, which only the options that `case` was compiled with repeat.
+  jit = exactly(case.name) if case.name == 'inflora' else quick
   axes, two = (MAPPED, SHARED, SHARED), 2
-  program = quick(map_runs(partial(trained, switched), axes, two, two, jax.devices()[:1]))
+  program = jit(map_runs(partial(trained, switched), axes, two, two, jax.devices()[:1]))
   hp = {'lr': jnp.stack([HP['lr']] * two), 'on': jnp.float32([0, 1])}
   if case.name in OTHER:
     with pytest.raises(UserError, match='cannot be gated'):
