@@ -30,7 +30,8 @@ DEFAULTS: dict[str, Any] = {
   'prefixes': 3,  # texts by the model that prompts are put behind
   'prefix_tokens': 5,
   'undo': True,  # keep the terms of every edit; False sums them up, and going on may differ in last bits
-  'moments': {'corpus': 'wiki', 'tokens': 57344, 'block': 128},  # what E[k k^T] is measured on
+  # What E[k k^T] is measured on; `sketch` > 0 keeps so many rows a layer in place of the whole sum.
+  'moments': {'corpus': 'wiki', 'tokens': 57344, 'block': 128, 'sketch': 0},
   'editor': 'memit',  # a module of cl_jax.editing, or 'none': only ask
   'label': '',  # what tables call it; '' is the editor's name
   'evaluate': {
@@ -128,6 +129,10 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
     if resolved['evaluate'][name] < least:
       got = resolved['evaluate'][name]
       raise UserError(f'config.evaluate.{name} must be at least {least}; got {got}')
+  if resolved['moments']['sketch'] < 0:
+    raise UserError(
+      f'config.moments.sketch must be at least 0; got {resolved["moments"]["sketch"]}'
+    )
   if resolved['batch'] > resolved['edits']:
     raise UserError(
       f'config.batch={resolved["batch"]} is more than config.edits={resolved["edits"]}'

@@ -33,10 +33,12 @@ def converge(
   differs from the other half by, which for independent halves is the error of all of it.
 
   Raises:
-    UserError: another editor than MEMIT, or too short a text.
+    UserError: another editor than MEMIT, a sketch, or too short a text.
   """
   if chosen['editor'] != 'memit':
     raise UserError(f'--moments is about what memit writes; config.editor is {chosen["editor"]!r}')
+  if chosen['moments']['sketch']:
+    raise UserError('--moments compares whole sums: leave config.moments.sketch at 0')
   path, parts = folder / FILE, folder / 'parts'
   there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {'config': None}
   if there['config'] == json.loads(json.dumps(chosen)):  # finished, but for what a kill has left

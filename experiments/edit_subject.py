@@ -19,7 +19,7 @@ from cl_jax.models import causal, decoder, pretrained
 from cl_jax.streams import cache, corpora, load
 from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.types import Tree
-from experiments import edit_config
+from experiments import edit_config, workdir
 
 
 class Subject(NamedTuple):
@@ -108,15 +108,23 @@ def editor_of(
 def moments_of(
   chosen, subject: Subject, data: Path, tell, kept: Path | None = None
 ) -> dict[int, np.ndarray]:
-  """E[k k^T] of the layers that the editor needs, measured once; below CL_JAX_CACHE if not in `kept`."""
+  """E[k k^T] of the layers that the editor needs, or a sketch of it, measured once, by the process that comes
+  first; kept in a folder of this text below CL_JAX_CACHE, if not in `kept`."""
   layers = edit_config.layers(chosen)
   if not layers:
     return {}
-  blocks = moment_blocks(chosen, subject, data)
-  name = '-'.join(map(str, (chosen['moments']['corpus'], blocks.size, *layers)))
+  blocks, sketch = moment_blocks(chosen, subject, data), chosen['moments']['sketch']
+  words = (chosen['moments']['corpus'], blocks.size, checkpoint.digest(blocks)[:8], *layers)
+  name = '-'.join(map(str, (*words, *([f'sketch{sketch}'] if sketch else []))))
   place = kept or cache.directory() / 'editing' / checkpoint.digest(subject.backbone)[:16]
   config, backbone = subject.config, subject.backbone
-  found = statistics.moments(config, backbone, blocks, layers, place / name, tell=tell)
+  with workdir.in_turn(place / name, tell) as folder:
+    found = statistics.moments(config, backbone, blocks, layers, folder, sketch=sketch, tell=tell)
+  if sketch:
+    off = max(
+      b / np.linalg.norm(found.moment(i), 2) for i, b in zip(layers, found.bound(), strict=True)
+    )
+    tell(f'E[kk^T] of {sketch} rows: off by at most {off:.3f} of its largest eigenvalue')
   return found.moments()
 
 

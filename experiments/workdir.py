@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,19 @@ def claimed(workdir: Path, name: str = '.lock') -> Iterator[Path]:
         f'another process is at work in {workdir}: wait for it or name another'
       ) from error
     yield workdir
+
+
+@contextmanager
+def in_turn(folder: Path, tell: Callable[[str], None]) -> Iterator[Path]:
+  """The folder, made, and ours alone as long as this lasts; waits while another process is at work there."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / '.lock').open('a') as handle:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      tell(f'another process is at work in {folder}: waiting for it')
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield folder
 
 
 def remember(workdir: Path, resolved: Mapping[str, Any]) -> None:
