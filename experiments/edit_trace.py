@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_jax import durable
+from cl_jax import checkpoint, durable
 from cl_jax.editing import evaluate, tracing
 from cl_jax.editing.restore import KINDS, Trace
 from cl_jax.editing.rows import layout
@@ -42,9 +42,9 @@ def trace(
   sigma, facts, asked = known(subject, data, n, tell)
   about: dict[str, Any] = {
     'model': name,
+    'backbone': checkpoint.digest(subject.backbone),
     'source': 'edit/known_1000.jsonl',
     'rule': f'prompts of at most {LONGEST} tokens whose most probable next token begins the attribute',
-    'asked': asked,
     'samples': SAMPLES,
     'window': WINDOW,
     'sigma': sigma,
@@ -65,17 +65,16 @@ def trace(
       subject.config, subject.backbone, [prompt], key, sigma, samples=SAMPLES, window=WINDOW
     )
     found.append(described(subject, record, prompt, one))
-    durable.write(
-      file,
-      json.dumps({**about, 'device': results.device(), 'command': command, 'facts': found}) + '\n',
-    )
+    made = {'asked': asked, 'device': results.device(), 'command': command}
+    durable.write(file, json.dumps({**about, **made, 'facts': found}) + '\n')
     tell(
       f'{len(found)}/{len(facts)}  {record["prompt"]}  p {float(one.clean):.3f} -> {float(one.corrupted):.3f}'
     )
   prompts, traces = read(file)
   average = tracing.average(prompts, traces)
   print(
-    f'layers for MEMIT, by the largest effect of 5 at the last subject token: {tracing.layers_of(average)}'
+    'layers for MEMIT, by the largest effect of 5 at the last subject token: '
+    f'{tracing.layers_of(average, lowest=WINDOW // 2)}'
   )
   durable.replace(folder / 'average.png', lambda f: f.write(figures.averages(average, WINDOW)))
   first = found[0]

@@ -174,7 +174,7 @@ def average(prompts: Sequence[Prompt], found: Sequence[Trace]) -> Average:
   return Average(clean, corrupted, np.stack(means, -1), np.array([len(part) for part in parts]))
 
 
-def layers_of(found: Average, count: int = 5) -> tuple[int, ...]:
+def layers_of(found: Average, count: int = 5, lowest: int = 0) -> tuple[int, ...]:
   """The layers for MEMIT to write to, of a model for which none are published.
 
   They are the `count` consecutive layers whose summed average indirect effect is largest with 'feedforward'
@@ -182,13 +182,14 @@ def layers_of(found: Average, count: int = 5) -> tuple[int, ...]:
   takes the layers that its fig. 3 shows to matter; this makes a rule of it. Published are 5 layers of GPT2-XL
   and 6 of GPT-J.
 
-  Look at the figure as well. Below window / 2 every restored window has the first MLP in it, which in many
-  models does little but say which token this is; an effect that ends there is no memory of a fact.
+  Args:
+    lowest: the first layer that can be chosen. Below window / 2 every restored window has the first MLP in
+      it, which in many models does little but say which token this is: an effect there is no memory.
   """
   effect = found.effect[KINDS.index('feedforward'), :, ROLES.index('last subject token')]
-  if not 1 <= count <= len(effect):
-    raise UserError(f'{count} layers cannot be chosen among {len(effect)}')
-  sums = np.convolve(effect, np.ones(count), 'valid')
+  if not 1 <= count <= len(effect) - lowest:
+    raise UserError(f'{count} layers cannot be chosen among {len(effect) - lowest}')
+  sums = np.convolve(effect[lowest:], np.ones(count), 'valid')
   # Rounding must not decide between equals.
-  first = int(np.flatnonzero(sums >= sums.max() - 1e-12)[0])
+  first = lowest + int(np.flatnonzero(sums >= sums.max() - 1e-12)[0])
   return tuple(range(first, first + count))

@@ -240,3 +240,7 @@ def test_layers_are_where_mlps_matter_most_at_the_last_subject_token():
   assert tracing.layers_of(found, 8) == tuple(range(8))
   with pytest.raises(UserError, match='9 layers'):
     tracing.layers_of(found, 9)
+  # Without the lowest, of which no window is free of the first MLP.
+  assert tracing.layers_of(found, 3, lowest=3) == (3, 4, 5)
+  with pytest.raises(UserError, match='6 layers cannot be chosen among 5'):
+    tracing.layers_of(found, 6, lowest=3)
