@@ -13,6 +13,7 @@ from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.rows import Requests
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.editing.write import Editor
+from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
 from cl_jax.types import Array, Tree
 
@@ -40,9 +41,20 @@ def alphaedit(
 
   State: sum of K_p K_p^T, 4 ffn^2 bytes a layer, however many edits; and the projections, as many again. Keys
   of a batch are added when all layers are written, read from that model.
+
+  Raises:
+    UserError: a threshold that leaves a layer no direction, or all of them.
   """
   layers = ascending(config, layers, moments)
   projections = {layer: null_space(moments[layer], threshold) for layer in layers}
+  for layer, p in projections.items():
+    rank = round(np.trace(p))
+    if rank in (0, len(p)):
+      nothing = 'nothing is' if rank == 0 else 'everything is'
+      raise UserError(
+        f'threshold={threshold:g}: {nothing} below it among the eigenvalues of E[kk^T] of layer {layer}, '
+        f'{np.linalg.eigvalsh(moments[layer])[[0, -1]].round(6).tolist()}: edits would not be projected'
+      )
 
   def init(backbone: Tree) -> Tree:
     past = np.zeros((len(layers), config.ffn, config.ffn), np.float32)

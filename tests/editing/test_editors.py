@@ -44,6 +44,8 @@ CONFIGS = {
 }
 N, CONTEXTS = 3, 2
 MOMENTS = {layer: 0.01 * np.eye(24) for layer in range(4)}
+# Half of the directions are in AlphaEdit's null space.
+HALF = {layer: np.diag(np.where(np.arange(24) % 2, 0.01, 0.03)) for layer in MOMENTS}
 RECIPE = Recipe(steps=30, clamp=4.0, decay=0.0)
 NORM = 2e-2
 ROUTER = wise.Training(steps=60, rate=1.0, margins=(1.0, 3.0, 1.0))
@@ -94,7 +96,7 @@ CASES = {
   'memit': lambda c: memit.memit(c, MOMENTS, (0, 1, 2), 1.0, RECIPE, 2, CUT),
   'pmet': lambda c: pmet.pmet(c, MOMENTS, (0, 1, 2), 1.0, RECIPE, 2, rounds=CUT),
   'alphaedit': lambda c: alphaedit.alphaedit(
-    c, MOMENTS, (0, 1, 2), coef=1.0, recipe=RECIPE, width=2, rounds=CUT
+    c, HALF, (0, 1, 2), coef=1.0, recipe=RECIPE, width=2, rounds=CUT
   ),
   'finetune': lambda c: finetune.finetune(c, (1, 2), rate=5e-3, norm=NORM, rounds=CUT),
   'lora_edit': lambda c: lora.lora_edit(c, rank=2, alpha=4.0, steps=20, rate=2e-2, rounds=CUT),
@@ -181,6 +183,12 @@ def widen(some: Rows) -> Rows:
   left = lambda a, n: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(n, 0)], constant_values=-1)  # noqa: E731
   right = lambda a, n: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, n)], constant_values=-1)  # noqa: E731
   return Rows(left(some.head, 3), right(some.tail, 2), right(some.before, 1), right(some.target, 1))
+
+
+def test_alphaedit_refuses_a_threshold_that_projects_nothing():
+  for threshold, said in ((1e-3, 'nothing is below it'), (1.0, 'everything is below it')):
+    with pytest.raises(UserError, match=f'{said}.*layer 0.*\\[0.01, 0.03\\]'):
+      alphaedit.alphaedit(CONFIGS['llama'], HALF, (0, 1), threshold)
 
 
 def test_every_editor_of_the_package_is_here():
