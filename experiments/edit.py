@@ -36,6 +36,7 @@ from experiments import (
   cli,
   config,
   edit_config,
+  edit_file,
   edit_measures,
   edit_moments,
   edit_run,
@@ -71,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     help='write the edited model there, to be loaded by name',
   )
   add(
+    '--save_edits',
+    metavar='FILE',
+    type=Path,
+    help='write the terms there, by which edits can be undone (experiments.weights edits)',
+  )
+  add(
     '--trace',
     type=int,
     metavar='N',
@@ -97,15 +104,20 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   if any(v is not None for v in by_hand):
     if None in by_hand:
       raise UserError('one fact needs all of --subject, --prompt and --target')
+    others = ('--workdir', '--grid', '--trace', '--moments', '--workers', '--save_model')
+    cli.refuse(given, others, 'does not go with one fact by hand')
     return hand(given, resolved(given.config, overrides))
   if given.moments:
-    others = ('--trace', '--grid', '--workers', '--save_model')
+    others = ('--trace', '--grid', '--workers', '--save_model', '--save_edits')
     cli.refuse(given, others, 'does not go with --moments')
     return converging(given, resolved(given.config, overrides), argv)
   if given.trace is not None:
+    others = ('--grid', '--workers', '--save_model', '--save_edits')
+    cli.refuse(given, others, 'does not go with --trace')
     return traced(given, resolved(given.config, overrides), argv)
   if given.grid:
-    return grid(given, argv)
+    cli.refuse(given, ('--save_model', '--save_edits'), 'does not go with --grid: name one cell')
+    return grid(given, overrides)
   if given.workdir is None:
     raise UserError('--workdir is missing: name a directory for the results')
   return whole(given, resolved(given.config, overrides), argv)
@@ -127,6 +139,9 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
     sha = config.sha256(chosen)
     todo = [s for s in chosen['seeds'] if (sha, s) not in results.done(place)]
     cli.devices(1)
+    if not todo:
+      again = 'comes too late, the run is finished: name another --workdir'
+      cli.refuse(given, ('--save_model', '--save_edits'), again)
     if todo:
       data = edit_subject.data_root(given.data_dir)
       subject = edit_subject.opened(chosen['model'])
@@ -134,7 +149,7 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
     for seed in todo:
       folder = place / f'seed{seed}'
       folder.mkdir(exist_ok=True)
-      where = edit_run.Place(data, folder, given.save_every, given.save_model)
+      where = edit_run.Place(data, folder, given.save_every, given.save_model, given.save_edits)
       line = edit_run.run(chosen, subject, seed, where, shown.say)
       results.append(place, [{**line, 'command': words}])
       shutil.rmtree(folder)
@@ -150,6 +165,7 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   """Edits one fact and prints what the model says before and after."""
   cli.devices(1)
   subject = edit_subject.opened(chosen['model'])
+  edit_file.writable(chosen, subject, None, given.save_edits)
   edit = Edit(given.prompt, given.subject, given.target, paraphrases=tuple(given.paraphrase),
               neighbours=tuple(given.neighbour))  # fmt: skip
   shown = show.make()
@@ -175,7 +191,12 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
       )
       print(f'  {name:7}{words}')
   kept = edit_run.kept_bytes(new_state, writes)
-  print(f'{chosen["editor"]}: {kept:,} bytes are kept, by which it can be undone')
+  where = '' if chosen['editor'] in edit_file.STATEFUL else ', --save_edits=FILE keeps them'
+  if given.save_edits is not None:
+    batch = ([edit], writes)
+    edit_file.save(given.save_edits, chosen['model'], subject, chosen['editor'], [batch])
+    where = f', in {given.save_edits}'
+  print(f'{chosen["editor"]}: {kept:,} bytes undo it{where}')
   return 0
 
 
@@ -210,13 +231,15 @@ def converging(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence
 # --- the grid ---------------------------------------------------------------------------------------
 
 
-def grid(given: argparse.Namespace, argv: Sequence[str]) -> int:
+def grid(given: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
   """Every cell as a process."""
   module, path, words = study.found(given.config)
   cells = study.chosen(module, given.only)
   folder = given.workdir or Path('runs') / Path(path).stem
   folder.mkdir(parents=True, exist_ok=True)
-  keep = [w for w in argv if w.startswith(('--config.', '--data_dir=', '--save_every='))]
+  keep = [f'--config.{name}={text}' for name, text in overrides]
+  keep += [f'--save_every={given.save_every}']
+  keep += [f'--data_dir={given.data_dir}'] if given.data_dir else []
   work = []
   for cell in cells:
     name = cell.replace(',', '-')

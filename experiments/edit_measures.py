@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cl_jax import metrics
 from cl_jax.editing import evaluate
 from cl_jax.editing.write import Editor
 from cl_jax.streams import corpora
@@ -21,8 +20,8 @@ from experiments.edit_subject import Subject, go_on
 def matrix(about: Mapping[str, Any], exam: Exam) -> dict[str, Any]:
   """R[t, i], how well the edits between two points are known after each, its measures, and the curves."""
   marks, asked = about['points'], exam.asked
-  bounds = [0, *marks]
-  position = np.array(exam.seen)[asked.edit]
+  bounds, seen = [0, *marks], np.array(exam.seen)
+  position = seen[asked.edit]
   R = np.full((len(marks), len(marks)), np.nan)
   curve = []
   for t, (mark, found) in enumerate(zip(marks, about['scores'], strict=True)):
@@ -32,14 +31,26 @@ def matrix(about: Mapping[str, Any], exam: Exam) -> dict[str, Any]:
       R[t, i] = scores[here].mean() if here.any() else np.nan
     done = position < mark
     if done.any():
-      curve.append({'edits': mark, **rounded(evaluate.measures(asked, scores, done))})
-  whole = len(marks) > 1 and not np.isnan(R).any()
-  forgotten = metrics.forgetting(R) if whole else None
-  return {
-    'R': results.nested(R),
-    'forgetting': None if forgotten is None else round(forgotten, 6),
-    'curve': curve,
-  }
+      facts = int((seen < mark).sum())
+      curve.append(
+        {'edits': mark, 'facts': facts, **rounded(evaluate.measures(asked, scores, done))}
+      )
+  forgotten = forgetting(R, facts_between(seen, marks))
+  return {'R': results.nested(R), **rounded({'forgetting': forgotten}), 'curve': curve}
+
+
+def facts_between(seen: np.ndarray, marks: Sequence[int]) -> np.ndarray:
+  """i[len(marks)], how many of the edits that are asked about (`seen`) were made between two points."""
+  return np.diff([0, *((seen < mark).sum() for mark in marks)])
+
+
+def forgetting(R: np.ndarray, facts: np.ndarray) -> float | None:
+  """What was known best of each fact's interval and is not at the end, a mean over the facts of all intervals
+  but the last; None without intervals, or where nothing was asked about one."""
+  if len(R) < 2 or np.isnan(R).any():
+    return None
+  lost = R[:-1, :-1].max(0) - R[-1, :-1]
+  return float(np.average(lost, weights=facts[:-1]))
 
 
 def perplexities(chosen, subject: Subject, data: Path, backbone, state, editor: Editor) -> dict:
@@ -65,7 +76,7 @@ def written(
   about = chosen['evaluate']
   if not about['written'] or chosen['apart']:
     return found
-  some = [exam.edits[i] for i in at_most(exam.edits, about['written'])]
+  some = [exam.edits[i] for i in at_most(len(exam.edits), about['written'])]
   references = evaluate.references(some, exam.known)
   key, prompts = jax.random.key(seed), [e.text for e in some]
   before = go_on(subject, subject.backbone, prompts, about['tokens'], key)

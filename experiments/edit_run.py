@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import resource
 import time
@@ -20,12 +21,14 @@ from cl_jax.editing.write import Editor
 from cl_jax.errors import Fault
 from cl_jax.models import decoder
 from cl_jax.types import Tree
-from experiments import config, edit_state, results
+from experiments import config, edit_config, edit_file, edit_state, results
 from experiments.edit_exam import Exam, prepare
 from experiments.edit_measures import matrix, perplexities, rounded, said, written
 from experiments.edit_rounds import Watched
 from experiments.edit_subject import Subject, editor_of
 from experiments.watch import Clock, Interrupted, Stop
+
+FULL = 'the editor had no room for it'
 
 
 class Place(NamedTuple):
@@ -36,6 +39,7 @@ class Place(NamedTuple):
     folder: of what is needed to go on.
     save_every: seconds.
     model: where the edited model is to be written, or None.
+    edits: where the terms are to be written, by which edits can be undone, or None.
     statistics: where E[k k^T] of this model is kept; None is below CL_JAX_CACHE, for the runs to come.
   """
 
@@ -43,6 +47,7 @@ class Place(NamedTuple):
   folder: Path
   save_every: float
   model: Path | None = None
+  edits: Path | None = None
   statistics: Path | None = None
 
 
@@ -51,6 +56,7 @@ def run(
 ) -> dict[str, Any]:
   """One seed: the line of results.jsonl, without its command."""
   clock = Clock()
+  edit_file.writable(chosen, subject, place.model, place.edits)
   exam = prepare(chosen, subject, place.data, seed, tell)
   saved, backbone, editor = progress(chosen, subject, exam, seed, place, tell)
   about = saved.about
@@ -64,8 +70,10 @@ def run(
     'mode': mode(chosen),
     'seed': seed,
     'asked': len(exam.seen),
-    'refused': [list(r) for r in exam.refused[:100]],
-    'refused_by_editor': about['full'],
+    'refused': [*map(list, exam.refused), *([exam.edits[i].case, FULL] for i in about['full'])],
+    'refused_by_editor': len(about['full']),
+    'unknown': exam.unknown,
+    'not_asked': [*map(list, exam.not_asked)],
     'before': rounded(evaluate.measures(exam.asked, before)),
     **rounded(evaluate.measures(exam.asked, after)),
     'by_edit': {
@@ -78,6 +86,7 @@ def run(
     'seconds_per_edit': round((about['edit_s'] - about['compile_s']) / len(exam.edits), 4),
     'compile_s': round(about['compile_s'], 3),
     'state_bytes': about['state_bytes'],
+    'statistics_bytes': statistics_bytes(chosen, subject),
     'log_p': about['log_p'],
     'state_sha256': checkpoint.digest([backbone, saved.state]),
     'wall_s': round(clock.wall(), 3),
@@ -91,6 +100,14 @@ def run(
   if place.model is not None:
     decoder.save(place.model, subject.config, backbone, subject.file)
     tell(f'the edited model: {place.model}')
+  if place.edits is not None:
+    facts = [exam.edits[lo:hi] for lo, hi in itertools.pairwise([0, *about['ends']])]
+    terms = iter(saved.writes)
+    batches = [
+      (f, list(itertools.islice(terms, n))) for f, n in zip(facts, about['terms'], strict=True)
+    ]
+    edit_file.save(place.edits, chosen['model'], subject, line['editor'], batches)
+    tell(f'the edits, to be undone by experiments.weights edits: {place.edits}')
   return line
 
 
@@ -113,10 +130,14 @@ def progress(
   if saved is None:
     begin = score(first, fresh, exam.asked)
     tell(f'before: {said(evaluate.measures(exam.asked, begin))}')
-    counted = ('done', 'full', 'edit_s', 'compile_s', 'state_bytes')
+    counted = ('done', 'edit_s', 'compile_s', 'state_bytes')
     about: dict[str, Any] = dict.fromkeys(counted, 0)
     about |= {'config_sha256': sha, 'before': begin.tolist(), 'after': begin.tolist()}
-    saved = edit_state.Saved(about | {'points': [], 'scores': [], 'log_p': []}, [], fresh)
+    saved = edit_state.Saved(
+      about | {'points': [], 'scores': [], 'log_p': [], 'full': [], 'ends': [], 'terms': []},
+      [],
+      fresh,
+    )
   about, writes, state = saved
   backbone = write.apply(first, writes)
   marks = points(n, size, chosen['evaluate']['points'])
@@ -131,6 +152,8 @@ def progress(
       batch_key = jax.random.fold_in(key, lo)
       new, state = edited(editor, backbone, state, batch, batch_key, about, clock)
       about['done'] = hi
+      about['ends'].append(hi)
+      about['terms'].append(len(new))
       kept = new if alone else [*writes, *new]
       kept = kept if chosen['undo'] else write.merged(kept)
       about['state_bytes'] = max(about['state_bytes'] if alone else 0, kept_bytes(state, kept))
@@ -169,7 +192,7 @@ def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: di
   if not np.isfinite(log_p).all() or not all(bool(jnp.isfinite(w.term).all()) for w in new):
     raise Fault(f'an edit after number {about["done"]} gave NaN; nothing of it was written')
   about['log_p'] += [round(float(v), 5) for v in log_p]
-  about['full'] += int(np.sum(report.get('refused', 0)))
+  about['full'] += [about['done'] + int(i) for i in np.flatnonzero(report.get('refused', ()))]
   return new, state
 
 
@@ -183,6 +206,16 @@ def points(n: int, size: int, most: int) -> set[int]:
 def kept_bytes(state: Tree, writes: Sequence[write.Write]) -> int:
   """All bytes that are kept: the editor's state, and the terms by which edits can be undone."""
   return write.size(writes) + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+
+
+def statistics_bytes(chosen: Mapping[str, Any], subject: Subject) -> int:
+  """Of E[k k^T], without which there are no further edits: half of a symmetric matrix a layer, in f64, or a
+  sketch. AlphaEdit's projections, which take its place, are in the state."""
+  if chosen['editor'] == 'alphaedit':
+    return 0
+  units, rows = subject.config.ffn, chosen['moments']['sketch']
+  each = 4 * units * (rows + 2) if rows else 4 * units * (units + 1)
+  return each * len(edit_config.layers(chosen))
 
 
 def mode(chosen: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ from experiments import (
   config,
   edit_config,
   edit_exam,
+  edit_file,
   edit_measures,
   edit_rounds,
   edit_run,
@@ -115,7 +116,7 @@ def resolved(source: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Any
   raw = options.written(edit_config.schema(raw) | own, raw, rest)
   mine = config.complete('config', {k: raw[k] for k in OWN if k in raw}, own)
   chosen = edit_config.resolve({k: v for k, v in raw.items() if k not in OWN}) | mine
-  if chosen['editor'] in ('none', 'grace', 'wise') or chosen['apart']:
+  if chosen['editor'] in edit_file.STATEFUL or chosen['apart']:
     raise UserError(
       f'config.editor={chosen["editor"]!r}, config.apart={chosen["apart"]}: later stages need edits that '
       'are written into weights, all into one model'

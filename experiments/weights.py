@@ -5,7 +5,8 @@ is. What does not fit gets a line on stderr, the others are still checked, and t
 file SHA256SUMS lies beside the files of a model, those that it lists must have its digests, here and
 whenever they are loaded; --write-sums writes it. `list` prints the packages that carry a model and how to
 install them. `merge WORKDIR --out=DIR` writes the network that a finished run has left, a language model or
-a ViT without its head, adapters folded in, so that it can be edited or trained further. `perplexity
+a ViT without its head, adapters folded in, so that it can be edited or trained further. `edits FILE --out=DIR
+--without=NUMBERS` undoes edits that `experiments.edit --save_edits=FILE` has kept. `perplexity
 PATH_OR_NAME` measures a language model on text, and `write PATH_OR_NAME PROMPT` prints how it goes on.
 """
 
@@ -70,6 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   merges.add_argument('--out', required=True, type=Path, metavar='DIR')
   merges.add_argument('--data_dir', metavar='DIR', help='as of the run; default: CL_JAX_DATA')
+  undoes = commands.add_parser('edits', help='an edited model, without some of its edits')
+  undoes.add_argument('file', type=Path, metavar='FILE', help='of experiments.edit --save_edits')
+  undoes.add_argument('--out', required=True, type=Path, metavar='DIR')
+  undoes.add_argument(
+    '--without', default='', metavar='N,N', help='batches that are undone, from 0; none by default'
+  )
+  undoes.add_argument('--model', metavar='PATH_OR_NAME', help='where the first model is now')
   about = 'of the texts in text/corpora, in blocks from their beginning'
   language.add_perplexity(commands.add_parser('perplexity', help=about).add_argument)
   language.add_write(commands.add_parser('write', help='a continuation of a prompt').add_argument)
@@ -81,6 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       from experiments.merge import merge  # what a run needs, and the other commands do not
 
       merge(options.run, options.out, options.data_dir, print)
+      return checked(str(options.out), False)
+    if options.command == 'edits':
+      from experiments.edit_file import rebuild  # what editing needs, and the other commands do not
+
+      if not re.fullmatch(r'(\d+(,\d+)*)?', options.without):
+        raise UserError(f'--without={options.without}: numbers of batches with commas between them')
+      without = {int(w) for w in options.without.split(',') if w}
+      print(rebuild(options.file, without, options.out, options.model))
       return checked(str(options.out), False)
     if options.command == 'perplexity':
       return language.print_perplexity(options)

@@ -23,6 +23,7 @@ from cl_jax import durable
 from cl_jax.editing import evaluate, tracing
 from cl_jax.report import tracing as maps
 from cl_jax.report.tables import NONE, percent, size, spread
+from experiments import edit_exam, edit_measures
 from experiments.edit_trace import read as read_trace
 from tools import edit_stages
 from tools.figures import FAINT, RESULTS, markdown
@@ -85,12 +86,23 @@ def table(groups: dict[tuple, Lines]) -> str:
     how = f'{mode}, {batch} at a time' if mode == 'sequential' else mode
     rows.append((
       str(edits), how, editor, *(asked(lines, k) for k in ('s', 'es', 'ps', 'ns')),
-      percent(values(lines, 'forgetting')), ', '.join(f'{one[n]:.1f} → {two[n]:.1f}' for n in one) or NONE,
+      percent(forgotten(lines)), ', '.join(f'{one[n]:.1f} → {two[n]:.1f}' for n in one) or NONE,
       spread(values(lines, 'ge'), 2), percent(values(lines, 'rs')),
       spread(values(lines, 'seconds_per_edit'), 2), size(round(mean(lines, 'state_bytes'))),
       str(len(lines)),
     ))  # fmt: skip
   return markdown(head, rows)
+
+
+def forgotten(lines: Lines) -> list[float]:
+  """The forgetting of each line by facts, also of lines that were written when intervals counted alike."""
+  found = []
+  for line in lines:
+    seen = np.array(edit_exam.at_most(line['edits'], line['asked']))
+    facts = edit_measures.facts_between(seen, [c['edits'] for c in line['curve']])
+    R = np.array(line['R'], float)
+    found.append(edit_measures.forgetting(R, facts))
+  return [f for f in found if f is not None]
 
 
 def asked(lines: Lines, key: str) -> str:
@@ -181,12 +193,13 @@ def traced() -> str:
   about, average = json.loads(file.read_text()), tracing.average(*read_trace(file))
   effect = average.effect[1, :, 2]
   best = int(np.argmax(effect))
+  lowest = about['window'] // 2
   how = f'{about["samples"]} samples of noise, window {about["window"]}'
   return (
     f'{len(about["facts"])} facts ({about["rule"]}; {about["asked"]} were asked), {how}: '
     f'p {average.clean:.3f} clean, {average.corrupted:.3f} corrupted. MLPs put back at the last subject '
-    f'token help most around layer {best} ({effect[best]:.3f}); the rule picks '
-    f'{tracing.layers_of(average)}.\n\n'
+    f'token help most around layer {best} ({effect[best]:.3f}); from layer {lowest} on, the rule picks '
+    f'{tracing.layers_of(average, lowest=lowest)}.\n\n'
     + picture(
       'edit_trace',
       'average indirect effects',

@@ -1,12 +1,12 @@
 """What an edit does to the weights: low-rank terms that are kept, so that it can be undone and counted.
 
-An edited backbone is always the first one plus the terms in their order. Taking one out is adding up the
-others again, which gives the bits that would be there without it.
+An edited backbone is always the first one plus the terms in their order. Taking some out is adding up the
+others again: without the last of them the bits are those that were there before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -64,6 +64,15 @@ def apply(backbone: Tree, writes: Sequence[Write]) -> Tree:
     a = leaves[write.path]
     leaves[write.path] = a.at[write.layer].add(jnp.asarray(write.term, a.dtype))
   return nest(leaves)
+
+
+def undone(first: Tree, batches: Sequence[Sequence[Write]], without: Collection[int]) -> Tree:
+  """The first backbone with all batches of terms but some, by their numbers.
+
+  Without the last ones it has the bits that it had before they were written. Terms that came after one that
+  is taken out stay as they are, though they were found in a model that had it.
+  """
+  return apply(first, [w for i, batch in enumerate(batches) if i not in without for w in batch])
 
 
 def put(backbone: Tree, path: str, layer: int, matrix: Array) -> Tree:

@@ -132,6 +132,16 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   return c, jax.tree.map(jnp.asarray, nest(leaves))
 
 
+def writable(config: Config) -> None:
+  """Refuses what `save` cannot write.
+
+  Raises:
+    UserError: a model that is not of the Llama family.
+  """
+  if config.norm != 'rms' or not config.rope or not config.gated or config.parallel:
+    raise UserError('only models of the Llama family can be written')
+
+
 def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Path) -> None:
   """Writes a backbone as a Hugging Face directory of model_type 'llama', which `load` reads again.
 
@@ -143,8 +153,7 @@ def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Pa
   Raises:
     UserError: another family, or a folder that cannot be written.
   """
-  if config.norm != 'rms' or not config.rope or not config.gated or config.parallel:
-    raise UserError('only models of the Llama family can be written')
+  writable(config)
   tensors = {}
   for ours, a in paths(backbone).items():
     name, kind = _NAMES['llama'][ours]

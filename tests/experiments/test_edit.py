@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cl_jax.editing import evaluate, target
+from cl_jax import checkpoint
+from cl_jax.editing import evaluate, rows, target
+from cl_jax.editing import kept as kept_arrays
 from cl_jax.errors import UserError
 from cl_jax.models import causal, decoder
 from cl_jax.streams import corpora
@@ -18,6 +20,9 @@ from experiments import (
   config,
   edit,
   edit_config,
+  edit_exam,
+  edit_file,
+  edit_measures,
   edit_rounds,
   edit_run,
   edit_state,
@@ -31,6 +36,7 @@ from experiments import (
 pytestmark = pytest.mark.usefixtures('quickly')
 
 SUBJECTS = ('Anna', 'Bert', 'Carla', 'Dirk', 'Emil', 'Frieda')
+OTHERS = ('Gert', 'Hanna')  # whom no request is about
 PLACES = ('Rome', 'Oslo', 'Lima')
 WORDS = (
   'the',
@@ -63,7 +69,7 @@ def root(tmp_path_factory):
   folder = tmp_path_factory.mktemp('edit')
   words = [*dict.fromkeys(('<|endoftext|>', *SUBJECTS, *PLACES, *WORDS))]
   tokenizer = Tokenizer(
-    models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<|endoftext|>')
+    models.WordLevel({w: i for i, w in enumerate((*words, *OTHERS))}, unk_token='<|endoftext|>')
   )
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
   tokenizer.save(str(folder / 'tokenizer.json'))
@@ -75,7 +81,7 @@ def root(tmp_path_factory):
     new, true = PLACES[i % 3], PLACES[(i + 1) % 3]
     wanted = {'prompt': 'the home of {} is', 'subject': subject}
     wanted |= {'target_new': {'str': new}, 'target_true': {'str': true}}
-    near = [f'the home of {s} is' for s in SUBJECTS if s != subject][:2]
+    near = [f'the home of {s} is' for s in OTHERS]
     records.append({'case_id': i, 'requested_rewrite': wanted,
                     'paraphrase_prompts': [f'{subject} lives in'], 'neighborhood_prompts': near})  # fmt: skip
   records.append({'case_id': 6, 'paraphrase_prompts': []})
@@ -117,9 +123,28 @@ def test_a_run_measures_what_it_says(root, tmp_path, capsys):
   assert set(line['perplexity']) == {'wiki', 'math'} and line['ge'] is not None
   # Two layers of 4 keys of 24 units and residuals of 16 channels, f32.
   assert line['state_bytes'] == 2 * 4 * (24 + 16) * 4
+  assert line['statistics_bytes'] == 2 * 8 * 24 * 25 // 2  # a triangle of f64 for each
   assert 'memit, 4 edits (batch), seed 0' in capsys.readouterr().out
   assert go(root, tmp_path / 'run') == 0  # nothing is left to do
   assert len(results.read(tmp_path / 'run')) == 1
+
+
+def test_statistics_of_fewer_rows(root, tmp_path, capsys):
+  """A sketch of as many rows as units loses nothing, one of fewer says how much; each is kept by itself."""
+  lines = []
+  for n in (0, 24, 4):
+    place = tmp_path / str(n)
+    assert go(root, place, f'--config.moments.sketch={n}', '--config.evaluate.written=0') == 0
+    lines += results.read(place)
+  whole, exact, few = lines
+  np.testing.assert_allclose(exact['log_p'], whole['log_p'], atol=1e-5)
+  assert few['state_sha256'] != whole['state_sha256']
+  assert few['statistics_bytes'] == 2 * 4 * 24 * 6 < whole['statistics_bytes']
+  said = capsys.readouterr().err
+  assert (
+    'E[kk^T] of 24 rows: off by at most 0.000' in said
+    and 'of 4 rows: off by at most 0.0' not in said
+  )
 
 
 def test_sequence_has_a_matrix_and_single_none(root, tmp_path):
@@ -133,6 +158,14 @@ def test_sequence_has_a_matrix_and_single_none(root, tmp_path):
   (alone,) = results.read(tmp_path / 'b')
   assert alone['R'] == [] and alone['mode'] == 'single' and alone['perplexity'] == {}
   assert alone['state_bytes'] == line['state_bytes'] / 4
+
+
+def test_forgetting_counts_facts_and_not_intervals():
+  R = np.array([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.5, 0.8, 1.0]])
+  facts = edit_measures.facts_between(np.array([0, 9, 10, 12, 14, 15, 18, 19, 25]), [10, 20, 30])
+  assert facts.tolist() == [2, 6, 1]
+  assert edit_measures.forgetting(R, facts) == pytest.approx((2 * 0.5 + 6 * 0.2) / 8)
+  assert edit_measures.forgetting(R[:1, :1], facts[:1]) is None
 
 
 def signalled(monkeypatch, owner, name, at):
@@ -208,6 +241,7 @@ def test_a_full_codebook_refuses_and_says_so(root, tmp_path):
   assert edit.main([*argv, *rest, *own]) == 0
   (line,) = results.read(tmp_path)
   assert line['refused_by_editor'] == 2 and line['ge'] is not None
+  assert [why for _, why in line['refused']].count(edit_run.FULL) == 2
 
 
 def test_saved_state_is_refused_when_tampered_with(root, tmp_path):
@@ -234,6 +268,97 @@ def test_edited_model_can_be_edited_again(root, tmp_path):
   assert edit.main([*asked, f'--workdir={tmp_path}/b', f'--data_dir={root}', *rest]) == 0
   (one,), (two,) = results.read(tmp_path / 'a'), results.read(tmp_path / 'b')
   assert two['es'] == one['es'] and two['ns'] == one['ns']
+
+
+def test_edits_are_undone(root, tmp_path, capsys):
+  """Without the last batch a model has the bits of a run that ended before it, and without all its own."""
+  sequence = 'configs/edit_counterfact.py:memit,{},sequential'
+  file = tmp_path / 'edits.npz'
+  kept, model = f'--save_edits={file}', f'--save_model={tmp_path}/all'
+  assert go(root, tmp_path / 'a', kept, model, config=sequence.format(3)) == 0
+  assert go(root, tmp_path / 'b', f'--save_model={tmp_path}/two', config=sequence.format(2)) == 0
+
+  def digest(words, out):
+    assert weights.main(['edits', str(file), f'--out={out}', *words]) == 0
+    return checkpoint.digest(decoder.load(out)[1])
+
+  def loaded(name):
+    return checkpoint.digest(decoder.load(tmp_path / name)[1])
+
+  assert digest([], tmp_path / 'c') == loaded('all')
+  assert digest(['--without=2'], tmp_path / 'd') == loaded('two') != loaded('all')
+  assert digest(['--without=0,1,2'], tmp_path / 'e') == checkpoint.digest(
+    decoder.load(root / 'model')[1]
+  )
+  # One in the middle: the terms of the others.
+  about, arrays = kept_arrays.load(file)
+  first = decoder.load(root / 'model')[1]
+  terms = [
+    (name, layer, arrays[f'left{i}'] @ arrays[f'right{i}'])
+    for i, (batch, name, layer) in enumerate(about['terms'])
+    if batch != 1
+  ]
+  down = np.array(first['layers']['down']['w'])
+  for name, layer, term in terms:
+    assert name == 'layers/down/w'
+    down[layer] += term
+  assert digest(['--without=1'], tmp_path / 'f')
+  found = decoder.load(tmp_path / 'f')[1]['layers']['down']['w']
+  np.testing.assert_allclose(found, down, rtol=1e-6, atol=1e-7)
+  assert len(terms) == 4 and '2 of 3 edits by memit' in capsys.readouterr().out
+  for words, said in (
+    (['--without=3'], 'has batches 0 to 2'),
+    (['--without=x'], 'numbers of batches'),
+    ([f'--model={tmp_path}/all'], 'another backbone'),
+  ):
+    assert weights.main(['edits', str(file), f'--out={tmp_path}/g', *words]) == 2
+    assert said in capsys.readouterr().err
+  assert weights.main(['edits', str(tmp_path / 'no'), f'--out={tmp_path}/g']) == 2
+  assert '--save_edits' in capsys.readouterr().err
+  assert go(root, tmp_path / 'a', kept, config=sequence.format(3)) == 2
+  assert 'comes too late' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words, said', [
+  (('--save_model=m', '--config.editor=grace', '--config.grace.layer=2'), 'changes the forward pass'),
+  (('--save_edits=m', '--config.apart=True', '--config.batch=1'), 'a model of its own'),
+  (('--save_edits=m', '--config.undo=False'), 'config.undo=False'),
+  (('--save_model=m', '--config.seeds=0,1'), 'take one'),
+  (('--save_model=m', '--grid'), 'does not go with --grid'),
+  (('--save_edits=m', '--trace=2'), 'does not go with --trace'),
+])  # fmt: skip
+def test_what_cannot_be_saved_is_refused_before(root, tmp_path, capsys, monkeypatch, words, said):
+  monkeypatch.setattr(edit_exam, 'prepare', lambda *args: pytest.fail('something was computed'))
+  own = [w for w in FAST if 'memit' not in w or '--config.editor=grace' not in words]
+  argv = ['--config=configs/edit_counterfact.py:memit,4', f'--workdir={tmp_path}/x', *own, *words]
+  argv += [f'--data_dir={root}', f'--config.model={root}/model']
+  assert edit.main(argv) == 2
+  assert said in capsys.readouterr().err
+
+
+def test_other_families_are_refused_before(root, tmp_path, monkeypatch):
+  """GPT-2 and GPT-J can be edited and not be written."""
+  subject = edit_subject.opened(str(root / 'model'))
+  subject = subject._replace(config=subject.config._replace(norm='layer'))
+  chosen = edit.resolved('configs/edit_counterfact.py:memit,4', [])
+  edit_file.writable(chosen, subject, None, tmp_path)
+  with pytest.raises(UserError, match='Llama family'):
+    edit_file.writable(chosen, subject, tmp_path, None)
+
+
+def test_what_is_edited_is_no_neighbour_and_not_edited_twice():
+  one = rows.Edit('the home of {} is', 'Anna', 'Rome', 'Oslo', case='1',
+                  neighbours=('the home of Bert is', 'the home of Gert is'))  # fmt: skip
+  two = rows.Edit('the home of {} is', 'Bert', 'Lima', answers=('Oslo', 'Rome'), case='2',
+                  neighbours=('the home of Hanna is', 'the home of Anna is'))  # fmt: skip
+  again = rows.Edit('the {} of Anna is', 'home', 'Lima', case='3')
+  picked, refused = edit_exam.distinct([one, two, again])
+  assert picked == [one, two]
+  assert refused == [('3', "'the home of Anna is' is requested already, by 1")]
+  found, left = edit_exam.left_alone(picked, picked)
+  assert [e.neighbours for e in found] == [('the home of Gert is',), ('the home of Hanna is',)]
+  assert [e.answers for e in found] == [(), ('Oslo',)]
+  assert left == [('1', 'the home of Bert is'), ('2', 'the home of Anna is')]
 
 
 def test_what_a_run_has_learnt_can_be_edited(root, tmp_path, capsys):
@@ -299,6 +424,8 @@ def test_by_hand(root, capsys):
     (('--confg.batch=7',), 'not understood'),
     (('--subject=Anna',), 'needs all of'),
     (('--config.length=3',), 'none of 4 edits'),
+    (('--config.moments.sketch=-1',), 'at least 0'),
+    (('--config.moments.sketch=25',), 'between 0 and 24'),
   ],
 )
 def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
@@ -313,7 +440,6 @@ def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
   ('the home of {} is', 'Anna', '', 'target is empty'),
 ])  # fmt: skip
 def test_one_bad_request_is_refused_alone(root, prompt, subject, target, said):
-  from cl_jax.editing import rows
   from cl_jax.streams import tokenizer
 
   made = tokenizer.load(root / 'tokenizer.json')
