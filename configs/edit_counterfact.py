@@ -6,7 +6,7 @@
 Words: an editor (rome, memit, pmet, pmet_mlp, which looks for the MLP's part alone, alphaedit, finetune,
 finetune_l, lora, grace, wise, or none, which only asks), a number of edits, and how they come: all at once,
 or `sequential` in batches of a number that may follow (1), or `single`, each into the first model. Layers and
-the weight of what was known before were compared on 20 other edits (docs/editing.md). What comes out, S of
+the weight of what was known before were compared on 20 edits of seed 1 (docs/editing.md). What comes out, S of
 three seeds of 10 edits: rome 86.1, alphaedit 84.8, memit 83.7, pmet 71.4, finetune 66.2; before 24.0. Of 100,
 one seed: memit 84.5, alphaedit 83.6, rome 81.4, pmet 79.1, wise 47.2, grace 45.7, finetune 43.4, lora 42.6,
 finetune_l 30.8. Of 1,000: alphaedit 80.5, memit 75.9, pmet 70.5, finetune 61.9, rome 60.0 (and the model is
@@ -25,7 +25,8 @@ CELLS = (
   'rome,100,sequential,10',
   *(f'{e},10,single' for e in EDITORS),
   *(f'{e},1000' for e in EDITORS),
-  *(f'{e},1000,sequential,100' for e in ('memit', 'alphaedit')),
+  *(f'{e},1000,sequential,100' for e in ('memit', 'alphaedit', 'rome', 'grace', 'wise')),
+  *(f'{e},2000,sequential,200' for e in ('memit', 'alphaedit')),
 )
 LAYERS = (0, 1, 2, 3, 4)
 STEPS = 15
@@ -52,7 +53,7 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
     'finetune': {'layers': (LAYERS[2],), 'batch': 32},
     'finetune_l': {'layers': (LAYERS[2],), 'batch': 32, 'norm': 5e-4},
     'lora': {'batch': 32, 'rate': 5e-4},
-    'grace': {'layer': 22},
+    'grace': {'layer': 22, 'capacity': max(1000, edits)},
     'wise': {'layer': 24},
   }[editor if editor != 'none' else 'memit']
   module = {'finetune_l': 'finetune', 'pmet_mlp': 'pmet'}.get(editor, editor)
