@@ -94,6 +94,12 @@ def test_a_stale_page_is_noticed_and_written(tmp_path, capsys):
     pages.fill('no marks', 'me', 'new')
 
 
+def test_every_commit_of_the_lines_is_named_once():
+  lines = [{'commit': c * 40} for c in 'abba']
+  assert pages.commits(lines) == 'commits aaaaaaa, bbbbbbb'
+  assert pages.commits(lines[1:3]) == 'commit bbbbbbb'
+
+
 def test_results_become_tables_and_pictures(tmp_path):
   table = figures.published([PUBLISHED, {**PUBLISHED, 'table': 'other', 'ours': '', 'seeds': '0'}])
   assert '| class | ewc | lambda 1e9 | acc | 19.9 ± 0.1 | 20.1 ± 0.2 | 5 | a/b |' in table

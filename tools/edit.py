@@ -27,7 +27,7 @@ from experiments import edit_exam, edit_measures
 from experiments.edit_trace import read as read_trace
 from tools import edit_stages
 from tools.figures import FAINT, RESULTS, markdown
-from tools.pages import fill, lines_of, update
+from tools.pages import commits, fill, lines_of, update
 from tools.pictures import FIGURES, FORMS, ROOT, check, drawn, stamp
 from tools.pictures import shown as picture
 
@@ -144,17 +144,12 @@ def start(groups: dict[tuple, Lines]) -> str:
   return '\n'.join(text)
 
 
-def commits(groups: dict[tuple, Lines]) -> str:
-  """Those of all rows, shortened."""
-  found = dict.fromkeys(line['commit'][:7] for lines in groups.values() for line in lines)
-  return f'commit{"s" if len(found) > 1 else ""} {", ".join(found)}'
-
-
 def part(groups: dict[tuple, Lines], name: str) -> str:
   if not groups:
     return f'Not run yet: results/edit/{name} is not there.'
-  first = next(iter(groups.values()))[0]
-  where = f'{first["device"]}; jax {first["versions"].get("jax")}; {commits(groups)}'
+  lines = [line for group in groups.values() for line in group]
+  first = lines[0]
+  where = f'{first["device"]}; jax {first["versions"].get("jax")}; {commits(lines)}'
   command = f'`{first["command"]}`; each run has its own in its line, with its configuration'
   config = f'configs/edit_{DATA[name]}.py'
   beneath = (f'results/edit/{name}', command, f'[{config}](../{config})')

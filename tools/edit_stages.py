@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_jax.report.tables import NONE, percent, spread
 from tools.figures import FAINT, RESULTS, markdown
-from tools.pages import lines_of
+from tools.pages import commits, lines_of
 from tools.pictures import drawn
 from tools.pictures import shown as picture
 
@@ -54,7 +54,6 @@ def staged() -> str:
       *(f'{v:.1f}' for v in means), str(len(same)),
     ))  # fmt: skip
   learn = first['config']['learn']
-  commits = ', '.join(dict.fromkeys(line['commit'][:7] for line in lines))
   minutes = sum(line['wall_s'] for line in lines) / 60
   return '\n\n'.join((
     f'{first["edits"]} edits by {first["editor"]} ({first["asked"]} asked about); a domain is '
@@ -62,7 +61,7 @@ def staged() -> str:
     "prompts of the edits, of a token of the new target and of the truth; the last columns are perplexities "
     'of test text.',
     markdown(head, rows),
-    f'On {first["device"]}; jax {first["versions"].get("jax")}; {minutes:.0f} minutes; commit {commits}. '
+    f'On {first["device"]}; jax {first["versions"].get("jax")}; {minutes:.0f} minutes; {commits(lines)}. '
     f'Command: `{first["command"]}`. Configuration: [configs/edit_stages.py](../configs/edit_stages.py).',
   ))  # fmt: skip
 

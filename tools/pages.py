@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from typing import Any
 def lines_of(path: Path) -> list[dict[str, Any]]:
   """The objects of a file of JSON lines; none where there is no file."""
   return [json.loads(r) for r in path.read_text().splitlines() if r] if path.exists() else []
+
+
+def commits(lines: Iterable[Mapping[str, Any]]) -> str:
+  """'commits 4ffa32a, 47cca8e': those of all the lines, shortened, in their order."""
+  found = dict.fromkeys(line['commit'][:7] for line in lines)
+  return f'commit{"s" if len(found) > 1 else ""} {", ".join(found)}'
 
 
 def marks(maker: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from cl_jax import metrics
 from cl_jax.report.tables import NONE, nats, percent, size
 from experiments.study import cell_of
 from tools.figures import FAINT, OURS, RESULTS, THEIRS, canvas, markdown
-from tools.pages import fill, lines_of, update
+from tools.pages import commits, fill, lines_of, update
 from tools.pictures import FIGURES, ROOT, check, drawn, stamp
 from tools.pictures import shown as picture
 
@@ -193,12 +193,10 @@ def part(folder: str) -> str:
     return f'Not run yet: results/study/{folder} is not there.'
   names = importlib.import_module(f'configs.{STUDIES[folder]}').NAMES
   made = language(cells, names) if is_language(cells) else table(cells, names)
-  first = cells[0].lines[0]
-  where = f'{first["device"]}; jax {first["versions"].get("jax")}; commit {first["commit"][:12]}'
-  runs = sum(len(c.lines) for c in cells)
-  command = (
-    f'`{first["command"]}`; each of the {runs} runs has its own in its line, with its configuration'
-  )
+  lines = [line for c in cells for line in c.lines]
+  first = lines[0]
+  where = f'{first["device"]}; jax {first["versions"].get("jax")}; {commits(lines)}'
+  command = f'`{first["command"]}`; each of the {len(lines)} runs has its own in its line, with its configuration'
   config = f'configs/{STUDIES[folder]}.py'
   beneath = (f'results/study/{folder}', command, f'[{config}](../{config})')
   pictures = (
