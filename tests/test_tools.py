@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tools import device, edit, figures, licences, method_table, pages, pictures
+from tools import device, edit, figures, licences, method_table, pages, pictures, study
 
 NOTICE = """x
 
@@ -188,3 +188,13 @@ def test_intervals_of_edits_are_over_facts():
   assert edit.asked(lines, 's').startswith('50.0 ± ')
   # Lines that do not say what each fact scored: over seeds.
   assert edit.asked([{'s': 0.5}, {'s': 0.7}], 's') == '60.0 ± 127.1'
+
+
+def test_cells_of_a_study_that_have_not_been_run_are_named():
+  cell = lambda words, *seeds: study.Cell(words, [{'seed': s} for s in seeds], [])  # noqa: E731
+  cells = [cell('lora,er', 0, 1), cell('lora,naive', 1), cell('random,er'), cell('full,er', 0, 1)]
+  assert study.left(cells) == (
+    'Not run: `random,er` (1 of the 4 cells of the configuration). '
+    'Run with 1 of the 2 orders of the tasks: `lora,naive`.'
+  )
+  assert study.left(cells[::3]) == 'All 2 cells of the configuration were run.'

@@ -45,6 +45,11 @@ class Cell(NamedTuple):
     return [line[key] for line in self.lines if line[key] is not None]
 
   @property
+  def orders(self) -> int:
+    """Orders of the tasks, one a seed, that were run."""
+    return len({line['seed'] for line in self.lines})
+
+  @property
   def beside(self) -> int:
     """Bytes kept between steps beside the frozen network: what learning costs."""
     known = self.lines[0]['state_bytes']
@@ -52,7 +57,7 @@ class Cell(NamedTuple):
 
 
 def read(folder: Path) -> list[Cell]:
-  """The cells in the order of the configuration."""
+  """The cells in the order of the configuration, also those that have no runs; [] without any results."""
   if not (folder / 'results.jsonl').exists():
     return []
   names = importlib.import_module(f'configs.{STUDIES[folder.name]}').CELLS
@@ -61,7 +66,22 @@ def read(folder: Path) -> list[Cell]:
     found[plain(cell_of(line))].lines.append(line)
   for row in lines_of(folder / 'drift.jsonl'):
     found[plain(row['cell'])].drift.append(row)
-  return [c for c in found.values() if c.lines]
+  return [*found.values()]
+
+
+def left(cells: Sequence[Cell]) -> str:
+  """What the configuration lists and the table does not have: cells, and orders that others were run with."""
+  name = lambda some: ', '.join(f'`{c.words}`' for c in some)  # noqa: E731
+  most, absent = max(c.orders for c in cells), [c for c in cells if not c.orders]
+  said = [
+    f'Not run: {name(absent)} ({len(absent)} of the {len(cells)} cells of the configuration).'
+    if absent
+    else f'All {len(cells)} cells of the configuration were run.'
+  ]
+  for n in range(1, most):
+    if some := [c for c in cells if c.orders == n]:
+      said.append(f'Run with {n} of the {most} orders of the tasks: {name(some)}.')
+  return ' '.join(said)
 
 
 def plain(words: str) -> str:
@@ -87,7 +107,7 @@ def table(cells: Sequence[Cell], names: dict[str, str]) -> str:
       f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside),
       ' / '.join(f'{passes[k]:.3g}' for k in ('train_forward', 'train_backward', 'predict_forward')),
       f'{first["flops_per_step"]:.2g}' if first['flops_per_step'] else NONE,
-      f'{np.mean(c.values("wall_s")):.0f}', str(len(c.lines)),
+      f'{np.mean(c.values("wall_s")):.0f}', str(c.orders),
     ))  # fmt: skip
   return markdown(head, rows)
 
@@ -188,7 +208,8 @@ def draw_budget(cells: Sequence[Cell], names: dict[str, str], path: Path, source
 
 
 def part(folder: str) -> str:
-  cells = read(RESULTS / 'study' / folder)
+  listed = read(RESULTS / 'study' / folder)
+  cells = [c for c in listed if c.lines]
   if not cells:
     return f'Not run yet: results/study/{folder} is not there.'
   names = importlib.import_module(f'configs.{STUDIES[folder]}').NAMES
@@ -196,14 +217,14 @@ def part(folder: str) -> str:
   lines = [line for c in cells for line in c.lines]
   first = lines[0]
   where = f'{first["device"]}; jax {first["versions"].get("jax")}; {commits(lines)}'
-  command = f'`{first["command"]}`; each of the {len(lines)} runs has its own in its line, with its configuration'
+  own = f'each of the {len(lines)} runs has its own in its line, with its configuration'
   config = f'configs/{STUDIES[folder]}.py'
-  beneath = (f'results/study/{folder}', command, f'[{config}](../{config})')
+  beneath = (f'results/study/{folder}', f'`{first["command"]}`; {own}', f'[{config}](../{config})')
   pictures = (
     picture(f'study_{folder}', 'accuracy when new and at the end', *beneath),
     picture(f'study_{folder}_bytes', 'accuracy against bytes', *beneath),
   )
-  return '\n\n'.join((made, f'On {where}.', *pictures))
+  return '\n\n'.join((made, left(listed), f'On {where}.', *pictures))
 
 
 def page() -> str:
@@ -219,7 +240,8 @@ def main() -> int:
   write = parser.parse_args().write
   sources = {}
   for folder, module in STUDIES.items():
-    cells, source = read(RESULTS / 'study' / folder), RESULTS / 'study' / folder
+    source = RESULTS / 'study' / folder
+    cells = [c for c in read(source) if c.lines]
     if not cells:
       continue
     sources |= {f'study_{folder}': source, f'study_{folder}_bytes': source}
