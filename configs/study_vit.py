@@ -9,10 +9,10 @@ further to find what is salient, and never to be compared with figures of DINOv2
 block 11, whose class means tell classes apart better than those after the last. CIFAR-10 is the prepared
 subset of 10,000 and 1,000 images, in 5 tasks; Omniglot the 136 characters of small1 in 5 alphabets, 15 of
 20 drawings of each to learn from. `closed` and `head` learn from features that are computed once, of all
-images at 112 pixels; what trains the network sees 50 images a class of CIFAR-10, and all 15 of Omniglot, at 56
-pixels (words as in configs/study_encoder.py), three passes, Adam, cosine; `small` are closed forms on these. The
-head's rate was raised after test accuracies had been seen: joint training comes near a linear probe at it, and
-at the tenth that it had been before three passes leave it at 65 and 19 %.
+images at 112 pixels; what trains the network sees 50 images a class of CIFAR-10, and all 15 of Omniglot, at
+56 pixels (words as in configs/study_encoder.py), three passes, Adam, cosine; `small` are closed forms on
+these. The head's rate was raised after test accuracies had been seen: joint training comes near a linear
+probe at it, and at the tenth that it had been before three passes leave it at 65 and 19 %.
 Closed forms and linear heads have been run, what trains the network not yet.
 """
 
