@@ -118,6 +118,7 @@ def figures(
     'peak': peak._asdict(),
     'passes': cost['passes'],
     'flops_per_step': cost['flops_per_step'],
+    **({'backbone': cost['backbone']} if 'backbone' in cost else {}),
     **({'savings': saved} if saved else {}),
     **{name: w.line(profiles) for name, w in work.items()},
     'largest': [leaf._asdict() for leaf in budget.leaves(made.state, setup.frozen)[:LARGEST]],
@@ -182,6 +183,11 @@ def table(about: Mapping[str, Any]) -> str:
   once = about['passes']
   rows += [('  forward passes', f'{once["train_forward"]:g}', f'{once["predict_forward"]:g}')]
   rows += [('  backward passes', f'{once["train_backward"]:g}', '0')]
+  if below := about.get('backbone'):
+    name = '  forward passes behind cached features'
+    rows += [(name, *(f'{below[f"{k}_forward"]:g}' for k in ('train', 'predict')))]
+    name = '  multiply-adds of these'
+    rows += [(name, *(f'{below[f"flops_per_{k}"] // 2:,}' for k in ('step', 'prediction')))]
   if 'savings' in about:
     rows += savings.rows(about['savings'])
   rows += [('where every byte goes', '', '')]

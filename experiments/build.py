@@ -47,6 +47,7 @@ class Setup(NamedTuple):
     model: (weights) -> Model.
     frozen: every weight that the learner keeps and does not train, also those behind cached features.
     slots: {method: capacity} that `config.budget_bytes` gave; {} without a budget.
+    below: FLOPs of the pass of one example through the network whose features are cached; 0 where none are.
   """
 
   config: dict[str, Any]
@@ -58,6 +59,7 @@ class Setup(NamedTuple):
   model: Callable[[Tree], Model]
   frozen: Tree
   slots: dict[str, int]
+  below: int = 0
 
 
 def prepare(
@@ -94,9 +96,10 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     known = {} if initial is None else {'backbone': initial}
     make = update.network(config, make, known, first, group[0])
   weights, frozen = split_weights(config, make, initial, first)
+  below = 0
   if config['cache_features']:
     chosen = chain_of(config, group[0], hyper(config, group[0]))
-    group = features.cached(config, make, weights, chosen, group, tell)
+    group, below = features.cached(config, make, weights, chosen, group, tell)
     weights, make = {'frozen': {}, 'initial': {}}, head_only(config, group[0].classes)
   facts = group[0]
 
@@ -119,7 +122,16 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
   sized = capacity.fitted(config, added)
   slots = {m: sized[m]['capacity'] for m in config['methods'] if sized[m] != config[m]}
   setup = Setup(
-    config, seeds, group, weights, lambda hp, w: assemble(hp, w), assemble, make, frozen, slots
+    config,
+    seeds,
+    group,
+    weights,
+    lambda hp, w: assemble(hp, w),
+    assemble,
+    make,
+    frozen,
+    slots,
+    below,
   )
   check(setup)
   limits.check(slotted(setup), frozen, partial(programs, setup))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from cl_jax import checkpoint
+from cl_jax import budget, checkpoint
 from cl_jax.errors import UserError
 from cl_jax.masks import paths, subtract
 from cl_jax.streams import cache
@@ -20,6 +20,18 @@ BATCH = 128
 BUCKET = 8  # tokens; sentences are cut to a multiple of it
 
 
+class Cached(NamedTuple):
+  """What learns from features.
+
+  Attributes:
+    streams: with features f32[N, D] as inputs, in training and in the tests.
+    flops: of the network's pass over one example, as long as the data has it: what is not computed again.
+  """
+
+  streams: list[Stream]
+  flops: int
+
+
 def cached(
   config: Mapping[str, Any],
   make: Callable[[Tree], Model],
@@ -27,8 +39,8 @@ def cached(
   method: Method,
   streams: list[Stream],
   tell: Callable[[str], None],
-) -> list[Stream]:
-  """The streams with features f32[N, D] as inputs, in training and in the tests.
+) -> Cached:
+  """The streams with the network's features in the place of their inputs.
 
   They are kept as .npy below CL_JAX_CACHE, under a digest of the weights, of the network's arguments and
   of the data. What is kept is what the network computes in inference mode.
@@ -81,7 +93,7 @@ def cached(
     x = once(jax.tree.leaves(s.x)[0], train_features, s)
     test = once(jax.tree.leaves(s.test.x)[0], test_features, s)
     out.append(dataclasses.replace(s, x=x, test=s.test._replace(x=test)))
-  return out
+  return Cached(out, budget.flops(compute, variables, first.x))
 
 
 def batch_of(x: Tree) -> Batch:

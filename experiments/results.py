@@ -72,6 +72,7 @@ def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
         **({'state_bytes_by_task': grown} if grown else {}),
         'flops_per_step': cost['flops_per_step'],
         'passes': cost['passes'],
+        **({'backbone': cost['backbone']} if 'backbone' in cost else {}),
         'steps': int(leg_steps(stream).sum()),
         'wall_s': round(outcome.clock.wall() / len(job.seeds), 3),
         'compile_s': round(outcome.clock.compile_s / len(job.seeds), 3),
@@ -113,7 +114,11 @@ def nested(a: np.ndarray) -> list:
 
 
 def costs(setup: Setup) -> dict[str, Any]:
-  """Bytes by role, FLOPs of a step and passes, from shapes alone: nothing is computed."""
+  """Bytes by role, FLOPs of a step and passes, from shapes alone: nothing is computed.
+
+  Where features are cached, 'passes' and 'flops_per_step' are those of what learns from them, and what
+  they stand for is in 'backbone'.
+  """
   stream = setup.streams[0]
   hp, batch = hyper(setup.config, stream), abstract(example(stream))
   weights = abstract(setup.weights)
@@ -129,6 +134,25 @@ def costs(setup: Setup) -> dict[str, Any]:
     'state_bytes': budget.state_bytes(state, setup.frozen),
     'flops_per_step': budget.flops(step, weights, state, batch),
     'passes': budget.passes(made, setup.model(setup.weights), state, batch),
+    **({'backbone': backbone(setup)} if setup.config['cache_features'] else {}),
+  }
+
+
+def backbone(setup: Setup) -> dict[str, float]:
+  """Forward passes and FLOPs of the network whose features are cached, which no step computes again.
+
+  A pass is one of a whole batch of the stream. In training every example has one, shared out among its
+  visits; a prediction, of whose input nothing is cached, needs one of its own.
+  """
+  stream = setup.streams[0]
+  index = np.asarray(stream.index)
+  visits = index[index >= 0] % len(stream.y)
+  share, batch = len(np.unique(visits)) / len(visits), index.shape[-1] * setup.below
+  return {
+    'train_forward': round(share, 3),
+    'predict_forward': 1.0,
+    'flops_per_step': round(share * batch),
+    'flops_per_prediction': batch,
   }
 
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cl_jax import metrics
-from cl_jax.report.tables import NONE, nats, percent, size
+from cl_jax.report.lines import backbone
+from cl_jax.report.tables import NONE, cached, nats, percent, size
 from experiments.study import cell_of
 from tools.figures import FAINT, OURS, RESULTS, THEIRS, canvas, markdown
 from tools.pages import commits, fill, lines_of, update
@@ -99,14 +100,18 @@ def table(cells: Sequence[Cell], names: dict[str, str]) -> str:
   for c in sorted(cells, key=lambda c: -float(np.mean(c.values('acc')))):
     adapted, _, method = c.words.partition(',')
     first = c.lines[0]
-    passes = first['passes']
+    passes, below = first['passes'], backbone(first)
+    flops = f'{first["flops_per_step"]:.2g}' if first['flops_per_step'] else NONE
     moved = [row['cka'] for row in c.drift]
     rows.append((
       names[adapted], method, ', '.join(first['needs']) or NONE, percent(c.values('acc')),
       percent(c.values('forgetting')), percent(c.values('learning_acc')),
       f'{np.mean(moved):.2f}' if moved else NONE, size(c.beside),
-      ' / '.join(f'{passes[k]:.3g}' for k in ('train_forward', 'train_backward', 'predict_forward')),
-      f'{first["flops_per_step"]:.2g}' if first['flops_per_step'] else NONE,
+      ' / '.join(
+        f'{passes[k]:.3g}' + cached(below, k, '{:.3g}'.format)
+        for k in ('train_forward', 'train_backward', 'predict_forward')
+      ),
+      flops + cached(below, 'flops_per_step', '{:.2g}'.format),
       f'{np.mean(c.values("wall_s")):.0f}', str(c.orders),
     ))  # fmt: skip
   return markdown(head, rows)

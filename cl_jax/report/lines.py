@@ -19,6 +19,7 @@ NUMBERS = (
   'acc forgetting bwt fwt learning_acc aaa min_acc flops_per_step steps wall_s compile_s'
   ' peak_rss_bytes'
 ).split()
+SEPARATE = ('task', 'class', 'domain')
 BOUNDS = ('joint', 'cumulative')  # not continual learning, but what it is measured against
 
 # What a comparison must have in common, besides dataset, scenario and number of tasks.
@@ -133,8 +134,8 @@ def check(line: Any) -> Line:
   for key in ('seed', 'tasks'):
     if type(line.get(key)) is not int:
       raise UserError(f'not a result: {key!r} must be a whole number, not {line.get(key)!r}')
-  for key, kind in (('config', dict), ('state_bytes', dict), ('passes', dict), ('versions', dict)):
-    if not isinstance(line.setdefault(key, {}), kind):
+  for key in ('config', 'state_bytes', 'passes', 'backbone', 'versions'):
+    if not isinstance(line.setdefault(key, {}), dict):
       raise UserError(f'{key!r} must be an object, not {line[key]!r}')
   needs = line.setdefault('needs', [])
   if not isinstance(needs, list) or not all(isinstance(n, str) for n in needs):
@@ -143,7 +144,8 @@ def check(line: Any) -> Line:
   if by_task is not None and not isinstance(by_task, list):
     raise UserError(f"'state_bytes_by_task' must be a list of numbers, not {by_task!r}")
   line['state_bytes_by_task'] = [number('state_bytes_by_task', v) for v in by_task or ()]
-  for owner, keys in ((line, NUMBERS), *((line[k], line[k]) for k in ('state_bytes', 'passes'))):
+  counts = ('state_bytes', 'passes', 'backbone')
+  for owner, keys in ((line, NUMBERS), *((line[k], line[k]) for k in counts)):
     for key in [*keys]:
       owner[key] = number(key, owner.get(key))
   R = matrix(line)
@@ -189,6 +191,20 @@ def curves(line: Mapping[str, Any]) -> np.ndarray | None:
   except (TypeError, ValueError):
     return None
   return curve if curve.ndim == 3 and curve.size and curve.shape[2] == line['tasks'] else None
+
+
+def backbone(line: Mapping[str, Any]) -> dict[str, float | None] | None:
+  """What the cached features of a line stand for, see `experiments.results`; None where none are cached.
+
+  Lines without it, from before there was one, do not say its FLOPs, and of their passes in training only what
+  the configuration does: every example is seen in each epoch.
+  """
+  config = line['config']
+  if not config.get('cache_features'):
+    return None
+  plain = config.get('iterations') is None and line['scenario'] in (*SEPARATE, 'joint')
+  guess = 1 / config['epochs'] if plain and config.get('epochs') else None
+  return {'train_forward': guess, 'predict_forward': 1.0, **(line.get('backbone') or {})}
 
 
 def setting(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from cl_jax import metrics
-from cl_jax.report.lines import Group, Section, differing, flat, setting
+from cl_jax.report.lines import Group, Section, backbone, differing, flat, setting
 
 NONE = '–'
 PERCENT = {  # heading: (field of results.jsonl, what it means)
@@ -94,20 +94,34 @@ def costs(groups: Sequence[Group], who: str) -> Table:
   )
   rows = []
   for g in groups:
-    passes = g.first['passes']
+    passes, flops = g.first['passes'], scaled(g.first.get('flops_per_step'), '')
+    below = backbone(g.first)
     rows.append(
       (
         g.label,
         *(size(role_bytes(g, role)) for role in roles),
         total(g),
-        scaled(g.first.get('flops_per_step'), ''),
-        *(plain(passes.get(k)) for k in ('train_forward', 'train_backward', 'predict_forward')),
+        flops + cached(below, 'flops_per_step', lambda n: scaled(n, '')),
+        *(
+          plain(passes.get(k)) + cached(below, k, plain)
+          for k in ('train_forward', 'train_backward', 'predict_forward')
+        ),
         seconds(mean(g, 'wall_s')),
         seconds(mean(g, 'compile_s')),
         size(mean(g, 'peak_rss_bytes')),
       )
     )
-  return Table(f'Costs, {who}', head, tuple(rows))
+  behind = any(backbone(g.first) for g in groups)
+  note = '; behind a +, the network whose features are cached' if behind else ''
+  return Table(f'Costs, {who}{note}', head, tuple(rows))
+
+
+def cached(below: dict[str, float | None] | None, key: str, form: Callable[[float], str]) -> str:
+  """' + 1', what cached features stand for; ' + ?' where a line does not say it, '' where none are cached."""
+  if below is None or key == 'train_backward':
+    return ''
+  value = below.get(key)
+  return f' + {"?" if value is None else form(value)}'
 
 
 def settings(section: Section) -> Table | None:

@@ -12,7 +12,7 @@ import pytest
 from cl_jax.errors import UserError
 from cl_jax.models import pretrained
 from cl_jax.streams import text
-from experiments import build, config, features, run
+from experiments import budget, build, config, features, results, run
 from tests.experiments.conftest import final_state, language_model, lines
 
 pytestmark = pytest.mark.usefixtures('quickly')
@@ -61,6 +61,32 @@ def test_features_are_those_of_the_network_and_are_computed_once():
   assert said and other.streams[0].x.shape[1] == 11
 
 
+@pytest.mark.parametrize(('epochs', 'share'), [(1, 1.0), (4, 0.25)])
+def test_what_the_cache_stands_for_is_counted(epochs, share):
+  """By hand: two layers below the features, 10 rows a step; in training each row once in all its visits."""
+  one, _ = setup(methods=('ncm',), epochs=epochs)
+  row = 2 * (784 * 16 + 16 * 12)
+  assert one.below == row and results.costs(one)['backbone'] == {
+    'train_forward': share,
+    'predict_forward': 1.0,
+    'flops_per_step': 10 * row * share,
+    'flops_per_prediction': 10 * row,
+  }
+  plain, _ = setup(cache_features=False)
+  assert plain.below == 0 and 'backbone' not in results.costs(plain)
+  joint, _ = setup(scenario='joint', epochs=epochs)
+  assert results.costs(joint)['backbone']['train_forward'] == share
+
+
+def test_the_plan_of_a_budget_tells_it():
+  about = budget.figures(config.resolve({**FROZEN, 'epochs': 2}), ['cortex-m7'])
+  text = budget.table(about)
+  assert (
+    'forward passes behind cached features  ' in text and f'{10 * (784 * 16 + 16 * 12):,}' in text
+  )
+  assert about['backbone']['train_forward'] == 0.5
+
+
 @pytest.mark.parametrize('method', ['slda', 'ncm'])
 def test_a_closed_form_method_gives_the_same_with_and_without(call, tmp_path, method):
   for name, cache in (('with', True), ('without', False)):
@@ -72,6 +98,7 @@ def test_a_closed_form_method_gives_the_same_with_and_without(call, tmp_path, me
   np.testing.assert_allclose(one['R'], other['R'], atol=0.07)  # one of 15 may fall the other way
   assert one['state_bytes']['frozen'] == other['state_bytes']['frozen'] > 50_000
   assert one['acc'] > 0.3 and one['model'] == 'mlp'
+  assert one['backbone']['predict_forward'] == 1 and 'backbone' not in other
 
 
 def test_a_linear_head_learns_the_same_with_and_without(call, tmp_path):

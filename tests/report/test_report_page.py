@@ -111,6 +111,30 @@ def test_costs_are_listed_by_role(folder):
   assert cell(rows, 'er', 'of it compiling') == '2.50 s'
 
 
+def test_costs_tell_what_cached_features_stand_for(put, make):
+  """Of a line that says it, and of one from before, whose configuration says how often an example is seen."""
+  said = {
+    'train_forward': 0.5,
+    'predict_forward': 1.0,
+    'flops_per_step': 7e9,
+    'flops_per_prediction': 1e10,
+  }
+  kept = {'cache_features': True}
+  lines, _ = read(
+    put(make('er', config=kept, backbone=said), make('ncm', config=kept)) / 'results.jsonl'
+  )
+  ((_, costs),) = tables(sections(lines)[0])
+  first, second = (dict(zip(costs.head, row, strict=True)) for row in costs.rows)
+  assert 'features are cached' in costs.caption
+  assert first['FLOPs / step'] == '2.50 M + 7.00 G' and second['FLOPs / step'] == '2.50 M + ?'
+  for row in (first, second):
+    assert [row[k] for k in ('passes: forward', 'backward', 'predict')] == ['1 + 0.5', '1', '1 + 1']
+  ((_, costs),) = tables(
+    sections([{**lines[1], 'config': {**lines[1]['config'], 'iterations': 9}}])[0]
+  )
+  assert '1 + ?' in costs.rows[0]
+
+
 def test_damage_is_reported_by_line(folder):
   text = write(folder).read_text()
   assert '1 line was left out' in text and 'results.jsonl, line 14: not JSON' in text
