@@ -7,7 +7,8 @@
 R holds the mean log-likelihood of a token in nats on the test text of every domain after every stage
 (perplexity is e to the minus that). General ability is what happens to text that is never learnt from:
 `HELD_OUT`. The order of the domains is the seed's. The small setting (short blocks, 100 steps a stage) is for
-two cores; `large` is 1,000 steps of 32 x 512 tokens for an accelerator, whose memory `--plan` prints.
+two cores; `large` is 1,000 steps of 32 x 512 tokens for an accelerator. What a cell needs is printed before a
+study starts, and by `--plan` alone.
 
 What is adapted is the first word:
 
