@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
-from cl_jax import budget
 from cl_jax.errors import UserError
 from experiments import build, config, show, study
 
@@ -49,8 +46,8 @@ class Part(NamedTuple):
 
 def estimate(setup: build.Setup) -> dict[str, float]:
   """Bytes that all runs share, of the state and of a step's temporaries; FLOPs of a run."""
-  cost, stream = study.needed(setup), setup.streams[0]
-  shared = cost['weights'] + budget.tree_bytes(jax.tree.leaves(stream))
+  cost = study.needed(setup)
+  shared = cost['weights'] + cost['data']
   flops = 0.0 if math.isnan(cost['flops']) else cost['flops'] * cost['steps']
   temporary = 0.0 if math.isnan(cost['temporary']) else cost['temporary']
   return {'shared': shared, 'state': cost['state'], 'temporary': temporary, 'flops': flops}

@@ -5,8 +5,8 @@ and seed is a process of its own in DIR/CELL-SEED, as many at a time as there ar
 repeated.
 Beside the results of every run it measures how far the network has moved (linear CKA of the features before
 and after, Kornblith et al. 2019) and, for language models, the likelihood of text that is never learnt from.
-DIR gets results.jsonl of all cells, drift.jsonl and table.md; --plan says what each cell would need, and runs
-nothing.
+DIR gets results.jsonl of all cells, drift.jsonl and table.md. What each cell will need is printed before the
+first of them starts; --plan prints that and runs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_jax import checkpoint, durable
+from cl_jax import budget, durable
 from cl_jax.errors import UserError
 from cl_jax.loop import evaluate
 from cl_jax.report import lines as report_lines
-from cl_jax.report.tables import markdown, tables, text
+from cl_jax.report.tables import markdown, size, tables, text
 from cl_jax.streams import corpora, load
+from cl_jax.streams.records import in_files
+from cl_jax.streams.take import without_data
 from cl_jax.types import Batch, Forward, Tree
 from experiments import build, cli, config, features, results, run, show, streams, workdir
 from experiments.options import Options, parse
@@ -81,7 +84,13 @@ def command(options: argparse.Namespace) -> int:
   if options.plan:
     return plan(work)
   folder.mkdir(parents=True, exist_ok=True)
-  failed = {} if options.table else ran(work, options.workers or default_workers(), folder)
+  failed = {}
+  if not options.table:
+    todo = [w for w in work if not (w.finished() and (w.folder / DRIFT).exists())]
+    print(f'{len(todo)} of {len(work)} runs to do, into {folder}', flush=True)
+    left = {w.name.rpartition('-')[0] for w in todo}
+    foretell(options, [c for c in cells if dashed(c) in left])
+    failed = ran(todo, options.workers or default_workers(), folder)
   finish(folder)
   return max(failed.values(), default=0)
 
@@ -114,7 +123,7 @@ def chosen(module: ModuleType, only: str) -> list[str]:
 def planned(
   path: str, words: tuple[str, ...], cell: str, seed: int, folder: Path, data_dir: str | None
 ) -> Work:
-  name = f'{cell.replace(",", "-")}-{seed}'
+  name = f'{dashed(cell)}-{seed}'
   argv = (
     f'--config={path}:{",".join((*words, cell))}',
     f'--config.seeds={seed}',
@@ -125,15 +134,29 @@ def planned(
   return Work(name, (seed,), folder / name, argv)
 
 
-def ran(work: list[Work], workers: int, folder: Path) -> dict[str, int]:
-  """Runs what is not finished: {name: exit code} of what failed."""
+def dashed(cell: str) -> str:
+  """A cell in names of folders."""
+  return cell.replace(',', '-')
+
+
+def foretell(options: argparse.Namespace, cells: Sequence[str]) -> None:
+  """Prints the plan of these cells, by a process that leaves an accelerator's memory to those that follow."""
+  if not cells:
+    return
+  print('what they will need (--plan):', flush=True)
+  argv = ['--plan', f'--config={options.config}', f'--only={" ".join(cells)}']
+  argv += [f'--data_dir={options.data_dir}'] if options.data_dir else []
+  # What is wrong with a cell is said there and is its own run's failure.
+  subprocess.run([sys.executable, '-m', PROGRAM, *argv], check=False)
+
+
+def ran(todo: Sequence[Work], workers: int, folder: Path) -> dict[str, int]:
+  """Runs them: {name: exit code} of what failed."""
   begin = time.monotonic()
 
   def say(line: str) -> None:
     print(f'{show.clock(time.monotonic() - begin):>7}  {line}', flush=True)
 
-  todo = [w for w in work if not (w.finished() and (w.folder / DRIFT).exists())]
-  print(f'{len(todo)} of {len(work)} runs to do, into {folder}', flush=True)
   failed = {}
   with processes(todo, (sys.executable, '-m', PROGRAM, '--run'), workers, say) as ended:
     for w, code in ended:
@@ -281,28 +304,45 @@ def finish(folder: Path, quiet: bool = False) -> None:
     print('\n' + '\n\n'.join(map(text, parts)))
 
 
+COLUMNS = ('weights', 'data', 'state', 'temporary', 'together')
+
+
 def plan(work: Sequence[Work]) -> int:
   """Prints what each run would hold and compute; nothing is trained."""
-  head = f'{"cell":28} {"weights":>10} {"state":>10} {"a step":>10} {"together":>10} {"FLOPs/step":>11} steps'
-  print(head)
+  cli.devices(1)
+  print(row('cell', ['weights', 'data', 'state', 'a step', 'together', 'FLOPs/step', 'steps']))
+  wrong, most = 0, ('', 0.0)
   for w in work:
-    options = parse([*w.argv], run.PROGRAM, run.ABOUT)
-    setup = build.prepare(options.config, options.data_dir)[0]
-    cost = needed(setup)
-    print(
-      f'{w.name:28} {cost["weights"] / 1e6:8.0f} MB {cost["state"] / 1e6:8.0f} MB '
-      f'{cost["temporary"] / 1e6:8.0f} MB {sum(v for k, v in cost.items() if k in MEMORY) / 1e9:7.2f} GB '
-      f'{cost["flops"]:11.3g} {cost["steps"]:5.0f}',
-      flush=True,
-    )
-  return 0
+    try:
+      options = parse([*w.argv], run.PROGRAM, run.ABOUT)
+      cost = needed(build.prepare(options.config, options.data_dir)[0])
+    except UserError as error:
+      print(f'{PROGRAM}: {w.name}: {" ".join(str(error).split())}', file=sys.stderr)
+      wrong = 2
+      continue
+    counts = [f'{cost["flops"]:.3g}', f'{cost["steps"]:.0f}']
+    print(row(w.name, [size(cost[k]) for k in COLUMNS] + counts), flush=True)
+    most = max(most, (w.name, cost['together']), key=lambda m: m[1])
+  if most[0]:
+    room = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
+    has = f'; this device has {size(room)}' if room else ''
+    print(f'the most, {most[0]}: {size(most[1])}{has}', flush=True)
+  return wrong
 
 
-MEMORY = ('weights', 'state', 'temporary')
+def row(name: str, cells: Sequence[str]) -> str:
+  return f'{name:28}' + ''.join(f' {cell:>10}' for cell in cells)
 
 
 def needed(setup: build.Setup) -> dict[str, float]:
-  """Bytes of the frozen weights, of the state and of what a compiled step needs besides; FLOPs, steps."""
+  """Bytes on the device while the run trains, FLOPs and steps.
+
+  Returns:
+    'weights' (frozen ones, also behind cached features, and the pretrained values of those that are
+    trained, from which the state begins), 'data' (the stream, with what is evaluated), 'state', 'temporary'
+    (what a compiled step needs besides; NaN where the backend does not tell), 'together' (all that, and the
+    state a second time: the one before a call is there until the next one is), 'flops' of a step, 'steps'.
+  """
   stream = setup.streams[0]
   hp, batch = build.hyper(setup.config, stream), results.abstract(build.example(stream))
   weights = results.abstract(setup.weights)
@@ -310,12 +350,16 @@ def needed(setup: build.Setup) -> dict[str, float]:
   state = jax.eval_shape(lambda w: made(w).init(jax.random.key(0), build.example(stream)), weights)
   step = jax.jit(lambda w, s, b: made(w).step(s, b), donate_argnums=1)
   memory = step.lower(weights, state, batch).compile().memory_analysis()
-  size = lambda tree: float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)))  # noqa: E731
-  plain = [a for a in jax.tree.leaves(state) if not checkpoint.is_key(a)]
+  there = without_data(stream) if in_files(stream.x) else stream
+  found = {
+    'weights': budget.tree_bytes((setup.frozen, weights['initial'])),
+    'data': budget.tree_bytes(jax.tree.leaves(there)),
+    'state': budget.tree_bytes(state),
+    'temporary': memory.temp_size_in_bytes if memory else np.nan,
+  }
   return {
-    'weights': size(weights['frozen']),
-    'state': size(plain),
-    'temporary': float(memory.temp_size_in_bytes if memory else np.nan),
+    **{k: float(v) for k, v in found.items()},
+    'together': float(sum(found.values()) + found['state']),
     'flops': float(results.costs(setup)['flops_per_step'] or np.nan),
     'steps': float(len(stream.index) * stream.index.shape[1]),
   }

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import pytest
 
+from cl_jax import budget
+from cl_jax.learner import learner
+from cl_jax.report.tables import size
+from cl_jax.types import Batch
 from configs import study_encoder, study_lm, study_vit
-from experiments import config, study
+from experiments import build, config, job, run, study
+from tests.experiments.conftest import language_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TINY = """
@@ -34,8 +41,8 @@ def get_config(arg='naive'):
 @pytest.mark.parametrize(
   ('module', 'data'),
   [
-    (study_encoder, ('clinc150', 'banking77')),
-    (study_vit, ('cifar10', 'omniglot')),
+    (study_encoder, ('clinc150', 'banking77', 'clinc150,large', 'banking77,large')),
+    (study_vit, ('cifar10', 'omniglot', 'cifar10,large', 'omniglot,large')),
     (study_lm, ('', 'large')),
   ],
 )
@@ -53,6 +60,34 @@ def test_every_cell_of_the_studies_that_ship_is_valid(module, data):
   assert len({json.dumps(module.get_config(c), default=str) for c in module.CELLS}) == len(
     module.CELLS
   )
+
+
+@pytest.mark.parametrize(
+  ('module', 'word', 'x'),
+  [
+    (study_encoder, 'banking77', {'tokens': ((104,), 'int32'), 'mask': ((104,), 'bool')}),
+    (study_vit, 'cifar10', ((224, 224, 3), 'uint8')),
+    (
+      study_lm,
+      '',
+      {k: ((512,), t) for k, t in (('tokens', 'int32'), ('mask', 'bool'), ('learn', 'bool'))},
+    ),
+  ],
+)
+def test_a_large_network_takes_a_step(module, word, x):
+  """By shapes alone, from random weights: bfloat16 between the layers, each of which is computed twice."""
+  resolved = config.resolve(module.get_config(f'{word},large,random,naive'))
+  rows = resolved['batch']
+  assert rows >= 32 and (module is study_vit or resolved['data']['length'] == x['tokens'][0][0])
+  struct = lambda shape, kind: jax.ShapeDtypeStruct((rows, *shape), kind)  # noqa: E731
+  kinds = jax.tree.map(lambda s: struct(*s), x, is_leaf=lambda s: isinstance(s, tuple))
+  batch = Batch(kinds, struct((), 'int32'), struct((), 'float32'), struct((), 'int32'))
+  model = build.network(resolved, 77)[0]({'frozen': {}, 'initial': {}})
+  made = learner(model, optax.identity())
+  state = jax.eval_shape(made.init, jax.random.key(0), batch)
+  program = str(jax.make_jaxpr(made.step)(state, batch))
+  assert 'remat' in program and 'bf16[' in program
+  assert jax.eval_shape(made.step, state, batch)[0].params == state.params
 
 
 def test_cka_is_one_up_to_rotation_and_scale_and_falls_with_noise():
@@ -74,9 +109,15 @@ def test_a_study_runs_resumes_and_draws(tmp_path, monkeypatch, capfd):
   file.write_text(TINY)
   argv = [f'--config={file}', f'--workdir={tmp_path / "runs"}', '--seeds=2']
   assert study.main([*argv, '--only=naive', '--workers=1']) == 0
-  assert study.main([*argv, '--workers=2']) == 0
   out = capfd.readouterr().out
-  assert '2 of 2 runs to do' in out and '2 of 4 runs to do' in out
+  assert '2 of 2 runs to do' in out
+  assert (
+    out.index('what they will need') < out.index('the most, naive-0: ') < out.index('forgetting')
+  )
+  planned = []
+  monkeypatch.setattr(study, 'foretell', lambda options, cells: planned.append(cells))
+  assert study.main([*argv, '--workers=2']) == 0
+  assert '2 of 4 runs to do' in capfd.readouterr().out and planned == [['er']]
   lines = [json.loads(r) for r in (tmp_path / 'runs/results.jsonl').read_text().splitlines()]
   assert sorted((r['method'], r['seed']) for r in lines) == [
     ('er', 0), ('er', 1), ('naive', 0), ('naive', 1),
@@ -95,8 +136,63 @@ def test_a_plan_says_what_is_needed_and_runs_nothing(tmp_path, capfd):
   file = tmp_path / 'study_tiny.py'
   file.write_text(TINY)
   assert study.main([f'--config={file}', f'--workdir={tmp_path / "runs"}', '--plan']) == 0
-  out = capfd.readouterr().out
-  assert 'naive-0' in out and 'er-0' in out and not (tmp_path / 'runs').exists()
+  head, naive, er, most = capfd.readouterr().out.splitlines()
+  assert head.split()[0] == 'cell' and not (tmp_path / 'runs').exists()
+  # 784-16-10 with plain SGD, a key of two words and the step.
+  kept = 4 * (784 * 16 + 16 + 16 * 10 + 10) + 12
+  assert naive.split()[:2] == ['naive-0', '0'] and size(kept) in naive
+  (setup,) = build.prepare(config.resolve(config.load(f'{file}:er')))
+  state = jax.jit(setup.build(build.hyper(setup.config, setup.streams[0]), setup.weights).init)(
+    jax.random.key(0), build.example(setup.streams[0])
+  )
+  assert er.startswith('er-0 ') and size(budget.tree_bytes(state)) in er and size(kept) not in er
+  assert most.startswith('the most, er-0: ')
+
+
+@pytest.mark.usefixtures('quickly')
+def test_what_is_needed_is_what_lies_on_the_device(tmp_path):
+  """Bytes of arrays: frozen weights, pretrained ones that are trained, the stream and the state of a run."""
+  words = 'what is my balance please transfer some money to the bank'.split()
+  raw = {
+    'dataset': 'clinc150',
+    'by': 'domain',
+    'tasks': None,
+    'data': {'length': 8, 'examples_per_class': 1, 'test_per_task': 5, 'test_batch': 5},
+    'batch': 5,
+    'model': {
+      'name': 'decoder',
+      'pretrained': str(language_model(tmp_path / 'lm', words)),
+      'pool': 'mean',
+    },
+    'freeze': ('backbone/embed/.*',),
+    'optimizer': {'name': 'adam', 'lr': 1e-3},
+  }
+  (setup,) = build.prepare(config.resolve(raw))
+  cost = study.needed(setup)
+  plan = job.spread(run.job(setup, tmp_path, 'sha'))
+  real = lambda tree: sum(a.nbytes for a in jax.tree.leaves(tree))  # noqa: E731
+  frozen, initial = (real(plan.weights[k]) for k in ('frozen', 'initial'))
+  assert min(frozen, initial) > 0 and cost['weights'] == frozen + initial
+  assert cost['data'] == real(plan.stream) > 8 * 4 * 150
+  made = setup.build(plan.hp, plan.weights)
+  state = jax.jit(made.init)(plan.key, build.example(setup.streams[0]))
+  assert cost['state'] == budget.tree_bytes(state) > 3 * initial
+  assert cost['temporary'] > real(state.params)  # a gradient
+  assert (
+    cost['together'] == sum(cost[k] for k in ('weights', 'data', 'temporary')) + 2 * cost['state']
+  )
+  assert cost['steps'] == 10 * 3 and cost['flops'] > 0
+
+
+def test_the_network_behind_cached_features_is_needed_too(tmp_path, monkeypatch):
+  monkeypatch.setenv('CL_JAX_CACHE', str(tmp_path))
+  (tmp_path / 'study_tiny.py').write_text(TINY)
+  raw = config.load(f'{tmp_path / "study_tiny.py"}:naive') | {
+    'freeze': ('l0/.*',),
+    'cache_features': True,
+  }
+  cost = study.needed(build.prepare(config.resolve(raw))[0])
+  assert cost['weights'] == 4 * (784 * 16 + 16) and cost['state'] < 1000
 
 
 @pytest.mark.parametrize(
