@@ -22,10 +22,12 @@ The first word says what is adapted:
   random   full, from random weights: the control
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over a task's own
-classes) and, for another rate, a number. Recipe: three passes in batches of 30, Adam, a cosine to 0 in
-every task. `large` is for an accelerator: all sentences at their length, batches of 128, a memory of 3,000
-sentences, activations in bfloat16, of which the backward pass keeps one a layer; it has not been run. What a
-cell needs is printed before a study starts.
+classes) and, for another rate, a number. `peft,l2p,vote` is L2P as its published figures are made: one choice
+of prompts for a whole batch, which tells the task where a batch is of one, so that tables have it apart.
+
+Recipe: three passes in batches of 30, Adam, a cosine to 0 in every task. `large` is for an accelerator: all
+sentences at their length, batches of 128, a memory of 3,000 sentences, activations in bfloat16, of which the
+backward pass keeps one a layer; it has not been run. What a cell needs is printed before a study starts.
 
 What came out stands in docs/study.md: CLINC150 full,naive 51.3 %, closed,ncm 87.7 % of three orders;
 banking77 lora,naive 23.4 % (one order), closed,ncm 79.6 %.
@@ -44,7 +46,7 @@ CELLS = (
   'peft,ease', 'first,ncm', 'first,ranpac', 'slow,slca', 'adapter,local', 'adapter,er', 'prompt,local',
   'prefix,local', 'bitfit,local', 'half,local', 'full,naive', 'full,local', 'full,er', 'full,lwf', 'full,ewc',
   'full,derpp', 'full,joint', 'full,naive,5e-05', 'full,naive,2e-05', 'full,er,2e-05', 'random,naive',
-  'random,er', 'random,joint',
+  'random,er', 'random,joint', 'peft,l2p,vote',
 )  # fmt: skip
 NAMES = {
   'closed': 'closed form',
@@ -86,7 +88,8 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
   adapt, words = (words[0], words[1:]) if words and words[0] in NAMES else ('lora', words)
   given = next((float(w) for w in words if w[0].isdigit()), None)
   local = 'local' in words
-  words = [w for w in words if not w[0].isdigit() and w != 'local']
+  vote = 'vote' in words
+  words = [w for w in words if not w[0].isdigit() and w not in ('local', 'vote')]
   fields, methods = common.words(','.join(words), 'class')
   tasks = 10 if data == 'clinc150' else 11
   own = {
@@ -111,7 +114,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'adapter': {'rank': 32},
     'partial': {'lowest': 3},
     'prompt_tuning': {'length': 20, 'start': 'vocabulary'},
-    'l2p': {'pool': tasks, 'top': 4, 'length': 5},
+    'l2p': {'pool': tasks, 'top': 4, 'length': 5, **({'vote': True} if vote else {})},
     'dualprompt': {'expert': 10},
     'coda': {'pool': 10 * tasks, 'layers': (0, 1, 2, 3, 4)},
     'ncm': {'when': 'boundary' if adapt == 'first' else 'step'},

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cl_jax import metrics
-from cl_jax.report.lines import backbone
+from cl_jax.report.lines import ORACLES, backbone
 from cl_jax.report.tables import NONE, cached, nats, percent, size
 from experiments.study import cell_of
 from tools.figures import FAINT, OURS, RESULTS, THEIRS, canvas, markdown
@@ -49,6 +49,11 @@ class Cell(NamedTuple):
   def orders(self) -> int:
     """Orders of the tasks, one a seed, that were run."""
     return len({line['seed'] for line in self.lines})
+
+  @property
+  def oracle(self) -> bool:
+    """Whether something tells the task at test time."""
+    return any(n in self.lines[0]['needs'] for n in ORACLES)
 
   @property
   def beside(self) -> int:
@@ -91,15 +96,16 @@ def plain(words: str) -> str:
 
 
 def table(cells: Sequence[Cell], names: dict[str, str]) -> str:
-  """A row a cell, the best first within the kinds that are told as much."""
+  """A row a cell, the best first; last those that something tells the task at test time."""
   head = (
     'adapted', 'method', 'needs', 'ACC %', 'forgetting %', 'when new %', 'CKA', 'beside the frozen network',
     'passes', 'FLOPs / step', 'time, s', 'orders',
   )  # fmt: skip
   rows = []
-  for c in sorted(cells, key=lambda c: -float(np.mean(c.values('acc')))):
+  for c in sorted(cells, key=lambda c: (c.oracle, -float(np.mean(c.values('acc'))))):
     adapted, _, method = c.words.partition(',')
     first = c.lines[0]
+    method += ' (an oracle)' if c.oracle else ''
     passes, below = first['passes'], backbone(first)
     flops = f'{first["flops_per_step"]:.2g}' if first['flops_per_step'] else NONE
     moved = [row['cka'] for row in c.drift]
@@ -165,7 +171,7 @@ def draw(cells: Sequence[Cell], names: dict[str, str], path: Path, source: str) 
   with canvas(len(ordered), path, source) as axis:
     for y, c in enumerate(ordered):
       adapted, _, method = c.words.partition(',')
-      text.append(f'{names[adapted]}: {method}')
+      text.append(f'{names[adapted]}: {method}{" (an oracle)" if c.oracle else ""}')
       new, half_new = metrics.interval([scale * v for v in c.values('learning_acc')] or [np.nan])
       end, half = metrics.interval([scale * v for v in c.values('acc')])
       axis.plot([new, end], [y, y], color=FAINT, zorder=0)
@@ -188,7 +194,8 @@ def draw_budget(cells: Sequence[Cell], names: dict[str, str], path: Path, source
   import matplotlib
 
   scale = 1.0 if is_language(cells) else 100.0
-  known = [c for c in cells if 'joint' not in c.words and not c.words.startswith('random')]
+  other = lambda c: 'joint' in c.words or c.words.startswith('random') or c.oracle  # noqa: E731
+  known = [c for c in cells if not other(c)]
   points = [(c.beside, scale * float(np.mean(c.values('acc'))), c) for c in known]
   palette: Any = matplotlib.colormaps['tab20']
   colours = dict(zip(names, palette.colors, strict=False))

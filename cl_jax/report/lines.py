@@ -20,6 +20,9 @@ NUMBERS = (
   ' peak_rss_bytes'
 ).split()
 SEPARATE = ('task', 'class', 'domain')
+# Needs that make a question easier: the task is told at test time, or test batches are answered as a whole,
+# and a batch of one task, as evaluation has them, tells it.
+ORACLES = ('task_test', 'batch_test')
 BOUNDS = ('joint', 'cumulative')  # not continual learning, but what it is measured against
 
 # What a comparison must have in common, besides dataset, scenario and number of tasks.
@@ -50,9 +53,9 @@ class Group(NamedTuple):
     return self.lines[0]
 
   @property
-  def oracle(self) -> bool:
-    """Whether the task is told at test time."""
-    return 'task_test' in self.first['needs']
+  def oracle(self) -> str:
+    """What tells the task at test time: one of `ORACLES`, or ''."""
+    return next((n for n in ORACLES if n in self.first['needs']), '')
 
   @property
   def bound(self) -> bool:

@@ -22,6 +22,11 @@ PERCENT = {  # heading: (field of results.jsonl, what it means)
   'min-ACC': ('min_acc', 'lowest accuracy on a task after it was learnt'),
 }
 LIKELIHOOD = 'log_likelihood'  # the metric of language models, in the place of accuracy
+WHO = {  # `Group.oracle`: what captions say
+  '': 'not told the task at test time',
+  'batch_test': 'answering test batches as a whole, which tells the task where a batch is of one (an oracle)',
+  'task_test': 'told the task at test time (an oracle)',
+}
 ROLES = ('frozen', 'trainable', 'statistics', 'optimiser')
 
 
@@ -36,13 +41,12 @@ class Table(NamedTuple):
 def tables(section: Section) -> list[tuple[Table, Table]]:
   """(results, costs) of the methods that are not told the task at test time, then of those that are.
 
-  The two kinds are never in one table: an oracle answers an easier question.
+  The kinds of `WHO` are never in one table: an oracle answers an easier question.
   """
   out = []
-  for oracle in (False, True):
+  for oracle, who in WHO.items():
     groups = [g for g in section.groups if g.oracle == oracle]
     if groups:
-      who = 'told the task at test time (an oracle)' if oracle else 'not told the task at test time'
       out.append((results(groups, who), costs(groups, who)))
   return out
 

@@ -12,6 +12,7 @@ import pytest
 from cl_jax import metrics
 from cl_jax.errors import UserError
 from cl_jax.report import write
+from cl_jax.report.figures import named
 from cl_jax.report.lines import read, sections
 from cl_jax.report.tables import percent, scaled, tables
 
@@ -223,6 +224,19 @@ def test_no_table_holds_oracles_and_others(folder):
     for pair in tables(section):
       for table in pair:
         assert ('hat' in {row[0] for row in table.rows}) == ('oracle' in table.caption)
+
+
+def test_answers_to_whole_batches_are_in_a_table_of_their_own(put, make):
+  """A batch of one task tells it; who is told the task as well stands with the oracles."""
+  needs = {'naive': (), 'l2p': ('batch_test',), 'hat': ('task_test', 'batch_test')}
+  lines, _ = read(put(*(make(name, needs=n) for name, n in needs.items())) / 'results.jsonl')
+  (section,) = sections(lines)
+  found = {costs.caption: [row[0] for row in costs.rows] for _, costs in tables(section)}
+  plain, batches, told = found
+  assert [*found.values()] == [['naive'], ['l2p'], ['hat']]
+  assert 'oracle' not in plain and 'told the task' in told
+  assert 'test batches as a whole' in batches and '(an oracle)' in batches
+  assert [named(g) for g in section.groups if g.oracle] == ['hat (oracle)', 'l2p (oracle)']
 
 
 @pytest.mark.parametrize(
