@@ -17,7 +17,8 @@ The first word says what is adapted:
   lora     low-rank updates of queries and values; adapter: bottlenecks after both blocks
   prompt   20 vectors before the sentence; prefix: 10 keys and values a layer
   peft     what the method adds itself: l2p, dualprompt, coda, sprompts, olora, sdlora, inflora, ease
-  first    LoRA in the first task only, then a closed form (APER, RanPAC with first-session adaptation)
+  first    LoRA in the first task only, then a closed form on the adapted features (RanPAC with first-session
+           adaptation; with ncm and --config.first_session.merge=True APER, which has not been run)
   slow     full with a slow network and an aligned head (SLCA)
   random   full, from random weights: the control
 

@@ -95,21 +95,25 @@ def test_slca(variant, monkeypatch):
     close(L.predict(state, probe), g[f'{variant}/probe_logits'][t])
 
 
-@pytest.mark.parametrize('head', ['cosine', 'euclidean', 'ranpac'])
+@pytest.mark.parametrize('head', ['cosine', 'euclidean', 'merged', 'ranpac'])
 @pytest.mark.parametrize('variant', ['lora', 'full'])
 def test_first_session(variant, head):
-  """Two epochs of adaptation in the first task, and statistics that count every example once."""
+  """Two epochs of adaptation in the first task, and statistics that count every example once.
+
+  'merged' is the cosine in the features of the network before and after: APER.
+  """
   g = Golden('first_session')
   full = g.params('init')
   lam = float(g['lambda'])
-  closed = ranpac(6, 10, lam, 'boundary') if head == 'ranpac' else ncm(6, head, 'boundary')
+  merge, metric = head == 'merged', 'cosine' if head == 'merged' else head
+  closed = ranpac(6, 10, lam, 'boundary') if head == 'ranpac' else ncm(6, metric, 'boundary')
   if head == 'ranpac':
     own = closed.init
     projection = jnp.asarray(g['W'])
     closed = closed._replace(
       init=lambda *a: ({}, own(*a)[1]._replace(projection=projection, lam=jnp.asarray(lam)))
     )
-  parts, frozen, tx = {'only': first_session(), 'closed': closed}, None, None
+  parts, frozen, tx = {'only': first_session(merge), 'closed': closed}, None, None
   if variant == 'lora':
     adapters = lora(int(g['r']), float(g['alpha']), 'l[01]/w')
     start = {
@@ -148,8 +152,9 @@ def test_first_session(variant, head):
       close(scores[:, :seen], g[f'{variant}/ranpac/logits'][t, :, :seen], rtol=1e-7)
       assert np.array_equal(scores.argmax(1), g[f'{variant}/ranpac/pred'][t])
       continue
-    close(s.count, g[f'{variant}/ncm/counts'][t])
-    close((s.total / s.count[:, None])[:seen], g[f'{variant}/ncm/means'][t, :seen])
-    cosine, distance = g[f'{variant}/ncm/cosine'][t], g[f'{variant}/ncm/sq_distance'][t]
-    close(scores[:, :seen], (cosine if head == 'cosine' else -0.5 * distance)[:, :seen])
-    assert np.array_equal(scores.argmax(1), g[f'{variant}/ncm/pred_{head}'][t])
+    of = f'{variant}/{"merged" if merge else "ncm"}'
+    close(s.count, g[f'{of}/counts'][t])
+    close((s.total / s.count[:, None])[:seen], g[f'{of}/means'][t, :seen])
+    cosine, distance = g[f'{of}/cosine'][t], g[f'{of}/sq_distance'][t]
+    close(scores[:, :seen], (cosine if metric == 'cosine' else -0.5 * distance)[:, :seen])
+    assert np.array_equal(scores.argmax(1), g[f'{of}/pred_{metric}'][t])

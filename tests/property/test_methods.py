@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_jax.compose import chain
+from cl_jax.budget import passes, state_bytes
+from cl_jax.compose import chain, gated
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import run
@@ -41,7 +42,7 @@ from cl_jax.models.resnet import resnet
 from cl_jax.models.vit import Config as vit_config
 from cl_jax.models.vit import vit
 from cl_jax.streams.take import take
-from cl_jax.types import Batch, Method, no_tap
+from cl_jax.types import Batch, Method, no_tap, overlay
 from tests.compiling import compiled, quick
 
 pytestmark = pytest.mark.usefixtures('quickly')
@@ -403,6 +404,57 @@ def test_the_first_session_ends_for_norm_statistics_too():
   state = step(settled, batch)[0]
   same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
   same((state.params, state.stats), (settled.params, settled.stats))
+
+
+def test_a_merged_first_session_keeps_the_network_that_it_began_with():
+  """Its parameters and norm statistics but for the head, charged; the other half of the features adapts."""
+  model = resnet(4, width=2, blocks=(1,))
+  x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
+  batch = Batch(x, np.arange(6) % 4, np.ones(6, np.float32), np.zeros(6, np.int32))
+  method = chain(only=first_session(merge=True), ncm=ncm(4, when='boundary'))
+  learn = compiled(learner(model, optax.sgd(0.1, momentum=0.9), method))
+  begun = state = learn.init(jax.random.key(0), batch)
+  for _ in range(2):
+    state, _ = learn.step(state, batch)
+  ended = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
+  features = quick(lambda s: model.apply(overlay(s.stats, s.params), batch, no_tap, False).features)
+  halves = jnp.concatenate([features(begun), features(state)], -1)
+  assert not np.allclose(*jnp.split(halves, 2, -1), rtol=0.1)
+  s = ended.method['ncm']
+  np.testing.assert_allclose(s.total, np.eye(4)[batch.y].T @ halves, rtol=1e-4, atol=1e-4)
+  mine = sum(a.nbytes for k, a in paths((begun.params, begun.stats)).items() if 'head' not in k)
+  assert state_bytes(ended)['method/only'] == 1 + mine
+
+
+def test_a_merged_first_session_pays_for_its_second_pass_at_test_alone(toy_stream):
+  """In training nothing reads the features of the network before."""
+  model, batch = mlp((16, 12), 6), take(toy_stream, toy_stream.index[0, 0], 0)
+  cost = []
+  for both in (False, True):
+    method = chain(only=first_session(both), ncm=ncm(6, when='boundary'))
+    build = lambda model, m=method: learner(model, optax.sgd(0.1), m)  # noqa: E731
+    state = jax.eval_shape(build(model).init, jax.random.key(0), batch)
+    cost.append(passes(build, model, state, batch))
+  plain, merged = cost
+  assert plain['train_forward'] == merged['train_forward'] == 1
+  assert merged['predict_forward'] == pytest.approx(2 * plain['predict_forward'], abs=0.01)
+
+
+def test_merging_what_does_not_differ_is_refused(toy_stream):
+  """Where the head alone is trained, or the adaptation comes later; nor is there one shape for a gate."""
+  model, batch = mlp((16, 12), 6), take(toy_stream, toy_stream.index[0, 0], 0)
+  params, _ = model.init(jax.random.key(0), batch)
+  frozen = {k: params[k] for k in ('l0', 'l1')}
+  only, adapter = first_session(merge=True), lora(2, 4.0, 'l./w')
+  for method, message in (
+    (only, 'nothing but the head is trained'),
+    (chain(only=only, lora=adapter), 'put it behind'),
+    (chain(lora=adapter, only=gated(1.0, only)), 'cannot be gated'),
+  ):
+    learn = learner(model, optax.sgd(0.1), method, frozen)
+    with pytest.raises(UserError, match=message) as caught:
+      jax.eval_shape(lambda k, b, f=learn: f.predict(f.init(k, b), b), jax.random.key(0), batch)
+    assert '\n' not in str(caught.value)
 
 
 def test_fecam_adds_to_the_moments_of_a_class_that_comes_back():

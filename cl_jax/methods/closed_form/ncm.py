@@ -28,8 +28,10 @@ def ncm(classes: int, metric: str = 'cosine', when: str = 'step') -> Method:
     metric: 'cosine' or 'euclidean' (logits are minus half the squared distance).
     when: 'step' learns from every batch. 'boundary' learns from the examples of the finished task, each
       once whatever the number of epochs, with the features of the network as it is then; in training the
-      model's own logits stay, so that its head learns. With adaptation in the first session only, APER
-      (same paper, section 4.2): `chain(lora=..., first_session=..., ncm=ncm(classes, when='boundary'))`.
+      model's own logits stay, so that its head learns. Adaptation in the first session only, merged with
+      the network before it, is APER (same paper, section 4.2):
+      `chain(lora=lora(), first_session=first_session(merge=True), ncm=ncm(classes, when='boundary'))`.
+      Without `merge` the means are those of the adapted network alone.
 
   Needs the boundary where `when` says so. State: 4 C (D + 1) bytes. Freeze the model: a moving backbone
   would leave the means behind.

@@ -6,7 +6,7 @@ seen have mean 0 and never take part in a prediction.
 
 NCM. Class means of the raw features (a running sum and a count).
   euclidean        the class with the least |x - mu|^2
-  cosine           the class with the greatest cos(x, mu), mu the mean of the RAW features (APER)
+  cosine           the class with the greatest cos(x, mu), mu the mean of the RAW features (SimpleCIL)
   cosine_unit      the same with mu the mean of features scaled to unit length one by one (iCaRL)
 
 SLDA. Hayes & Kanan 2020, eq. 2-4, one row at a time, as the authors' SLDA_Model.fit (no base

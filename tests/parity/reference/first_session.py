@@ -1,6 +1,6 @@
 """Reference for first-session adaptation with closed-form heads: golden/first_session.npz. NumPy.
 
-Zhou et al. 2024 (IJCV; APER, SimpleCIL), section 4; zhoudw-zdw/RevisitingCIL. RanPAC: McDonnell et al.
+Zhou et al. 2024 (IJCV; SimpleCIL, APER), section 4; zhoudw-zdw/RevisitingCIL. RanPAC: McDonnell et al.
 2023, alg. 1, with a fixed lambda. Three tasks of two classes; every task is walked through TWICE (two
 epochs of the same four batches in the same order). In the first task everything trainable follows the
 optimiser on the CE over all 6 outputs; after the first boundary no parameter changes any more, whatever
@@ -9,6 +9,8 @@ anew with the parameters of then, each row ONCE although there were two epochs, 
 
   ncm     counts and means of f per class; sq_distance |f - mu_c|^2 and cosine cos(f, mu_c), mu_c the
           mean of the raw features
+  merged  ncm on [f0, f] [14], f0 the features of the same rows by the parameters before the first step:
+          APER's adapt and merge; ncm above is its adapted half alone
   ranpac  h = relu(f W), W [7,10] given; G += h^T h, C += h^T Y with Y one-hot over 6 classes; head =
           (G + lambda I)^-1 C; logits = h head
 
@@ -26,6 +28,7 @@ Outputs, V in {lora, full}; first axis task, second step (8: both epochs):
   V/loss [3,8]              CE at the parameters before the step, in the later tasks too
   V/ncm/counts [3,6], V/ncm/means [3,6,7], V/ncm/sq_distance [3,8,6], V/ncm/cosine [3,8,6] (0 for unseen),
   V/ncm/pred_euclidean [3,8], V/ncm/pred_cosine [3,8]
+  V/merged/...              the same six, means [3,6,14]
   V/ranpac/G [3,10,10], V/ranpac/C [3,10,6], V/ranpac/head [3,10,6], V/ranpac/logits [3,8,6],
   V/ranpac/pred [3,8]
 """
@@ -78,13 +81,29 @@ def best(scores: pb.Array, seen: int) -> np.ndarray:
   return scores[:, :seen].argmax(axis=1)
 
 
+def classify(means: pb.Array, counts: np.ndarray, q: pb.Array, seen: int) -> dict:
+  """Distances and cosines of the probe's features q to the means of the first `seen` classes."""
+  distance, cosine = np.zeros((2, len(q), CLASSES))
+  distance[:, :seen] = ((q[:, None] - means[:seen]) ** 2).sum(-1)
+  norms = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(means[:seen], axis=1)
+  cosine[:, :seen] = q @ means[:seen].T / norms
+  return {
+    'counts': counts,
+    'means': means,
+    'sq_distance': distance,
+    'cosine': cosine,
+    'pred_euclidean': best(-distance, seen),
+    'pred_cosine': best(cosine, seen),
+  }
+
+
 def run(init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array, w: pb.Array) -> dict:
   lora = 'l0/A' in init
   trained = [k for k in init if not lora or k[-1] in 'AB' or k.startswith('l2')]
   params, v = dict(init), {k: np.zeros_like(init[k]) for k in trained}
-  counts, means = np.zeros(CLASSES, np.int64), np.zeros((CLASSES, D))
+  counts, means = np.zeros(CLASSES, np.int64), np.zeros((CLASSES, 2 * D))
   g, c = np.zeros((M, M)), np.zeros((M, CLASSES))
-  trace, losses, ncm, ranpac = [], [], [], []
+  trace, losses, ncm, merged, ranpac = [], [], [], [], []
   for t in range(TASKS):
     for s in range(EPOCHS * BATCHES):
       loss, after, v = step(params, v, xs[t, s % BATCHES], ys[t, s % BATCHES])
@@ -93,24 +112,13 @@ def run(init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array, w: pb.Ar
       losses.append(loss)
     seen = 2 * t + 2
     f, y = features(params, xs[t].reshape(-1, pb.INPUTS)), ys[t].reshape(-1)
+    both = np.concatenate([features(init, xs[t].reshape(-1, pb.INPUTS)), f], axis=1)
     counts, means = counts + np.bincount(y, minlength=CLASSES), means.copy()
     for k in (2 * t, 2 * t + 1):
-      means[k] = f[y == k].mean(0)
+      means[k] = both[y == k].mean(0)
     q = features(params, probe)
-    distance, cosine = np.zeros((2, len(q), CLASSES))
-    distance[:, :seen] = ((q[:, None] - means[:seen]) ** 2).sum(-1)
-    norms = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(means[:seen], axis=1)
-    cosine[:, :seen] = q @ means[:seen].T / norms
-    ncm.append(
-      {
-        'counts': counts,
-        'means': means,
-        'sq_distance': distance,
-        'cosine': cosine,
-        'pred_euclidean': best(-distance, seen),
-        'pred_cosine': best(cosine, seen),
-      }
-    )
+    ncm.append(classify(means[:, D:], counts, q, seen))
+    merged.append(classify(means, counts, np.concatenate([features(init, probe), q], axis=1), seen))
     h = np.maximum(f @ w, 0.0)
     clear(f @ w, q @ w)
     g, c = g + h.T @ h, c + h.T @ np.eye(CLASSES)[y]
@@ -120,7 +128,8 @@ def run(init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array, w: pb.Ar
     ranpac.append(entry)
   out = pb.prefixed('params', pb.per_task(trace, TASKS))
   out['loss'] = np.reshape(losses, (TASKS, -1))
-  return out | pb.prefixed('ncm', pb.stack(ncm)) | pb.prefixed('ranpac', pb.stack(ranpac))
+  out |= pb.prefixed('ncm', pb.stack(ncm)) | pb.prefixed('merged', pb.stack(merged))
+  return out | pb.prefixed('ranpac', pb.stack(ranpac))
 
 
 def main() -> None:
@@ -139,7 +148,12 @@ def main() -> None:
   for variant, start in (('lora', init | side), ('full', init)):
     arrays = run(start, xs, ys, probe, w)
     again = run(nearby(rng, start), xs, ys, probe, w)
-    skip = ('ranpac/G', 'ranpac/C', 'ncm/sq_distance')  # sums: their size is not 1
+    skip = (
+      'ranpac/G',
+      'ranpac/C',
+      'ncm/sq_distance',
+      'merged/sq_distance',
+    )  # sums: their size is not 1
     stable({k: a for k, a in arrays.items() if k not in skip}, again)
     out |= pb.prefixed(variant, arrays)
   pb.save('first_session', out)

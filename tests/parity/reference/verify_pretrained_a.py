@@ -296,6 +296,8 @@ def first_session() -> None:
     opt = torch.optim.SGD(list(p.values()), lr=float(z['lr']), **more)
     scale = z['alpha'] / z['r']
 
+    begun = {k: value.detach().clone() for k, value in p.items()}
+
     def f(x: torch.Tensor, p=p, rest=rest, v=v, scale=scale) -> torch.Tensor:
       zero = {n: torch.zeros_like(z[f'init/{n}/w']) for n in LAYERS}
       side = {n: scale * p[f'{n}/A'] @ p[f'{n}/B'] for n in LAYERS} if v == 'lora' else zero
@@ -323,6 +325,15 @@ def first_session() -> None:
       cosine = F.cosine_similarity(q[:, None], means[None], dim=2)
       equal(cosine, z[f'{v}/ncm/cosine'][t, :, :seen], 'cosine')
       equal(cosine.argmax(1), z[f'{v}/ncm/pred_cosine'][t], 'pred')
+      both, asked = (
+        torch.cat([f(x, begun).detach(), f(x).detach()], 1) for x in (torch.cat(rows), z['probe'])
+      )
+      means = torch.stack([both[y == c].mean(0) for c in range(seen)])
+      equal(means, z[f'{v}/merged/means'][t, :seen], 'merged means')
+      equal(torch.cdist(asked, means) ** 2, z[f'{v}/merged/sq_distance'][t, :, :seen], 'merged')
+      cosine = F.cosine_similarity(asked[:, None], means[None], dim=2)
+      equal(cosine, z[f'{v}/merged/cosine'][t, :, :seen], 'merged cosine')
+      equal(cosine.argmax(1), z[f'{v}/merged/pred_cosine'][t], 'merged pred')
       g, onehot = (h @ z['W']).relu(), F.one_hot(y, 6).double()
       # The ridge head as a least-squares problem with lambda's rows below.
       big = torch.cat([g, z['lambda'].sqrt() * torch.eye(10)])
