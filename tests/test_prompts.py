@@ -202,15 +202,24 @@ def test_mistakes(method, message):
   assert '\n' not in str(caught.value)
 
 
-def test_prompts_start_from_tokens():
-  table = np.asarray(first(BERT.init, jax.random.key(0), TEXT)[0]['backbone']['embed']['tokens'])
-  _, state, _ = start(BERT, TEXT, prompt_tuning(5, 'labels', (4, 2)))
-  np.testing.assert_array_equal(
-    state.params['prompt_tuning']['prompt'], table[np.array([4, 2, 4, 2, 4])]
-  )
-  _, state, _ = start(BERT, TEXT, prompt_tuning(5, 'vocabulary'))
-  rows = np.asarray(state.params['prompt_tuning']['prompt'])
-  assert all((table == row).all(1).any() for row in rows)
+def test_prompts_start_from_tokens_as_bert_embeds_them():
+  """In the space that they enter: with position, segment and norm."""
+  params, _ = first(BERT.init, jax.random.key(0), TEXT)
+  e = params['backbone']['embed']
+  e['norm'] = {'scale': jnp.linspace(0.5, 2, D), 'bias': jnp.linspace(-1, 1, D)}
+  network = BERT._replace(init=lambda key, batch: (params, {}))
+
+  def by_token(ids):  # [5, tokens, D]
+    h = e['tokens'][ids] + e['positions'][:5, None] + e['types'][0]
+    return layers.layer_norm(e['norm'], h, 1e-12)
+
+  _, state, _ = start(network, TEXT, prompt_tuning(5, 'labels', (4, 2)))
+  rows = state.params['prompt_tuning']['prompt']
+  close(rows, by_token(np.array([4, 2, 4, 2, 4])[:, None])[:, 0])
+  _, state, _ = start(network, TEXT, prompt_tuning(5, 'vocabulary'))
+  rows = state.params['prompt_tuning']['prompt'][:, None]
+  far = jnp.abs(by_token(np.arange(30)[None]) - rows).max(-1).min(-1)
+  assert (far < 1e-4).all()
   with pytest.raises(UserError, match='vocabulary of 30'):
     start(BERT, TEXT, prompt_tuning(2, 'labels', (30,)))
 

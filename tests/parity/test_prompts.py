@@ -17,6 +17,8 @@ from cl_jax.methods.prompts.l2p import l2p
 from cl_jax.methods.prompts.prefix_tuning import prefix_tuning
 from cl_jax.methods.prompts.prompt_tuning import prompt_tuning
 from cl_jax.methods.prompts.sprompts import sprompts
+from cl_jax.models import causal
+from cl_jax.models.decoder import decoder
 from cl_jax.models.vit import Config, vit
 from tests.parity.shared import Golden, batch_of, close, fixed
 
@@ -34,15 +36,14 @@ def x64():
     yield
 
 
-def start(g, method, own, more=None):
+def start(g, method, own):
   """A learner whose backbone is frozen; its head is trained, and the parameters `own` of the method."""
   params = nest({k[5:]: jnp.asarray(g[k]) for k in g.data.files
                  if k.startswith(('init/backbone/', 'init/head/'))})  # fmt: skip
   inner = method.init
-  if own is not None:  # the method's own state, with given parameters
-    added = {name: {k: jnp.asarray(a) for k, a in leaves.items()} for name, leaves in own.items()}
-    method = method._replace(init=lambda *a: (added, inner(*a)[1]))
-  frozen = {'backbone': params['backbone'] | (more or {})}
+  added = {name: {k: jnp.asarray(a) for k, a in leaves.items()} for name, leaves in own.items()}
+  method = method._replace(init=lambda *a: (added, inner(*a)[1]))  # the method's own state
+  frozen = {'backbone': params['backbone']}
   L = learner(fixed(vit(CONFIG, CLASSES), params), optax.sgd(float(g['lr'])), method, frozen)
   return L, L.init(jax.random.key(0), weighted(g, 0, 0))
 
@@ -99,10 +100,17 @@ def test_prompt_tuning():
 
 @pytest.mark.parametrize(('ids', 'rows'), [('tokens', 'P'), ('many', 'P_many')])
 def test_prompt_tuning_starts_from_labels(ids, rows):
+  """In a network that embeds a token by its row of the table alone."""
   g = Golden('prompt_tuning')
   method = prompt_tuning(5, 'labels', tuple(int(i) for i in g[f'labels/{ids}']))
-  embed = {'embed': {'tokens': jnp.asarray(g['labels/table'])}}
-  _, state = start(g, method, None, embed)
+  model = decoder(causal.Config(7, 8, 1, 2, 2, 12, 10), 2)
+  text = batch_of(np.zeros((2, 3), np.int32), np.zeros(2))
+  text = text._replace(x={'tokens': text.x, 'mask': np.ones((2, 3), bool)})
+  params, _ = model.init(jax.random.key(0), text)
+  backbone = {**params['backbone'], 'embed': {'tokens': jnp.asarray(g['labels/table'])}}
+  state = learner(model, optax.sgd(0.1), method, {'backbone': backbone}).init(
+    jax.random.key(0), text
+  )
   close(state.params['prompt_tuning']['prompt'], g[f'labels/{rows}'])
 
 
