@@ -35,7 +35,7 @@ def sites(
   missing = [tap for tap in at if tap not in widths]
   if missing or not depth:
     raise UserError(
-      f'{name} needs the taps {", ".join(at)} of a transformer (vit, bert); '
+      f'{name} needs the taps {", ".join(at)} of a transformer (vit, bert, decoder, clip); '
       f'this network has {", ".join(sorted(widths)) or "none"}'
     )
   return depth, widths[at[0]]

@@ -56,7 +56,7 @@ def network(method: str, params: Tree, batch: Batch, fwd: Forward) -> Network:
   if not {'embed', 'k', 'v', 'scores'} <= set(seen) or not layers:
     raise UserError(
       f"{method} puts prompts at the taps 'embed', 'k' and 'v' of a transformer; this network has "
-      f'{", ".join(sorted(seen)) or "no taps"}: take a vit or bert, without cached features'
+      f'{", ".join(sorted(seen)) or "no taps"}: take a vit, bert, decoder or clip, without cached features'
     )
   return Network(seen['embed'], seen['k'], out.features.shape[-1], layers)
 

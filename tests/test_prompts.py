@@ -24,7 +24,8 @@ from cl_jax.methods.prompts.l2p import l2p
 from cl_jax.methods.prompts.prefix_tuning import prefix_tuning
 from cl_jax.methods.prompts.prompt_tuning import prompt_tuning
 from cl_jax.methods.prompts.sprompts import kmeans, sprompts
-from cl_jax.models import bert, layers, vit
+from cl_jax.models import bert, causal, clip, layers, vit
+from cl_jax.models.decoder import decoder
 from cl_jax.models.mlp import mlp
 from cl_jax.types import Batch, Method, no_tap
 from tests.compiling import compiled, quick
@@ -45,6 +46,12 @@ TEXT = IMAGES._replace(
 VIT = vit.vit(vit.Config(4, 2, 1, D, 3, HEADS, 12), C, init=0.5)
 BERT = bert.bert(bert.Config(30, D, 3, HEADS, 12, 10, 2), C, init=0.5)
 NETWORKS = {'vit': (VIT, IMAGES), 'bert': (BERT, TEXT)}
+LLAMA = decoder(
+  causal.Config(30, D, 3, HEADS, 1, 12, 12), C, init=0.5
+)  # heads share keys and values
+CLIP_CONFIG = clip.Config(4, 2, 1, D, 3, HEADS, 12, projection=6)
+CLIP = clip.clip(CLIP_CONFIG, C, init=0.5, mean=0.0, std=1.0)
+OTHERS = {'decoder': (LLAMA, TEXT), 'clip': (CLIP, IMAGES)}
 PER_TASK = {
   'dualprompt': lambda: dualprompt(3, 2, 3, 0.5, (0,), (1, 2)),
   'coda': lambda: coda(3, 6, 4, 0.1, (0, 2)),
@@ -146,6 +153,35 @@ def test_prompts_and_prefixes_enter_where_they_should(name):
   join = lambda i: jnp.concatenate([rows[0, i], jnp.broadcast_to(shared[1, i], (B, 2, D))], 1)  # noqa: E731
   prefixes = {0: (join(0), join(1)), 1: (rows[1, 0], rows[1, 1]), 2: (shared[0, 0], shared[0, 1])}
   close(features(both), hand(prompt, prefixes))
+
+
+@pytest.mark.parametrize('network', OTHERS)
+def test_decoders_and_clip_take_them_too(network):
+  """All of them trace; one step of a prompt and of prefixes in some layers reaches every array of theirs."""
+  model, batch = OTHERS[network]
+  for make in METHODS.values():
+    learn = learner(model, optax.sgd(0.1), make())
+    state = jax.eval_shape(learn.init, jax.random.key(0), batch)
+    state, _ = jax.eval_shape(learn.step, state, batch)
+    assert jax.eval_shape(learn.predict, state, batch).shape == (B, C)
+  both = {n: METHODS[n]() for n in ('prompt_tuning', 'dualprompt')}
+  learn, state, _ = start(model, batch, chain(**both))
+  moved = learn.step(state, batch)[0].params
+  for n in both:
+    assert all(not np.array_equal(a, moved[n][leaf]) for leaf, a in state.params[n].items()), n
+
+
+def test_a_prompt_of_tokens_is_these_tokens_before_the_text():
+  """In a Llama, whose embedded sequence holds rows of the table and whose positions go on."""
+  learn, state, frozen = start(LLAMA, TEXT, prompt_tuning(3, 'labels', (4, 2)))
+  ahead = jnp.broadcast_to(jnp.array([4, 2, 4]), (B, 3))
+  x = {
+    'tokens': jnp.concatenate([ahead, TEXT.x['tokens']], 1),
+    'mask': jnp.concatenate([ahead > 0, MASK], 1),
+  }
+  plain = learner(LLAMA, optax.sgd(0.1), frozen=frozen)
+  bare = state._replace(params={'head': state.params['head']}, method=())
+  close(learn.predict(state, TEXT), quick(plain.predict)(bare, TEXT._replace(x=x)))
 
 
 def test_the_tap_of_another_method_goes_on_working():

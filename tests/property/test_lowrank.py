@@ -19,6 +19,8 @@ from cl_jax.methods.lowrank.ease import ease
 from cl_jax.methods.lowrank.inflora import inflora
 from cl_jax.methods.lowrank.olora import olora
 from cl_jax.methods.lowrank.sdlora import sdlora
+from cl_jax.models import causal, clip
+from cl_jax.models.decoder import decoder
 from cl_jax.models.layers import layer_norm
 from cl_jax.models.mlp import mlp
 from cl_jax.models.vit import Config, vit
@@ -208,6 +210,49 @@ def test_adapters_start_as_the_model_and_sit_at_every_layer(parallel, toy_stream
   for place in own:
     up = moved.params['adapter'][place]['up']['w']
     assert up.shape == (2, 3, 8) and up[0].any() and up[1].any()
+
+
+LLAMA = causal.Config(30, 8, 2, 2, 1, 12, 12)
+TOKENS = np.random.default_rng(0).integers(0, 30, (4, 5)).astype(np.int32)
+SEEN = np.ones(TOKENS.shape, bool)
+ROWS = Batch(None, np.arange(4, dtype=np.int32), np.ones(4, np.float32), np.zeros(4, np.int32))
+OTHERS = {
+  'decoder': (decoder(LLAMA, 6, init=0.3), {'tokens': TOKENS, 'mask': SEEN}),
+  'clip': (
+    clip.clip(clip.Config(2, 1, 2, 8, 2, 2, 12, projection=5), 6, init=0.3, mean=0.0, std=1.0),
+    np.random.default_rng(1).normal(size=(4, 2, 2, 2)).astype(np.float32),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_adapters_in_decoders_and_clip(name):
+  """They start as the model, and one step moves those of every layer; EASE traces there."""
+  model, x = OTHERS[name]
+  batch = ROWS._replace(x=x)
+  params, _ = quick(model.init)(jax.random.key(0), batch)
+  frozen = {'backbone': params['backbone']}
+  learn = compiled(learner(model, optax.sgd(0.5), adapter(3), frozen))
+  state = learn.init(jax.random.key(1), batch)
+  plain = quick(model.apply, static_argnums=(2, 3))(
+    {**frozen, **state.params}, batch, no_tap, False
+  )
+  np.testing.assert_array_equal(learn.predict(state, batch), plain.logits)
+  moved, _ = learn.step(state, batch)
+  for place in ('attention', 'feedforward'):
+    assert moved.params['adapter'][place]['up']['w'].any((1, 2)).tolist() == [True, True]
+  every = learner(model, optax.sgd(0.5), ease(6, 3, 3), frozen)
+  begun = jax.eval_shape(every.init, jax.random.key(1), batch)
+  begun = jax.eval_shape(every.boundary, begun, jax.tree.map(lambda a: a[None], batch))
+  assert jax.eval_shape(every.predict, begun, batch).shape == (4, 6)
+
+
+def test_ease_refuses_a_language_model():
+  batch = ROWS._replace(x={'tokens': TOKENS, 'mask': SEEN, 'learn': SEEN})
+  learn = learner(decoder(LLAMA, 6, output='tokens'), optax.sgd(0.5), ease(6, 3))
+  with pytest.raises(UserError, match=r'logits .* \(4, 5, 30\): take a classifier') as caught:
+    jax.eval_shape(learn.init, jax.random.key(1), batch)
+  assert '\n' not in str(caught.value)
 
 
 def test_ease_keeps_adapters_and_means_of_features(toy_stream):

@@ -38,7 +38,8 @@ def adapter(
     parallel: beside the feed-forward block.
     scale: of parallel adapters.
 
-  Needs a transformer (vit, bert). State: none (parameters: 2 d r + d + r per adapter and layer).
+  Needs a transformer (vit, bert, decoder, clip). State: none (parameters: 2 d r + d + r per adapter and
+  layer).
   """
   if not where or any(place not in PLACES for place in where):
     raise UserError(f'adapter where={where!r}: give one or both of {", ".join(PLACES)}')

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax import adapters
+from cl_jax.errors import UserError
 from cl_jax.lowrank import here, keep
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Method
@@ -48,13 +49,22 @@ def ease(
     scale: of the adapters' outputs.
     reweigh: alpha of eq. 10.
 
-  Needs a transformer (vit, bert), T forward passes per prediction, and the boundary. State:
+  Raises:
+    UserError: the network is no transformer, or no classifier, as a language model.
+
+  Needs a transformer (vit, bert, decoder, clip), T forward passes per prediction, and the boundary. State:
   4 T C (D + 1) + 5 C + 4 bytes (and parameters: T layers (2 d r + d + r)).
   """
 
   def init(key, params, batch, fwd):
     layers, d = adapters.sites('ease', ('middle', 'feedforward'), params, batch, fwd)
-    features = jax.eval_shape(fwd, params, batch).features.shape[-1]
+    out = jax.eval_shape(fwd, params, batch)
+    if out.logits.shape[1:] != (classes,):
+      raise UserError(
+        f'ease compares each input with {classes} classes; the logits of this network are '
+        f'{out.logits.shape}: take a classifier'
+      )
+    features = out.features.shape[-1]
     return {'ease': adapters.draw(key, (tasks, layers), d, rank)}, EaseState(
       jnp.zeros((tasks, classes, features)),
       jnp.zeros((tasks, classes)),
