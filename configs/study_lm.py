@@ -15,6 +15,7 @@ What is adapted is the first word:
   full    all weights but the token embeddings (which give the logits too)
   half    the upper half of the layers
   lora    low-rank updates of queries and values, rank 8
+  stages  the same, new in every stage, above the earlier ones merged (olora without its penalty)
   bitfit  the scales of the norms (Llama has no biases)
   prompt  20 vectors before the text
   random  full, from random weights in the place of the pretrained ones: the control
@@ -33,16 +34,20 @@ HELD_OUT = ('wiki', 'math')
 CELLS = (
   'lora,naive', 'lora,er', 'full,naive', 'full,er', 'lora,lwf', 'lora,ewc', 'prompt,naive', 'bitfit,naive',
   'half,naive', 'full,ewc', 'full,lwf', 'lora,joint', 'full,joint', 'random,naive', 'random,er',
+  'stages,naive',
 )  # fmt: skip
 NAMES = {
   'full': 'full fine-tuning',
   'half': 'upper half of the layers',
   'lora': 'LoRA',
+  'stages': 'LoRA per stage, merged',
   'bitfit': 'norm scales',
   'prompt': 'prompt tuning',
   'random': 'full, from random weights',
 }
-RATES = {'full': 5e-5, 'half': 1e-4, 'lora': 1e-3, 'bitfit': 3e-3, 'prompt': 0.03, 'random': 1e-3}
+RATES = {
+  'full': 5e-5, 'half': 1e-4, 'lora': 1e-3, 'stages': 1e-3, 'bitfit': 3e-3, 'prompt': 0.03, 'random': 1e-3,
+}  # fmt: skip
 EMBEDDINGS = 'backbone/embed/.*'
 
 
@@ -52,10 +57,16 @@ def get_config(arg: str = 'lora,naive') -> dict:
   words = [w for w in words if w != 'large']
   adapt, words = (words[0], words[1:]) if words and words[0] in NAMES else ('lora', words)
   fields, methods = common.words(','.join(words), 'domain')
-  own = {'lora': ('lora',), 'prompt': ('prompt_tuning',), 'half': ('partial',)}.get(adapt, ())
+  own = {
+    'lora': ('lora',),
+    'stages': ('olora',),
+    'prompt': ('prompt_tuning',),
+    'half': ('partial',),
+  }.get(adapt, ())
   length, batch, steps = (512, 32, 1000) if large else (32, 4, 100)
   arguments = {
     'lora': {'rank': 8, 'alpha': 16.0, 'targets': 'backbone/layers/(q|v)/w'},
+    'olora': {'rank': 8, 'alpha': 16.0, 'coef': 0.0, 'targets': 'backbone/layers/(q|v)/w'},
     'prompt_tuning': {'length': 20, 'start': 'vocabulary'},
     'partial': {'lowest': 15},
     # A fifth as many old blocks as new ones would fit the memory of a phone; here half.
@@ -69,6 +80,7 @@ def get_config(arg: str = 'lora,naive') -> dict:
     'random': (EMBEDDINGS,),
     'half': (EMBEDDINGS,),
     'lora': ('backbone/.*',),
+    'stages': ('backbone/.*',),
     'prompt': ('backbone/.*',),
     'bitfit': (EMBEDDINGS, 'backbone/layers/.*/w'),
   }[adapt]

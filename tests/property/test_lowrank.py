@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from cl_jax.masks import paths
 from cl_jax.methods.lowrank.adapter import adapter
 from cl_jax.methods.lowrank.ease import ease
 from cl_jax.methods.lowrank.inflora import inflora
+from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.lowrank.olora import olora
 from cl_jax.methods.lowrank.sdlora import sdlora
 from cl_jax.models import causal, clip
@@ -245,6 +247,40 @@ def test_adapters_in_decoders_and_clip(name):
   begun = jax.eval_shape(every.init, jax.random.key(1), batch)
   begun = jax.eval_shape(every.boundary, begun, jax.tree.map(lambda a: a[None], batch))
   assert jax.eval_shape(every.predict, begun, batch).shape == (4, 6)
+
+
+def test_olora_without_its_penalty_is_a_lora_per_stage_that_is_merged():
+  """On a language model: a stage trains as a LoRA of its own does above the merger of all earlier ones."""
+  model, targets = decoder(LLAMA, 6, output='tokens', init=0.3), 'backbone/layers/(q|v)/w'
+  drawn = np.random.default_rng(3).integers(0, 30, (2, 3, 4, 5)).astype(np.int32)  # stage, step
+  text = lambda t, i: ROWS._replace(x={'tokens': drawn[t, i], 'mask': SEEN, 'learn': SEEN})  # noqa: E731
+  frozen, _ = quick(model.init)(jax.random.key(0), text(0, 0))
+  tx, method = optax.sgd(0.5, momentum=0.9), olora(3, 2, 4.0, coef=0.0, targets=targets)
+  learn = compiled(learner(model, tx, method, frozen))
+  state = learn.init(jax.random.key(1), text(0, 0))
+  for i in range(3):
+    state, _ = learn.step(state, text(0, i))
+  state = learn.boundary(state, jax.tree.map(lambda a: a[None], text(0, 0)))
+  first = paths(state.params['olora'])
+  assert all(a[0].any() for a in first.values())
+
+  base = quick(partial(merged, method, state.method))({**frozen, **state.params})
+  for n in 'kqv':
+    change = base['backbone']['layers'][n]['w'] - frozen['backbone']['layers'][n]['w']
+    assert (jnp.abs(change).max() > 1e-3) == (n != 'k')
+  alone = lora(2, 4.0, targets)
+  begun = jax.tree.map(lambda a: a[1], state.params['olora'])
+  alone = compiled(learner(model, tx, alone._replace(init=lambda *_: ({'lora': begun}, ())), base))
+  other = alone.init(jax.random.key(1), text(1, 0))
+  for i in range(3):
+    state, loss = learn.step(state, text(1, i))
+    other, same = alone.step(other, text(1, i))
+    np.testing.assert_allclose(loss, same, rtol=1e-5)
+  for path, a in paths(state.params['olora']).items():
+    np.testing.assert_allclose(a[1], paths(other.params['lora'])[path], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(a[1], first[path][1], atol=1e-3), path
+    np.testing.assert_array_equal(a[0], first[path][0])
+    np.testing.assert_array_equal(a[2], first[path][2])
 
 
 def test_ease_refuses_a_language_model():

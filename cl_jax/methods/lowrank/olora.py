@@ -29,7 +29,9 @@ def olora(
   exact bits under any optimiser. Deviations: all slots are allocated from the start; no dropout on the input
   of A; `l2` weighs squared norms (the official code's are not squared, its weight is 0 by default).
 
-  Freeze the rest by `learner(frozen=...)`. After more than `tasks` boundaries no slot is trained.
+  Freeze the rest by `learner(frozen=...)`. After more than `tasks` boundaries no slot is trained. With `coef`
+  and `l2` 0 it is the baseline without the paper's idea: a LoRA per task above the merger of all earlier
+  ones, which are kept apart here; `lowrank.merged` gives the plain weights.
 
   Args:
     tasks: T, number of slots.
