@@ -117,7 +117,9 @@ def merged(method: Method, s: Tree, variables: Tree) -> Tree:
     variables: parameters over frozen weights, the method's branch among them.
 
   Returns:
-    The same tree without that branch: nothing to add at inference, and a base for the next stage.
+    The same tree without that branch: nothing to add at inference, and a base for the next stage. It is new:
+    `variables` keeps its bits and goes on as the network before the merge, which nothing has to be subtracted
+    for. What the two compute differs by the rounding of f32 alone, as x (w + a b) does from x w + (x a) b.
   """
   adapted = method.wrap(s, lambda v, batch, tap, train: v)(variables, None, None, False)
   is_operator = lambda a: isinstance(a, LowRank)  # noqa: E731

@@ -14,7 +14,8 @@ from cl_jax.compose import chain
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import run
-from cl_jax.methods.lowrank.lora import lora, merge
+from cl_jax.lowrank import merged
+from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import agem
@@ -212,15 +213,15 @@ def test_frozen_weights_in_few_bits():
     off = jnp.abs(model.apply(few, b).logits - plain).max() / jnp.abs(plain).max()
     assert off < error, (bits, off)
     made = decoder(config, 1, few['backbone'], output='tokens')
-    L = learner(made, optax.sgd(0.5), chain(lora=lora(2, 4.0, '.*/(q|v)/w')), few)
+    method = lora(2, 4.0, '.*/(q|v)/w')
+    L = learner(made, optax.sgd(0.5), chain(lora=method), few)
     state, step = L.init(jax.random.key(0), b), quick(L.step)
     assert set(state.params) == {'lora'}
     new, before = step(state, b)
     for _ in range(20):
       new, after = step(new, b)
     assert after < before
-    merged = merge({**few, **new.params}, 4.0)
-    out = made.apply(merged, b).logits
+    out = made.apply(merged(method, (), {**few, **new.params}), b).logits
     want = L.predict(new, b)
     np.testing.assert_allclose(out, want, atol=1e-5)
   with pytest.raises(UserError, match='multiple of 64 rows'):

@@ -15,6 +15,7 @@ import pytest
 from cl_jax import fisher, memory, metrics
 from cl_jax.compose import chain
 from cl_jax.learner import learner
+from cl_jax.lowrank import merged
 from cl_jax.methods.closed_form import ranpac as ranpac_module
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
@@ -23,7 +24,7 @@ from cl_jax.methods.heads.seen_head import seen_head
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.methods.isolation.hat import hat
 from cl_jax.methods.isolation.packnet import packnet
-from cl_jax.methods.lowrank.lora import lora, merge
+from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import agem
@@ -482,13 +483,13 @@ def test_lora():
         close(ours['a'].T, g[f'train_a/params/{layer}/A'][t, i])
         close(ours['b'].T, g[f'train_a/params/{layer}/B'][t, i])
       close(state.params['head']['w'], g['train_a/params/l2/w'][t, i])
-    merged = merge(overlay(frozen, state.params), alpha)
+    plain = merged(method, (), overlay(frozen, state.params))
     for layer in ('l0', 'l1'):
-      close(merged[layer]['w'], g[f'train_a/merged/{layer}/w'][t])
+      close(plain[layer]['w'], g[f'train_a/merged/{layer}/w'][t])
     probe = batch_of(g['probe'], np.zeros(12))
     close(L.predict(state, probe), g['train_a/probe_logits'][t])
     close(
-      mlp((8, 7), 4).apply(merged, probe, Method().wrap and (lambda n, h, layer: h), False).logits,
+      mlp((8, 7), 4).apply(plain, probe, Method().wrap and (lambda n, h, layer: h), False).logits,
       g['train_a/probe_logits'][t],
     )
 

@@ -38,6 +38,8 @@ MAKE = {
   # The inputs have 8 and 16 directions: less energy than usual leaves some of them free.
   'inflora': lambda tasks: inflora(tasks, warm=2, rank=2, energy=0.6, targets='l./w'),
 }
+# LoRA has no slot of its own for a task.
+ALL = {**MAKE, 'lora': lambda tasks: lora(2, 3.0, targets='l./w')}
 OPTIMISERS = {
   'momentum': lambda: optax.chain(
     optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9, nesterov=True)
@@ -50,14 +52,14 @@ def start(stream, name, tx):
   """A learner on a frozen network, its first state and its compiled functions."""
   model, batch = mlp((16, 12), 6), take(stream, stream.index[0, 0], 0)
   params, _ = model.init(jax.random.key(0), batch)
-  learn = learner(model, tx, MAKE[name](stream.tasks), {k: params[k] for k in ('l0', 'l1')})
+  learn = learner(model, tx, ALL[name](stream.tasks), {k: params[k] for k in ('l0', 'l1')})
   state = quick(learn.init)(jax.random.key(1), batch)
   return state, quick(learn.step), quick(learn.boundary), learn
 
 
-@pytest.mark.parametrize('name', MAKE)
+@pytest.mark.parametrize('name', ALL)
 def test_merged_weights_compute_the_same(name, toy_stream):
-  """After two tasks, to 1e-5; and training may go on above them."""
+  """After two tasks, to 1e-5; and training may go on above them, or, bit for bit, without them."""
   state, step, boundary, learn = start(toy_stream, name, optax.sgd(0.1))
   model, batch = mlp((16, 12), 6), take(toy_stream, toy_stream.index[0, 0], 0)
   params, _ = model.init(jax.random.key(0), batch)
@@ -66,11 +68,15 @@ def test_merged_weights_compute_the_same(name, toy_stream):
     for i in range(6):
       state, _ = step(state, take(toy_stream, toy_stream.index[t, i], t))
     state = boundary(state, end_of(toy_stream, t))
-  plain = merged(MAKE[name](toy_stream.tasks), state.method, {**frozen, **state.params})
+  variables = {**frozen, **state.params}
+  before, logits = jax.tree.map(np.array, variables), learn.predict(state, batch)
+  plain = merged(ALL[name](toy_stream.tasks), state.method, variables)
   assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, params)
   got = model.apply(plain, batch, no_tap, False).logits
-  np.testing.assert_allclose(got, learn.predict(state, batch), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got, logits, rtol=1e-5, atol=1e-5)
   assert jnp.abs(plain['l0']['w'] - frozen['l0']['w']).max() > 1e-3
+  jax.tree.map(np.testing.assert_array_equal, variables, before)
+  np.testing.assert_array_equal(learn.predict(state, batch), logits)
 
 
 def end_of(stream, t):

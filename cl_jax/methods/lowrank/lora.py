@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from cl_jax.lowrank import bounds, drawn, put, select
@@ -15,8 +14,9 @@ def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*(query|value)/w')
 
   Hu et al., ICLR 2022, eq. 3; official code microsoft/LoRA. A is Kaiming-uniform with a = sqrt(5), that is
   U(+-1/sqrt(d_in)), and B is zero, so that training starts from the model as it is. Freeze the rest by
-  `learner(frozen=...)`; the product is never formed in training (see `LowRank`). Stacked weights
-  [L, d_in, d_out] get an adapter per layer. Deviation: no dropout on A's input.
+  `learner(frozen=...)`; the product is never formed in training (see `LowRank`), but afterwards by
+  `cl_jax.lowrank.merged`. Stacked weights [L, d_in, d_out] get an adapter per layer. Deviation: no dropout on
+  A's input.
 
   Args:
     rank: r.
@@ -51,10 +51,3 @@ def adapt(variables: Tree, alpha: float) -> Tree:
     )  # one per layer, for the scan
 
   return put(variables, 'lora', adapted)
-
-
-def merge(variables: Tree, alpha: float) -> Tree:
-  """The variables with W + (alpha / r) A B in place of every adapted W: nothing to add at inference."""
-  adapted = adapt(variables, alpha)
-  is_adapter = lambda a: isinstance(a, LowRank)  # noqa: E731
-  return jax.tree.map(lambda a: a.merge() if is_adapter(a) else a, adapted, is_leaf=is_adapter)
