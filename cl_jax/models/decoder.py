@@ -218,6 +218,7 @@ _NAMES: dict[str, dict[str, tuple[str, str]]] = {
       )
       for ours, theirs in (('scale', 'weight'), ('bias', 'bias'))
     },
+    'unembed/w': ('lm_head.weight', 'T'),
   },
   'gptj': {
     'embed/tokens': ('transformer.wte.weight', ''),
@@ -308,12 +309,17 @@ def _reader(
   return read
 
 
-def _llama(path: Path, known: dict[str, Any]) -> Config:
-  for key, value in (('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False)):
+def _only(path: Path, known: dict[str, Any], **computed: Any) -> None:
+  """Refuses fields of another value than the one that is computed here, which is also what silence means."""
+  for key, value in computed.items():
     if known.get(key, value) != value:
       raise UserError(
         f'{path}/config.json: {key} is {known[key]!r}, only {value!r} is supported here'
       )
+
+
+def _llama(path: Path, known: dict[str, Any]) -> Config:
+  _only(path, known, hidden_act='silu', attention_bias=False, mlp_bias=False)
   count = lambda key: pretrained.count(path, known, key)  # noqa: E731
   rope = pretrained.section(path, known, 'rope_parameters')
   rope = rope or pretrained.section(path, known, 'rope_scaling')
@@ -344,6 +350,20 @@ def _llama(path: Path, known: dict[str, Any]) -> Config:
 
 
 def _gpt2(path: Path, known: dict[str, Any]) -> Config:
+  _only(path, known, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+  return _gpt(path, known)._replace(rope=False, tied=bool(known.get('tie_word_embeddings', True)))
+
+
+def _gptj(path: Path, known: dict[str, Any]) -> Config:
+  _only(path, known, tie_word_embeddings=False)  # its output layer has biases
+  rotary = pretrained.count(path, known, 'rotary_dim')
+  return _gpt(path, known)._replace(
+    theta=1e4, rotary=rotary, interleaved=True, parallel=True, tied=False
+  )
+
+
+def _gpt(path: Path, known: dict[str, Any]) -> Config:
+  """What GPT-2 and GPT-J call alike."""
   pretrained.config(path, {'activation_function': 'gelu_new'})
   count = lambda key: pretrained.count(path, known, key)  # noqa: E731
   d, heads = count('n_embd'), count('n_head')
@@ -357,19 +377,7 @@ def _gpt2(path: Path, known: dict[str, Any]) -> Config:
     count('n_positions'),
     norm='layer',
     eps=pretrained.number(path, known, 'layer_norm_epsilon', 1e-5),
-    rope=False,
     gated=False,
-  )
-
-
-def _gptj(path: Path, known: dict[str, Any]) -> Config:
-  return _gpt2(path, known)._replace(
-    rope=True,
-    theta=1e4,
-    rotary=pretrained.count(path, known, 'rotary_dim'),
-    interleaved=True,
-    parallel=True,
-    tied=False,
   )
 
 

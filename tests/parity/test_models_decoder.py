@@ -131,6 +131,18 @@ def test_greedy_text_equals_transformers(tmp_path, family):
     np.testing.assert_array_equal(got[row], own[0, -12:].numpy())
 
 
+def test_an_output_layer_of_its_own_in_gpt2(tmp_path):
+  shape = {'vocab_size': 61, 'n_embd': 24, 'n_layer': 1, 'n_head': 4, 'n_positions': 32}
+  own = transformers.GPT2Config(**shape, tie_word_embeddings=False)
+  theirs = disturbed(transformers.GPT2LMHeadModel(own))
+  theirs.save_pretrained(tmp_path)
+  c, weights = decoder.load(tmp_path)
+  x = sentences(1)
+  h, _ = causal.encode(c, weights, x)
+  want = theirs(torch.tensor(x['tokens']).long()).logits.detach().numpy()
+  np.testing.assert_allclose(causal.unembed(c, weights, h), want, atol=1e-4)
+
+
 @pytest.mark.parametrize('kind', ['F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1'])
 def test_gguf_files_are_read(tmp_path, kind):
   """A Llama written as llama.cpp does, its q and k rows permuted, in each way of storing weights."""
