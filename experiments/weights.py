@@ -160,9 +160,7 @@ def about(name: str, write: bool = False) -> Iterator[str]:
   parts = pretrained.parts(files.path)
   disk = sum(file.stat().st_size for file in containers.files(files.path))
   lines = {
-    'shape': ' '.join(
-      f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in shape._asdict().items()
-    ),
+    'shape': ' '.join(f'{k}={shown(v)}' for k, v in shape._asdict().items() if v is not None),
     'parameters': f'{sum(sizes):,}',
     'bytes': f'{disk:,} on disk, {4 * sum(sizes):,} in memory as f32',
     'stored': ', '.join(f'{n} {kind}' for kind, n in Counter(kinds(files.path)).most_common()),
@@ -176,6 +174,13 @@ def about(name: str, write: bool = False) -> Iterator[str]:
     yield f'  {title:11}{text}'
   for file, digest, where in digests(name, files.path, parts):
     yield f'  sha256     {digest}  {file.name}{where}'
+
+
+def shown(value: Any) -> str:
+  """A value of a shape; of many numbers how many there are and between what they lie."""
+  if isinstance(value, tuple) and len(value) > 4:
+    return f'{len(value)}x{min(value):g}..{max(value):g}'
+  return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def family(path: Path) -> tuple[str, Any]:

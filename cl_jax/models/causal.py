@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ class Config(NamedTuple):
     gated: SwiGLU (Shazeer 2020), else GELU in its tanh form.
     parallel: attention and MLP read the same norm and are added together (GPT-J).
     tied: logits by the token embeddings.
+    factors: what the frequencies are divided by, one number for each, as files give it in the place of
+      `scaling`; None is 1. No field of a configuration.
   """
 
   vocabulary: int = 49152
@@ -47,6 +50,7 @@ class Config(NamedTuple):
   gated: bool = True
   parallel: bool = False
   tied: bool = True
+  factors: Sequence[float] | None = None
 
   @property
   def size(self) -> int:
@@ -214,9 +218,11 @@ def rotate(config: Config, x: Array, places: Array) -> Array:
 
 
 def frequencies(config: Config) -> Array:
-  """f32[rotary / 2], radians per position; Llama 3 stretches the slow ones (`config.scaling`)."""
+  """f32[rotary / 2], radians per position; Llama 3 stretches the slow ones (`scaling` or `factors`)."""
   width = config.rotary or config.size
   f = config.theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  if config.factors:
+    return f / jnp.asarray(config.factors, jnp.float32)
   if not config.scaling:
     return f
   factor, low, high, original = config.scaling

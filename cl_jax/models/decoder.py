@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from cl_jax import durable
 from cl_jax.errors import UserError
 from cl_jax.masks import nest, paths
-from cl_jax.models import causal, containers, language, layers, pretrained, transformer
+from cl_jax.models import causal, containers, gguf_llama, language, layers, pretrained, transformer
 from cl_jax.models.causal import Config
 from cl_jax.streams import tokenizer as tokenizers
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
@@ -177,6 +176,14 @@ def save(folder: str | Path, config: Config, backbone: Tree, tokenizer: str | Pa
   if config.scaling:
     keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     about['rope_scaling'] = {'rope_type': 'llama3', **dict(zip(keys, config.scaling, strict=True))}
+  if config.factors:
+    about['rope_scaling'] = {
+      'rope_type': 'longrope',
+      **dict.fromkeys(('short_factor', 'long_factor'), list(config.factors)),
+      'attention_factor': 1.0,
+      'factor': 1.0,
+      'original_max_position_embeddings': config.positions,
+    }
   folder = Path(folder)
   pretrained.write(folder, about, tensors)
   durable.write(folder / 'tokenizer.json', tokenizers.load(tokenizer).to_str() + '\n')
@@ -271,11 +278,12 @@ def _from_directory(path: Path) -> tuple[Config, Callable[[str, int], np.ndarray
 
 def _from_gguf(file: Path) -> tuple[Config, Callable[[str, int], np.ndarray]]:
   source = containers.gguf(file)
-  c = _gguf_config(file, source.fields)
+  c = gguf_llama.config(source)
   if c.depth > len(source.shapes):  # before the names of billions of tensors are made up
     raise UserError(f'{file}: llama.block_count is {c.depth}, it has {len(source.shapes)} tensors')
   names = _NAMES['gguf']
-  t = containers.exactly(source, _wanted(names, c), ignored=('rope_freqs.',))
+  t = containers.exactly(source, _wanted(names, c) | gguf_llama.factors(source, c))
+  c = gguf_llama.stretched(source, c, t)
   for n, heads in (('q', c.heads), ('k', c.kv_heads)):
     for i in range(c.depth):
       name = names[f'layers/{n}/w'][0].format(i)
@@ -324,16 +332,18 @@ def _llama(path: Path, known: dict[str, Any]) -> Config:
   rope = pretrained.section(path, known, 'rope_parameters')
   rope = rope or pretrained.section(path, known, 'rope_scaling')
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  scaling = ()
+  scaling, factors = (), None
   if kind == 'llama3':
     keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     scaling = tuple(pretrained.number(path, rope, k) for k in keys)
+  elif kind == 'longrope':
+    factors = _divisors(path, rope)
   elif kind != 'default':
     raise UserError(
       f"{path}/config.json: rope scaling {kind!r} is not supported here, 'default' and 'llama3' are"
     )
   heads = count('num_attention_heads')
-  return Config(
+  c = Config(
     count('vocab_size'),
     count('hidden_size'),
     count('num_hidden_layers'),
@@ -346,7 +356,30 @@ def _llama(path: Path, known: dict[str, Any]) -> Config:
     theta=pretrained.number(path, known | rope, 'rope_theta', 1e4),
     scaling=scaling,
     tied=bool(known.get('tie_word_embeddings', False)),
+    factors=factors,
   )
+  if factors and len(factors) != c.size // 2:
+    raise UserError(
+      f'{path}/config.json: short_factor has {len(factors)} numbers, a head has {c.size} channels: it needs '
+      'one for two of them'
+    )
+  return c
+
+
+def _divisors(path: Path, rope: dict[str, Any]) -> tuple[float, ...]:
+  """Of LongRoPE what `save` writes: the same divisors whatever the length, and no factor of the attention."""
+  short = rope.get('short_factor')
+  if (
+    not isinstance(short, list)
+    or not all(type(a) in (int, float) and 0 < a < pretrained.MOST for a in short)
+    or short != rope.get('long_factor')
+    or rope.get('attention_factor') != 1
+  ):
+    raise UserError(
+      f"{path}/config.json: rope scaling 'longrope' is supported here only where short_factor and "
+      'long_factor are the same positive numbers and attention_factor is 1'
+    )
+  return tuple(float(a) for a in short)
 
 
 def _gpt2(path: Path, known: dict[str, Any]) -> Config:
@@ -382,49 +415,3 @@ def _gpt(path: Path, known: dict[str, Any]) -> Config:
 
 
 _CONFIGS = {'llama': _llama, 'gpt2': _gpt2, 'gptj': _gptj}
-
-
-def _gguf_config(file: Path, fields: dict[str, Any]) -> Config:
-  if fields.get('general.architecture') != 'llama':
-    raise UserError(
-      f"{file}: the architecture is {fields.get('general.architecture')!r}, a decoder reads 'llama' from GGUF"
-    )
-
-  def value(key: str, default: Any = None) -> Any:
-    found = fields.get(f'llama.{key}', default)
-    if found is None:
-      raise UserError(f'{file}: llama.{key} is missing')
-    return found
-
-  def count(key: str, default: Any = None) -> int:
-    found = value(key, default)
-    if type(found) is not int or found < 1:
-      raise UserError(f'{file}: llama.{key} must be a positive integer, not {found!r}')
-    return found
-
-  def number(key: str, default: Any = None) -> float:
-    found = value(key, default)
-    if type(found) not in (int, float) or not 0 < found < math.inf:
-      raise UserError(f'{file}: llama.{key} must be a positive number, not {found!r}')
-    return float(found)
-
-  tokens = fields.get('tokenizer.ggml.tokens')
-  if not isinstance(tokens, list):
-    raise UserError(f'{file}: tokenizer.ggml.tokens, the vocabulary, is missing')
-  if fields.get('llama.rope.scaling.type', 'none') != 'none':
-    raise UserError(f'{file}: rope scaling is not supported for GGUF files')
-  heads, d = count('attention.head_count'), count('embedding_length')
-  size = count('attention.key_length', max(d // heads, 1))
-  return Config(
-    len(tokens),
-    d,
-    count('block_count'),
-    heads,
-    count('attention.head_count_kv', heads),
-    count('feed_forward_length'),
-    count('context_length'),
-    0 if size == d // heads else size,
-    eps=number('attention.layer_norm_rms_epsilon'),
-    theta=number('rope.freq_base', 1e4),
-    tied='output.weight' not in fields['tensors'],
-  )

@@ -34,6 +34,9 @@ STRETCHED = {
   'original_max_position_embeddings': 8,
 }
 
+LONG = {'rope_type': 'longrope', 'attention_factor': 1.0}
+LONG |= {'short_factor': [1.0, 2.0], 'long_factor': [1.0, 2.0]}
+
 
 def make(kind: str):
   torch.manual_seed(0)
@@ -146,6 +149,12 @@ def test_says_how_the_tensors_of_parts_are_stored(call, saved):
   assert done.code == 2 and 'is F8_E4M3, which cannot be read' in done.line
 
 
+def test_many_numbers_of_a_shape_are_shown_by_their_range():
+  assert (
+    weights.shown((1.0,) * 5 + (8.0,)) == '6x1..8' and weights.shown((8.0, 1.0)) == '(8.0, 1.0)'
+  )
+
+
 def test_tensors_of_layers_that_are_left_out_are_one_name():
   assert weights.named([f'h.{i}.attn.bias' for i in range(3)]) == 'h.*.attn.bias (3)'
   assert weights.named(['a.0', 'b']) == 'a.0, b'
@@ -244,6 +253,12 @@ def test_says_what_a_gguf_file_is(call, tmp_path):
     ({'attention.head_count': 0}, 'head_count must be a positive integer, not 0'),
     ({'context_length': 'long'}, "context_length must be a positive integer, not 'long'"),
     ({'rope.freq_base': 'high'}, "freq_base must be a positive number, not 'high'"),
+    (
+      {'rope.dimension_count': 8},
+      'dimension_count is 8, only whole heads of 16 channels are rotated',
+    ),
+    ({'rope.scaling.type': 'yarn'}, "rope.scaling.type is 'yarn', of rope scaling only the tensor"),
+    ({'rope.scaling.factor': 4}, 'rope.scaling.factor is 4, linear rope scaling is not supported'),
     ({'feed_forward_length': 96}, r'has the shape \(64, 32\), the config says'),
   ],
 )
@@ -280,6 +295,10 @@ def test_a_gguf_file_that_does_not_fit(tmp_path, options, match):
     ('gptj', {'tie_word_embeddings': True}, 'tie_word_embeddings is True, only False is supported'),
     ('llama', {'rope_parameters': 'long'}, 'rope_parameters must be an object'),
     ('llama', {'rope_parameters': {'rope_type': 'llama3'}}, 'factor must be a positive number'),
+    ('llama', {'rope_parameters': {'rope_type': 'yarn'}}, "rope scaling 'yarn' is not supported"),
+    ('llama', {'rope_parameters': {**LONG, 'long_factor': [1.0, 3.0]}}, "'longrope' is supported"),
+    ('llama', {'rope_parameters': {**LONG, 'attention_factor': 1.2}}, "'longrope' is supported"),
+    ('llama', {'head_dim': 6, 'rope_parameters': LONG}, 'has 2 numbers, a head has 6 channels'),
     ('vit', {'model_type': 'swin'}, "model_type is 'swin'; supported are vit, dinov2, bert, clip,"),
     ('vit', {'model_type': ['vit']}, "model_type is ['vit']; supported are"),
   ],

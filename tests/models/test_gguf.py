@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import struct
 import time
 import tracemalloc
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from cl_jax.errors import UserError
-from cl_jax.models import containers, decoder, gguf_file
+from cl_jax.models import causal, containers, decoder, gguf_file
 
 gguf = pytest.importorskip('gguf', reason='the extra "text" reads GGUF')
 KIND = gguf.GGMLQuantizationType
@@ -125,6 +127,73 @@ def test_a_model_of_k_quants_is_loaded(tmp_path):
   np.testing.assert_array_equal(w['layers']['down']['w'][0], back['blk.0.ffn_down.weight'].T)
   q = back['blk.0.attn_q.weight'].reshape(4, 32, 2, 256).swapaxes(1, 2).reshape(256, 256)
   np.testing.assert_array_equal(w['layers']['q']['w'][0], q.T)
+
+
+STRETCH = (8.0, 1.0, 4.0, 32.0)  # factor, low_freq_factor, high_freq_factor, original positions
+
+
+def llama3(size: int = 64, theta: float = 1e4) -> np.ndarray:
+  """Divisors as llama.cpp's converter computes them, a branch for every frequency."""
+  factor, low, high, original = STRETCH
+  found = []
+  for f in theta ** -(np.arange(0, size, 2, dtype=np.float32) / size):
+    wave = 2 * math.pi / f
+    smooth = (original / wave - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    found.append(1 if wave < original / high else factor if wave > original / low else between)
+  return np.array(found, np.float32)
+
+
+def stretched(file, factors: np.ndarray | None):
+  """Random weights in f32, the same every time, with these divisors in the file."""
+  rng = np.random.default_rng(0)
+  tensors = {f'{n}.weight': rng.standard_normal(s, np.float32) / 8 for n, s in SHAPES.items()}
+  tensors |= {f'{n}.weight': np.ones(s, np.float32) for n, s in SHAPES.items() if len(s) == 1}
+  if factors is not None:
+    tensors['rope_freqs.weight'] = factors.astype(np.float32)
+  return decoder.load(write(file, {n: (a, 'F32') for n, a in tensors.items()}))
+
+
+def hidden(config, weights) -> np.ndarray:
+  tokens = np.arange(16)[None] % 20
+  return np.asarray(causal.encode(config, weights, {'tokens': tokens, 'mask': tokens >= 0})[0])
+
+
+def test_llama_3_stretches_its_positions_by_a_tensor(tmp_path):
+  """Divisors of 1 change no bit; Llama 3's give what the same weights do whose config.json says llama3."""
+  plain, ones, own = (
+    stretched(tmp_path / f'{i}.gguf', a) for i, a in enumerate((None, np.ones(32), llama3()))
+  )
+  assert plain[0].factors is None and len(set(own[0].factors)) > 3
+  np.testing.assert_array_equal(hidden(*ones), hidden(*plain))
+  found = hidden(*own)
+  assert np.abs(found - hidden(*plain)).max() > 0.1
+  words = tmp_path / 'tokenizer.json'
+  tokenizers = pytest.importorskip('tokenizers')
+  tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, unk_token='a')).save(str(words))
+  for name, config in (
+    ('llama3', own[0]._replace(factors=None, scaling=STRETCH)),
+    ('longrope', own[0]),
+  ):
+    decoder.save(tmp_path / name, config, own[1], words)
+    about = json.loads((tmp_path / name / 'config.json').read_text())
+    assert about['rope_scaling']['rope_type'] == name
+    back = decoder.load(tmp_path / name)
+    assert back[0] == config._replace(head=64)
+    np.testing.assert_allclose(hidden(*back), found, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ('factors', 'match'),
+  [
+    (np.ones(16), r'rope_freqs.weight has the shape \(16,\), the config says \(32,\)'),
+    (np.zeros(32), 'rope_freqs.weight holds values that are not positive'),
+    (np.full(32, np.nan), 'rope_freqs.weight holds values that are not finite'),
+  ],
+)
+def test_divisors_that_cannot_be_are_refused(tmp_path, factors, match):
+  with pytest.raises(UserError, match=match):
+    stretched(tmp_path / 'tiny.gguf', factors)
 
 
 def refused(file, data: bytes, match: str | None = None) -> None:

@@ -131,6 +131,19 @@ def test_greedy_text_equals_transformers(tmp_path, family):
     np.testing.assert_array_equal(got[row], own[0, -12:].numpy())
 
 
+def test_divisors_of_the_frequencies_are_written_for_transformers(tmp_path):
+  from tokenizers import Tokenizer, models
+  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+  c = causal.Config(1, 16, 1, 2, 1, 8, 32, theta=1e4, factors=(1.0, 1.5, 4.0, 8.0))
+  Tokenizer(models.WordLevel({'a': 0}, unk_token='a')).save(str(tmp_path / 'words.json'))
+  weights = causal.draw(jax.random.key(0), c, 0.1)
+  decoder.save(tmp_path / 'new', c, weights, tmp_path / 'words.json')
+  theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path / 'new'))
+  assert theirs.attention_scaling == 1
+  np.testing.assert_allclose(theirs.inv_freq, causal.frequencies(c), rtol=1e-6)
+
+
 def test_an_output_layer_of_its_own_in_gpt2(tmp_path):
   shape = {'vocab_size': 61, 'n_embd': 24, 'n_layer': 1, 'n_head': 4, 'n_positions': 32}
   own = transformers.GPT2Config(**shape, tie_word_embeddings=False)
