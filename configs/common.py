@@ -123,7 +123,8 @@ def defaults() -> dict[str, Any]:
     # Examples at once in what methods compute at the boundary.
     'ends_batch': 256,
     # The network: its module in cl_jax.models, then its arguments. `pretrained` names weights or a
-    # directory, for models that load them.
+    # directory, for models that load them; what the files beside them say of mean, std, pool and normalise
+    # holds where these are not given.
     'model': {'name': 'mlp', 'sizes': (256, 256)},
     # Methods in the order in which their hooks run; () is plain fine-tuning. Each has a sub-dict of its
     # arguments by its name. What the stream knows (classes, tasks, task_classes, steps_per_epoch, and

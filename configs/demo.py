@@ -76,7 +76,8 @@ def get_config(arg: str = 'naive') -> dict:
     'epochs': 1 if closed or quick else 2,
     'batch': 30,
     'ends_batch': 30,
-    'model': {'name': 'bert', 'pretrained': MODEL, 'init': 'zeros'},
+    # The mean of the hidden states as it is; MiniLM's own files scale it to length 1.
+    'model': {'name': 'bert', 'pretrained': MODEL, 'init': 'zeros', 'normalise': False},
     'freeze': ('backbone/.*',) if closed or lora else ('backbone/embed/.*',),
     'cache_features': closed,
     'optimizer': {

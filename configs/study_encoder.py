@@ -152,6 +152,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'ends_batch': batch,
     'model': {
       'name': 'bert',
+      'normalise': False,  # as the studies were run; MiniLM's own files scale features to length 1
       **({'remat': True, 'dtype': 'bfloat16'} if large else {}),
       **({'init': 'zeros', 'pretrained': MODEL} if adapt != 'random' else {'init': 0.02}),
     },

@@ -18,6 +18,7 @@ import optax
 from cl_jax import methods, models
 from cl_jax.errors import UserError
 from cl_jax.idle import idle
+from cl_jax.models import pretrained
 from cl_jax.types import Model
 from configs import common
 from experiments import fields, rules
@@ -70,14 +71,18 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     UserError: an unknown field (with close matches), a wrong type, a value out of range.
   """
-  chosen = raw.get('methods', ())
-  chosen = fields.fit('config.methods', chosen, Field((), (tuple,)))
-  if any(not isinstance(name, str) for name in chosen) or len(set(chosen)) < len(chosen):
-    raise UserError(f'config.methods must be different names; got {chosen!r}')
-  schema = schema_of(raw, chosen)
-  resolved = complete('config', raw, schema, chosen)
+  chosen = methods_of(raw)
+  resolved = complete('config', raw, schema_of(raw, chosen), chosen)
   rules.check(resolved, chosen)
   return resolved
+
+
+def methods_of(raw: Mapping[str, Any]) -> tuple[str, ...]:
+  """The methods that a configuration names."""
+  chosen = fields.fit('config.methods', raw.get('methods', ()), Field((), (tuple,)))
+  if any(not isinstance(name, str) for name in chosen) or len(set(chosen)) < len(chosen):
+    raise UserError(f'config.methods must be different names; got {chosen!r}')
+  return chosen
 
 
 def schema_of(raw: Mapping[str, Any], chosen: tuple[str, ...]) -> dict[str, Any]:
@@ -103,15 +108,28 @@ def schema_of(raw: Mapping[str, Any], chosen: tuple[str, ...]) -> dict[str, Any]
 def model_fields(model: Mapping[str, Any]) -> dict[str, Any]:
   name = model.get('name', 'mlp')
   factory = find_model(name)
-  pretrained = 'weights' in inspect.signature(factory).parameters
   own = fields.of(factory, left_out=('classes', 'weights'))
-  if pretrained:
+  if 'weights' in inspect.signature(factory).parameters:
     own = {'pretrained': Field('', (str,))} | own
     if model.get('pretrained'):
       own = {k: v for k, v in own.items() if not isinstance(v, dict)}  # the weights have a shape
+      own |= said_by_weights(factory, model['pretrained'], own)
   if name == 'mlp':
     own['sizes'] = Field(common.defaults()['model']['sizes'], (tuple,))
   return {'name': Field(name, (str,))} | own
+
+
+def said_by_weights(factory: Callable, name: Any, own: Mapping[str, Field]) -> dict[str, Field]:
+  """The fields of the model whose default the files beside its weights say, or why there is none."""
+  read = getattr(importlib.import_module(factory.__module__), 'arguments', None)
+  place = pretrained.place(name) if isinstance(name, str) else None
+  if read is None or place is None:
+    return {}
+  try:
+    said = read(place)
+  except UserError as error:
+    said = {k: error for k in ('mean', 'std', 'pool', 'normalise') if k in own}
+  return {k: own[k]._replace(default=value) for k, value in said.items()}
 
 
 def find_model(name: str) -> Callable[..., Any]:

@@ -20,7 +20,8 @@ class Field(NamedTuple):
   """One field.
 
   Attributes:
-    default: its value unless given; None where `required` or left to the stream.
+    default: its value unless given; None where `required` or left to the stream, an error where it must be
+      given because of that.
     types: what it may hold, the first being what the command line makes of a text.
     optional: whether it may be None.
     required: whether it must be given.
@@ -108,6 +109,8 @@ def arguments(factory: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def fit(where: str, value: Any, f: Field) -> Any:
   """The value as the field's type, or a UserError that names the field and what it takes."""
+  if isinstance(value, UserError):
+    raise value
   if value is None:
     if f.required:
       raise UserError(f'{where} must be given, a value of type {_names(f)}')

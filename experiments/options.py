@@ -225,8 +225,7 @@ def overridden(
       later.append((dotted, text))
   sweep = dict(raw.get('sweep') or {})
   raw = {k: v for k, v in raw.items() if k != 'sweep'}
-  resolved = configs.resolve(raw)
-  chosen = resolved['methods']
+  chosen = configs.methods_of(raw)
   raw = written(configs.schema_of(raw, chosen), raw, later, chosen)
   return configs.resolve(raw), raw, sweep
 

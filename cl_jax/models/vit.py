@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax.errors import UserError
-from cl_jax.models import containers, layers, onnx_file, pretrained, transformer
+from cl_jax.models import containers, layers, onnx_file, pretrained, sidecar, transformer
 from cl_jax.models.sliced import depth
 from cl_jax.types import Array, Batch, Model, Out, Tree, no_tap
 
@@ -311,7 +311,7 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   A config.json may be of Hugging Face (model_type 'vit' or 'dinov2') or of timm (architecture
   'vit_base_patch16_224', 'vit_small_patch14_dinov2', and so on). An ONNX file must be torch's export of
   transformers' Dinov2 below a module 'backbone'; it does not say how many heads there are, which are
-  taken to be 64 wide, as in all of DINOv2.
+  taken to be 64 wide, as in all of DINOv2. How pixels are normalised is none of the weights: see `arguments`.
 
   Returns:
     Its shape, and the 'backbone' tree of f32 for `vit(config, classes, weights=...)`.
@@ -335,6 +335,11 @@ def load(path: str | Path) -> tuple[Config, Tree]:
   pretrained.layered(path, c.depth)
   wanted = _shapes(c, names)
   return c, _tree(c, names, pretrained.tensors(path, wanted, names.prefix, names.ignored))
+
+
+def arguments(path: str | Path) -> dict[str, Any]:
+  """'mean' and 'std' of `vit` as the files beside the weights say it, {} where they do not."""
+  return sidecar.pixels(path)
 
 
 def save(folder: str | Path, config: Config, backbone: Tree) -> None:

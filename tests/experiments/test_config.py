@@ -11,7 +11,7 @@ import pytest
 from cl_jax import methods
 from cl_jax.errors import UserError
 from configs import common
-from experiments import config
+from experiments import config, options
 
 
 def resolve(**raw):
@@ -186,3 +186,28 @@ def test_configuration_files_that_cannot_be_used(tmp_path):
   (tmp_path / 'c.txt').write_text('')
   with pytest.raises(UserError, match=r'neither \.py nor \.json'):
     config.load(str(tmp_path / 'c.txt'))
+
+
+def test_arguments_that_weights_come_with(tmp_path):
+  """The files beside them are heard where the configuration is silent, and what they say is written down."""
+  given = {'name': 'bert', 'pretrained': str(tmp_path)}
+  plain = resolve(model=given)['model']
+  assert (plain['pool'], plain['normalise']) == ('mean', False)
+  modules = [{'type': f'sentence_transformers.models.{k}'} for k in ('Pooling', 'Normalize')]
+  (tmp_path / 'modules.json').write_text(json.dumps(modules))
+  (tmp_path / '1_Pooling').mkdir()
+  (tmp_path / '1_Pooling' / 'config.json').write_text('{"pooling_mode_cls_token": true}')
+  heard = resolve(model=given)['model']
+  assert (heard['pool'], heard['normalise']) == ('cls', True)
+  assert resolve(model={**given, 'pool': 'mean'})['model'] == {**heard, 'pool': 'mean'}
+  assert resolve(model={'name': 'decoder', 'pretrained': str(tmp_path)})['model']['pool'] == 'last'
+
+  (tmp_path / '1_Pooling' / 'config.json').write_text('{"pooling_mode_max_tokens": true}')
+  with pytest.raises(UserError, match='the pooling is max_tokens.* set config.model.pool and'):
+    resolve(model=given)
+  chosen = [('model.pool', 'cls'), ('model.normalise', 'False')]
+  assert options.overridden({'model': given}, chosen)[0]['model']['pool'] == 'cls'
+
+  (tmp_path / 'preprocessor_config.json').write_text('{"image_mean": [0.4, 0.5, 0.6]}')
+  image = resolve(model={'name': 'vit', 'pretrained': str(tmp_path)})['model']
+  assert (image['mean'], image['std']) == ((0.4, 0.5, 0.6), 0.5)

@@ -411,6 +411,28 @@ def test_sums_are_written_and_compared(call, saved):
     pretrained.find(folder)
 
 
+def test_what_lies_beside_weights_is_said_and_compared(call, saved):
+  folder = saved('bert')
+  assert said(call(weights.main, 'check', folder).out)['used with'] == (
+    'pool=mean normalise=False, of which its files say nothing'
+  )
+  file = folder / '1_Pooling' / 'config.json'
+  file.parent.mkdir()
+  file.write_text('{"pooling_mode": "cls"}')
+  done = call(weights.main, 'check', '--write-sums', folder)
+  about = said(done.out)
+  assert about['used with'] == (
+    'pool=cls, as its files say; normalise=False, of which its files say nothing'
+  )
+  assert '1_Pooling/config.json' in pretrained.listed(folder)
+  file.write_text('{"pooling_mode": "max"}')
+  with pytest.raises(UserError, match='1_Pooling/config.json is not the file that SHA256SUMS'):
+    pretrained.find(folder)
+  (folder / 'SHA256SUMS').unlink()
+  done = call(weights.main, 'check', folder)
+  assert done.code == 0 and said(done.out)['used with'].startswith('what cannot be: ')
+
+
 def test_sums_beside_parts_and_single_files(call, saved, tmp_path):
   folder = saved('llama', max_shard_size='2kB')
   assert call(weights.main, 'check', '--write-sums', folder).code == 0
@@ -506,6 +528,7 @@ def test_list(call, monkeypatch, tmp_path):
         '  stored     103 F32, 1 I64\n',
         'pooler.dense.weight',
         '  tokenizer  30,522 tokens\n',
+        '  used with  pool=mean normalise=True, as its files say\n',
       ),
     ),
     (
