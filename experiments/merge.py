@@ -62,4 +62,4 @@ def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], No
   else:
     shape = vit.Config(**about['config'])
   shape = shape._replace(image=about['image'] or shape.image, depth=about['layer'] or shape.depth)
-  vit.save(out, shape, backbone)
+  vit.save(out, shape, backbone, about['mean'], about['std'])

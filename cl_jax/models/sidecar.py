@@ -5,6 +5,7 @@ Each function returns arguments of a model, {} where its files say nothing.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cl_jax import durable
 from cl_jax.errors import UserError
 from cl_jax.models import pretrained
 
@@ -54,6 +56,21 @@ def pixels(path: str | Path) -> dict[str, Any]:
   if not np.all(np.asarray(found.get('std', 1)) > 0):
     raise UserError(f'{file}: {names["std"]} holds values that are not positive')
   return found
+
+
+def write_pixels(folder: Path, image: int, channels: int, mean: Any, std: Any) -> None:
+  """Writes the preprocessor_config.json that `pixels` reads."""
+  about = {
+    'image_processor_type': 'ViTImageProcessor',
+    'do_resize': True,
+    'size': {'height': image, 'width': image},
+    'do_rescale': True,
+    'rescale_factor': 1 / 255,
+    'do_normalize': True,
+    'image_mean': np.broadcast_to(mean, channels).tolist(),
+    'image_std': np.broadcast_to(std, channels).tolist(),
+  }
+  durable.write(folder / PIXELS, json.dumps(about, indent=1) + '\n')
 
 
 def _channels(file: Path, key: str, value: Any) -> float | tuple[float, ...]:

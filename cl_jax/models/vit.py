@@ -342,13 +342,16 @@ def arguments(path: str | Path) -> dict[str, Any]:
   return sidecar.pixels(path)
 
 
-def save(folder: str | Path, config: Config, backbone: Tree) -> None:
+def save(
+  folder: str | Path, config: Config, backbone: Tree, mean: Any = 0.5, std: Any = 0.5
+) -> None:
   """Writes a backbone as a Hugging Face directory of model_type 'vit', which `load` reads again.
 
   Args:
-    folder: is made; config.json and model.safetensors in it are replaced.
+    folder: is made; config.json, preprocessor_config.json and model.safetensors in it are replaced.
     config: its shape.
     backbone: see `vit`, without LayerScale and a norm before the layers.
+    mean, std: of the pixels, as of `vit`.
 
   Raises:
     UserError: another kind of ViT, or a folder that cannot be written.
@@ -383,6 +386,7 @@ def save(folder: str | Path, config: Config, backbone: Tree) -> None:
     'qkv_bias': True,
   }
   pretrained.write(Path(folder), about, tensors)
+  sidecar.write_pixels(Path(folder), c.image, c.channels, mean, std)
 
 
 def _of_hub(path: Path, known: dict[str, Any], names: _Names) -> tuple[Config, _Names]:

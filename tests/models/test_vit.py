@@ -213,6 +213,9 @@ def test_what_is_saved_is_read_again(tmp_path):
   read, back = vit.load(tmp_path / 'new')
   assert read == SMALL
   jax.tree.map(np.testing.assert_array_equal, back, p)
+  assert vit.arguments(tmp_path / 'new') == {'mean': 0.5, 'std': 0.5}
+  vit.save(tmp_path / 'new', SMALL, p, (0.25,), 2.0)
+  assert vit.arguments(tmp_path / 'new') == {'mean': 0.25, 'std': 2.0}
   with pytest.raises(UserError, match='only a ViT with gelu, without LayerScale'):
     vit.save(tmp_path, SMALL, p | {'before': p['norm']})
 
