@@ -16,23 +16,11 @@ from cl_jax.editing.pmet import pmet
 from cl_jax.editing.rows import take
 from cl_jax.editing.target import Recipe, optimise
 from tests.compiling import quick
-from tests.parity.edited import NETS, Case, close, log_softmax
+from tests.parity.edited import close, log_softmax
 
-pytestmark = pytest.mark.usefixtures('quickly')
+pytestmark = pytest.mark.usefixtures('quickly', 'x64')
 
 SITES = {'block': ('block',), 'feedforward': ('feedforward',), 'both': ('attention', 'feedforward')}
-
-
-@pytest.fixture(scope='module', params=NETS)
-def case(request):
-  with jax.enable_x64(True):
-    yield Case(request.param)
-
-
-@pytest.fixture(autouse=True)
-def x64():
-  with jax.enable_x64(True):
-    yield
 
 
 def test_reading(case):

@@ -17,29 +17,17 @@ import pytest
 from cl_jax.editing import finetune, grace, inside, lora, wise, write
 from cl_jax.editing.rows import Requests, Rows, layout
 from tests.compiling import quick
-from tests.parity.edited import NETS, Case, close, log_softmax
+from tests.parity.edited import close, log_softmax
 from tests.parity.shared import Golden
 
-pytestmark = pytest.mark.usefixtures('quickly')
+pytestmark = pytest.mark.usefixtures('quickly', 'x64')
 
 TRAINED: dict[str, Any] = dict(atol=1e-4)
-
-
-@pytest.fixture(scope='module', params=NETS)
-def case(request):
-  with jax.enable_x64(True):
-    yield Case(request.param)
 
 
 @pytest.fixture
 def t(case):
   return Golden(f'trained_{"gpt2" if case.config.norm == "layer" else "llama"}')
-
-
-@pytest.fixture(autouse=True)
-def x64():
-  with jax.enable_x64(True):
-    yield
 
 
 class Recorded:
