@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax.editing import inside, memit, rome, target, write
+from cl_jax.editing import memit, rome, target, write
 from cl_jax.editing.alphaedit import alphaedit, null_space
 from cl_jax.editing.pmet import pmet
 from cl_jax.editing.rows import take
@@ -76,18 +76,28 @@ def test_loss(case, site):
       close(gradient[name], g[f'target/{site}/reverse/grad'][at, n][:, k], atol=1e-4)
 
 
-def test_rome(case):
-  e, layer, p = case.e, int(case.e['rome/layer']), case.p
-  for n in range(3):
-    found = memit.read_all(case.config, p, take(case.requests.rewrite, [n]), layer, layer)
-    key = np.asarray(found.key[0], np.float64).mean(0)
-    close(key, e['rome/k'][n])
-    left, right = rome.update(
-      case.moments()[layer], key, np.asarray(found.value[0]).mean(0), e['rome/targets'][n]
-    )
-    close(left, e['rome/u'][n])
-    p = write.apply(p, [write.factors(left[:, None], right[None], inside.KEY, layer, jnp.float64)])
-    close(p['layers']['down']['w'][layer], e['rome/w'][n])
+def test_rome(case, monkeypatch):
+  """The editor with given targets: key, value and factors, from the model as the request before left it."""
+  e, layer = case.e, int(case.e['rome/layer'])
+  seen = []
+
+  def given(config, p, one, at, sites, *_):
+    assert (at, sites) == (layer, ('feedforward',))
+    n = len(seen)
+    seen.append(p['layers']['down']['w'])
+    goal = jnp.asarray(e['rome/targets'][n : n + 1])
+    start = jnp.full_like(goal, 0.5)
+    return target.Target({'feedforward': start}, {'feedforward': goal - start}, *jnp.zeros((2, 1)))
+
+  monkeypatch.setattr('cl_jax.editing.rome.optimise', given)
+  editor = rome.rome(case.config, case.moments(), layer)
+  writes, _, _ = editor.edit(case.p, editor.init(case.p), case.requests, jax.random.key(0))
+  p = case.p
+  for n, one in enumerate(writes):
+    np.testing.assert_allclose(seen[n], p['layers']['down']['w'], rtol=1e-12)
+    close(one.left[:, 0], e['rome/u'][n], rtol=0, atol=2e-6)
+    p = write.apply(p, [one])
+    close(p['layers']['down']['w'][layer], e['rome/w'][n], rtol=0, atol=2e-6)
   close(case.answers(p), log_softmax(e['rome/answers']))
 
 
