@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax.editing import memit, rome, target, write
+from cl_jax.editing import memit, restore, rome, target, tracing, write
 from cl_jax.editing.alphaedit import alphaedit, null_space
 from cl_jax.editing.pmet import pmet
 from cl_jax.editing.rows import take
@@ -181,3 +181,23 @@ def test_alphaedit(case, name, monkeypatch):
       close(p['layers']['down']['w'][layer], e[f'alphaedit/{name}/{b}/w'][i])
     close(state['past'], e[f'alphaedit/{name}/{b}/past'])
     close(case.answers(p), log_softmax(e[f'alphaedit/{name}/{b}/answers']))
+
+
+def test_tracing(case, monkeypatch):
+  """Every map, with the noise of the reference in the place of what is drawn, and more beside the subject."""
+  e = case.e
+  lo, hi = int(e['trace/begin']), int(e['trace/end'])
+  noise = np.full((len(e['trace/noise']), len(e['trace/tokens']), case.config.d), 9.0)
+  noise[:, lo:hi] = e['trace/noise'] / 3
+  monkeypatch.setattr(jax.random, 'normal', lambda key, shape: jnp.asarray(noise).reshape(shape))
+  # A program of its own, since what is drawn is in it; the window is one of its inputs.
+  monkeypatch.setattr(tracing, 'maps', quick(restore.maps.__wrapped__, static_argnums=(0, 1, 3)))
+  prompt = tracing.Prompt(e['trace/tokens'], lo, hi)
+  for window in (1, 3):
+    found = tracing.trace(case.config, case.p, prompt, jax.random.key(0), 3.0, len(noise), window)
+    assert int(found.answer) == e['trace/answer']
+    for name in ('clean', 'corrupted'):
+      np.testing.assert_allclose(getattr(found, name), e[f'trace/{name}'], rtol=1e-6)
+    for kind, ours in zip(restore.KINDS, found.maps, strict=True):
+      theirs = e[f'trace/{kind}/{1 if kind == "block" else window}']
+      np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=kind)
