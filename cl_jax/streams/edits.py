@@ -98,7 +98,9 @@ def _known(
   draw = np.random.default_rng(seed)
   groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
   for record in records:
-    groups[record.get('relation_id', '')].append(record)
+    # One that is refused below must not take others with it.
+    if all(isinstance(record.get(k), str) for k in ('relation_id', 'attribute', 'prompt')):
+      groups[record['relation_id']].append(record)
 
   def read(i: int, record: dict[str, Any]) -> Edit:
     group = groups[record['relation_id']]

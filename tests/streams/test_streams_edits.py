@@ -93,6 +93,15 @@ def test_neighbours_of_known_facts_have_the_same_attribute_of_the_same_relation(
   assert [e.neighbours for e in found[7:]] == [('B9 is of',), (), ('B7 is of',), ()]
 
 
+@pytest.mark.parametrize('key', ['known_id', 'relation_id', 'subject', 'attribute', 'prompt'])
+def test_a_known_fact_that_lacks_something_is_refused_alone(tmp_path, key):
+  """Whether as an attribute or as a neighbour, what it lacks is no matter for the others."""
+  odd = without(KNOWN[6], key)
+  found, refused = loaded(tmp_path, 'known', [odd, *KNOWN[:6], *KNOWN[7:10]])
+  assert [e.case for e in found] == ['0', '1', '2', '3', '4', '5', '7', '8', '9']
+  assert refused == [('0', f"the record lacks '{key}'")]
+
+
 def test_files_that_are_none_are_named(tmp_path):
   for name, text, message in (
     ('facts', '', "no edits 'facts': use counterfact, zsre, known"),
