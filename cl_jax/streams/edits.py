@@ -95,11 +95,11 @@ def _template(prompt: str, subject: str) -> str:
 def _known(
   records: Sequence[dict[str, Any]], seed: int
 ) -> tuple[list[Edit], list[tuple[str, str]]]:
-  draw = np.random.default_rng(seed)
+  draw, keys = np.random.default_rng(seed), ('relation_id', 'subject', 'attribute', 'prompt')
   groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
   for record in records:
     # One that is refused below must not take others with it.
-    if all(isinstance(record.get(k), str) for k in ('relation_id', 'attribute', 'prompt')):
+    if all(isinstance(record.get(k), str) for k in keys):
       groups[record['relation_id']].append(record)
 
   def read(i: int, record: dict[str, Any]) -> Edit:
@@ -107,7 +107,8 @@ def _known(
     others = sorted({r['attribute'] for r in group} - {record['attribute']})
     target = others[draw.integers(len(others))] if others else ''
     # What is true of the fact's own answer alone: the other subjects that have it.
-    same = [r for r in group if r['attribute'] == record['attribute'] and r is not record]
+    same = [r for r in group if r['attribute'] == record['attribute']]
+    same = [r for r in same if r['subject'] != record['subject']]
     picked = [same[j] for j in draw.permutation(len(same))[:5]]
     if not others:
       raise UserError(f'no other attribute of the relation {record["relation_id"]}')

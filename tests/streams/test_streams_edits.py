@@ -84,7 +84,13 @@ def test_known_facts_get_another_attribute_of_their_relation(tmp_path):
 
 
 def test_neighbours_of_known_facts_have_the_same_attribute_of_the_same_relation(tmp_path):
-  """At most five, in an order that is drawn; nobody is a neighbour of himself."""
+  """At most five, in an order that is drawn; nobody is a neighbour of himself, asked in other words."""
+  again = [fact(14 + i, 'in', 'A0', 'Asia') | {'prompt': f'{i}: A0 is in'} for i in range(3)]
+  found, _ = loaded(tmp_path, 'known', [*KNOWN, *again])
+  near = [e.neighbours for e in found if e.subject == 'A0']
+  assert [*map(len, near)] == [5] * 4 and not any(
+    'A0' in prompt for some in near for prompt in some
+  )
   found, _ = loaded(tmp_path, 'known', KNOWN)
   asia = {f'A{i} is of' for i in range(7)}
   for e in found[:7]:
