@@ -6,13 +6,15 @@ import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cl_jax import checkpoint
-from cl_jax.editing import evaluate, rows, target
+from cl_jax.editing import evaluate, rows, target, write
 from cl_jax.editing import kept as kept_arrays
+from cl_jax.editing.rows import Edit
 from cl_jax.errors import UserError
 from cl_jax.models import causal, decoder
 from cl_jax.streams import corpora
@@ -32,6 +34,7 @@ from experiments import (
   study,
   weights,
 )
+from tests.compiling import quick
 
 pytestmark = pytest.mark.usefixtures('quickly')
 
@@ -61,6 +64,8 @@ FAST = (
   '--config.prefix_tokens=2', '--config.prefixes=1', '--config.length=24',
   '--config.memit.layers=(1,2)', '--config.memit.coef=1.0', '--config.memit.recipe.steps=4',
 )  # fmt: skip
+
+ENCODE = quick(causal.encode, static_argnums=0)
 
 
 @pytest.fixture(scope='module')
@@ -111,6 +116,24 @@ def go(root, place, *words, config='configs/edit_counterfact.py:memit,4'):
   return edit.main([*argv, *FAST, *words])
 
 
+def says(subject, p, prompts) -> np.ndarray:
+  """log p [n, V] of what follows, by `causal.encode`, which knows nothing of rows; 6 tokens at most."""
+  ids = [subject.tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
+  tokens = jnp.array([row + [0] * (6 - len(row)) for row in ids])
+  mask = jnp.array([[True] * len(row) + [False] * (6 - len(row)) for row in ids])
+  h, _ = ENCODE(subject.config, p, {'tokens': tokens, 'mask': mask})
+  last = h[jnp.arange(len(ids)), jnp.array([len(row) - 1 for row in ids])]
+  return np.asarray(jax.nn.log_softmax(causal.unembed(subject.config, p, last), -1))
+
+
+def scored(subject, p, e: Edit) -> tuple[float, ...]:
+  """(ES, PS, NS) of an edit in one model; targets and truths are words."""
+  wanted, other = (subject.tokenizer.token_to_id(word) for word in (e.target, e.truth))
+  found = says(subject, p, [e.text, *e.paraphrases, *e.neighbours])
+  new, n = found[:, wanted] > found[:, other], 1 + len(e.paraphrases)
+  return float(new[0]), float(new[1:n].mean()), float(1 - new[n:].mean())
+
+
 def test_a_run_measures_what_it_says(root, tmp_path, capsys):
   assert go(root, tmp_path / 'run') == 0
   (line,) = results.read(tmp_path / 'run')
@@ -158,6 +181,17 @@ def test_sequence_has_a_matrix_and_single_none(root, tmp_path):
   (alone,) = results.read(tmp_path / 'b')
   assert alone['R'] == [] and alone['mode'] == 'single' and alone['perplexity'] == {}
   assert alone['state_bytes'] == line['state_bytes'] / 4
+  # What it says of every edit is what a model says that has this edit alone, and not the first model.
+  subject, chosen = edit_subject.opened(f'{root}/model'), alone['config']
+  exam = edit_exam.prepare(chosen, subject, root, 0, print)
+  editor = edit_subject.editor_of(chosen, subject, root, print)
+  before, after = [], []
+  for i, e in enumerate(exam.edits):
+    one = rows.take(exam.requests, [i])
+    writes, _, _ = editor.edit(subject.backbone, (), one, jax.random.key(0))
+    before.append(scored(subject, subject.backbone, e))
+    after.append(scored(subject, write.apply(subject.backbone, writes), e))
+  assert [*zip(*(alone['by_edit'][k] for k in ('es', 'ps', 'ns')), strict=True)] == after != before
 
 
 def test_forgetting_counts_facts_and_not_intervals():
