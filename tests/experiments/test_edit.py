@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import jax
@@ -424,25 +425,32 @@ def test_what_a_run_has_learnt_can_be_edited(root, tmp_path, capsys):
 
 
 def test_by_hand(root, capsys):
-  words = (
-    '--subject=Anna',
-    '--prompt=the home of {} is',
-    '--target=Oslo',
-    '--paraphrase=Anna lives in',
-  )
+  """What the first model says, and below it what the edited one does."""
   argv = [
-    f'--config.model={root}/model',
-    f'--data_dir={root}',
-    *FAST,
-    *words,
+    f'--config.model={root}/model', f'--data_dir={root}', *FAST, '--config.memit.coef=0.01',
+    '--config.memit.recipe.steps=20', '--config.memit.recipe.clamp=8.0',
+    # The subject ends the prompt: a random model moves little of it to later tokens.
+    '--subject=Anna', '--prompt=the home of {}', '--target=Oslo', '--paraphrase=home of Anna',
     '--neighbour=Bert lives in',
-  ]
+  ]  # fmt: skip
   assert edit.main(argv) == 0
-  out = capsys.readouterr().out
-  assert [line.split(':')[0] for line in out.splitlines() if not line.startswith(' ')] == [
+  out = capsys.readouterr().out.splitlines()
+  assert [line.split(':')[0] for line in out if not line.startswith(' ')] == [
     'prompt', 'paraphrase', 'neighbour', 'memit',
   ]  # fmt: skip
-  assert out.count('  before ') == out.count('  after  ') == 3
+  before, after = (
+    [re.findall(r"'(\S*)' (\S+)", line) for line in out if line.startswith(f'  {name} ')]
+    for name in ('before', 'after')
+  )
+  subject = edit_subject.opened(f'{root}/model')
+  texts = [line.split(': ')[1] for line in out if not line.startswith(' ')][:3]
+  first = np.exp(says(subject, subject.backbone, texts))
+  printed = [[float(p) for _, p in best] for best in before]
+  np.testing.assert_allclose(printed, -np.sort(-first)[:, :5], atol=6e-4)
+  oslo = subject.tokenizer.token_to_id('Oslo')
+  for i in range(2):
+    assert float(dict(after[i])['Oslo']) > first[i, oslo] + 0.1
+  assert len(after) == 3
 
 
 @pytest.mark.parametrize(
