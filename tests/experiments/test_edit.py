@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -451,6 +452,40 @@ def test_by_hand(root, capsys):
   for i in range(2):
     assert float(dict(after[i])['Oslo']) > first[i, oslo] + 0.1
   assert len(after) == 3
+
+
+def test_facts_that_the_model_says_are_known(root, monkeypatch):
+  """Those whose truth is what it says by itself, all of its words; of the others it is told why not."""
+  subject, told = edit_subject.opened(f'{root}/model'), []
+  facts = [
+    Edit(prompt, s, 'Lima', case=f'{i}{s}')
+    for i, prompt in enumerate(('the home of {} is', 'in {} the city is'))
+    for s in SUBJECTS
+  ]
+  best = says(subject, subject.backbone, [e.text for e in facts]).argmax(-1)
+  words = [subject.tokenizer.id_to_token(int(i)) for i in best]
+  known = [replace(e, truth=word) for e, word in zip(facts, words, strict=True) if word]
+  more = says(subject, subject.backbone, [f'{known[0].text} {known[0].truth}']).argmax()
+  assert subject.tokenizer.token_to_id('Rome') not in (more, *best)
+  false = [replace(known[0], truth=f'{known[0].truth} Rome', case='half')]
+  false += [replace(e, truth='Rome', case=f'not {e.case}') for e in known[:2]]
+  every = [*known[:3], *false, facts[0], *known[3:]]  # of that one there is no truth
+  ask = evaluate.asker(subject.config)
+  monkeypatch.setattr(evaluate, 'asker', lambda config: ask)
+
+  def choose(n, seed=0):
+    chosen = {'known': True, 'edits': n, 'length': 24, 'data': 'known'}
+    return edit_exam.choose(chosen, subject, every, seed, told.append)
+
+  picked, left = choose(len(known))
+  assert len(picked) == len(known) > 5 and set(picked) == set(known)
+  assert sorted(left) == sorted((e.case, 'the model does not say the truth') for e in false)
+  assert told == [f'{len(known)} of {len(known) + 3} facts are what the model says anyway']
+  few = [choose(3, seed)[0] for seed in range(2)]
+  assert few[0] == picked[:3] and few[1] != few[0] and set(few[1]) < set(known)
+  n = len(known) + 1
+  with pytest.raises(UserError, match=f'config.edits={n}, and there are {n - 1} in known'):
+    choose(n)
 
 
 @pytest.mark.parametrize(
