@@ -183,9 +183,10 @@ def written(
 
 
 def fluency(tokens: Sequence[Sequence[int]]) -> float:
-  """Mean over texts of the weighted entropy of their pairs and triples of tokens, in bits: 2/3 H_2 + 4/3 H_3
-  (Zhang et al., NeurIPS 2018, with the weights of github.com/kmeng01/rome). Repetition makes it fall."""
-  return float(np.mean([2 / 3 * _entropy(t, 2) + 4 / 3 * _entropy(t, 3) for t in tokens]))
+  """Mean over texts of the weighted mean entropy of their pairs and triples of tokens, in bits: H_2 / 3 +
+  2/3 H_3 (Zhang et al., NeurIPS 2018; github.com/kmeng01/rome takes the mean of 2/3 H_2 and 4/3 H_3).
+  Repetition makes it fall."""
+  return float(np.mean([(_entropy(t, 2) + 2 * _entropy(t, 3)) / 3 for t in tokens]))
 
 
 def _entropy(tokens: Sequence[int], n: int) -> float:

@@ -134,11 +134,11 @@ def test_means_are_over_questions_then_over_edits():
 
 def test_fluency_falls_with_repetition():
   n = 30
-  distinct = 2 / 3 * math.log2(n - 1) + 4 / 3 * math.log2(n - 2)
+  distinct = 1 / 3 * math.log2(n - 1) + 2 / 3 * math.log2(n - 2)
   assert evaluate.fluency([[5] * n]) == 0
   assert evaluate.fluency([[*range(n)]]) == pytest.approx(distinct)
   # Two pairs twice each, a triple twice and one once.
-  turns = 2 / 3 * 1 + 4 / 3 * (math.log2(3) - 2 / 3)
+  turns = 1 / 3 * 1 + 2 / 3 * (math.log2(3) - 2 / 3)
   assert evaluate.fluency([[1, 2, 1, 2, 1]]) == pytest.approx(turns)
   assert evaluate.fluency([[1, 2, 1, 2, 1], [*range(n)]]) == pytest.approx((turns + distinct) / 2)
   assert evaluate.fluency([[3]]) == 0
