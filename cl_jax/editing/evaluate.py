@@ -150,7 +150,8 @@ def averages(each: Mapping[str, Sequence[float | None]]) -> dict[str, float | No
   for name, values in each.items():
     answered = [v for v in values if v is not None]
     found[name] = float(np.mean(answered)) if answered else None
-  return found | {'s': harmonic([v for k in ('es', 'ps', 'ns') if (v := found[k]) is not None])}
+  three = [v for k in ('es', 'ps', 'ns') if (v := found[k]) is not None]
+  return found | {'s': harmonic(three) if three else None}
 
 
 def harmonic(values: Sequence[float]) -> float:

@@ -128,6 +128,7 @@ def test_means_are_over_questions_then_over_edits():
   # S is of the measures that are there.
   some = evaluate.measures(asked, scores, (kind == 0) | (kind == 2))
   assert some['ps'] is None and some['s'] == pytest.approx(2 / (2 + 12 / 7))
+  assert evaluate.measures(asked, scores, kind == 3)['s'] is None
   assert evaluate.harmonic([1, 0.5]) == pytest.approx(2 / 3)
   assert evaluate.harmonic([1, 0, 1]) == 0
 
