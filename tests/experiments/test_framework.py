@@ -118,7 +118,9 @@ def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path
   done = call(framework.main, f'--config={tiny}:task,hat', f'--workdir={tmp_path / "hat"}', *argv)
   assert done.code == 0
   (line,) = lines(tmp_path / 'hat')
-  assert set(line['tuning'][0]['stability']) == {'hat.coef', 'hat.smax'}
+  assert set(line['tuning'][0]['stability']) == {
+    'hat.coef'
+  }  # the gates of finished tasks keep their smax
   argv = (*TUNING, '--config.seeds=0')
   done = call(framework.main, f'--config={tiny}:class,er', f'--workdir={tmp_path / "er"}', *argv)
   assert done.code == 0
@@ -129,6 +131,23 @@ def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path
   assert done.code == 0
   (line,) = lines(tmp_path / 'er2')
   assert line['tuning'][0]['stability']['er.coef'] <= 2.0
+
+
+def test_what_is_reported_was_measured_with_what_was_chosen(call, tiny, tmp_path, monkeypatch):
+  """HAT's predictions depend on smax: on the data of the choice R[t, t] is the accuracy of the choice."""
+  learn = framework.Tuned.learn
+
+  def on_the_validation_data(self, *args):
+    self.test = self.stream.test
+    return learn(self, *args)
+
+  monkeypatch.setattr(framework.Tuned, 'learn', on_the_validation_data)
+  argv = ("--config.tuning.start=(('hat.smax', 0.5),)", '--config.seeds=0,', '--config.head=task')
+  where = f'--workdir={tmp_path}'
+  assert call(framework.main, f'--config={tiny}:task,hat', where, *TUNING, *argv).code == 0
+  (line,) = lines(tmp_path)
+  chosen = [c['accuracy'] for c in line['tuning']]
+  np.testing.assert_allclose(np.diag(line['R']), chosen, atol=1e-6)
 
 
 def test_patience_saves_steps_and_keeps_the_best_epoch(call, tiny, tmp_path):

@@ -27,7 +27,7 @@ from cl_jax.methods.closed_form.slda import slda
 from cl_jax.methods.heads.slca import roots, sample, slca
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.methods.isolation.first_session import first_session
-from cl_jax.methods.isolation.hat import hat
+from cl_jax.methods.isolation.hat import HATState, hat
 from cl_jax.methods.isolation.packnet import packnet
 from cl_jax.methods.isolation.pnn import pnn
 from cl_jax.methods.lowrank.lora import lora
@@ -158,6 +158,19 @@ def test_hat_protects_what_it_used(toy_stream):
   assert (used > 0.999).any() and (used < 0.001).any()
   assert moved[used > 0.9999999].max(initial=0) == 0
   assert moved[used < 0.001].max() > 1e-3
+
+
+@pytest.mark.parametrize('smax', [0.2, 400.0])
+def test_hat_gates_never_get_less_steep_within_an_epoch(smax):
+  """The gradient of an embedding of 0 is multiplied by smax over the steepness."""
+  method, none = hat(1, 5, 0.0, smax), jnp.zeros(1, bool)
+  e = {'hat': {'l0': jnp.zeros((1, 1))}}
+  at = lambda i: HATState({'l0': jnp.zeros(1)}, none, none, jnp.int32(i), jnp.int32(0))  # noqa: E731
+  ones = jax.tree.map(jnp.ones_like, e)
+  steep = [
+    smax / float(method.grads(at(i), ones, e, None, None)[0]['hat']['l0'][0, 0]) for i in range(5)
+  ]
+  assert steep == sorted(steep) and steep[-1] == pytest.approx(smax)
 
 
 NETWORKS = {

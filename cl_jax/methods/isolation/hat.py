@@ -52,7 +52,7 @@ def hat(
     tasks: number of tasks.
     steps_per_epoch: length of one annealing cycle.
     coef: c, the weight of the sparsity term.
-    smax: the steepest gate.
+    smax: the steepest gate; 25 to 800 in the paper. Below 1 gates have one steepness throughout.
     wires: `Model.wires` of the network.
 
   Needs the task in training and at test, and the boundary. State: 4 bytes per unit, 2 per class, 8 bytes (and
@@ -100,7 +100,8 @@ def hat(
 
   def steepness(s):
     position = (s.step % steps_per_epoch) / max(steps_per_epoch - 1, 1)
-    return 1 / smax + (smax - 1 / smax) * position
+    gentle = jnp.minimum(1 / smax, smax)
+    return gentle + (smax - gentle) * position
 
   def taken(s, path, a):
     """How much of each entry of a parameter the finished tasks use: 0 to 1, of a shape like that of `a`."""
