@@ -227,6 +227,26 @@ def test_hat_forgets_nothing_where_gates_are_shut_or_open(name, tx):
   assert {f'{w.layer}/w' for w in model.wires} & set(weights) <= moved
 
 
+@pytest.mark.parametrize(
+  'tx', [optax.adam(0.01), optax.sgd(0.1, 0.9), optax.adamw(0.01, weight_decay=0.1)]
+)
+def test_hat_keeps_the_embeddings_of_other_tasks(tx):
+  """Gates near their threshold, where a hundredth turns one over: momentum and decay leave them alone."""
+  model = mlp((16,), 6)
+  state, finish, step, _ = two_tasks(model, tx, hat(2, 5, wires=model.wires))
+  gates = {'l0': jnp.tile(jnp.array([0.05, -0.05]), (2, 8))}
+  state = state._replace(params={**state.params, 'hat': gates})
+  first = step(state, 0)  # of the second task: the first one's embeddings wait
+  assert np.array_equal(first.params['hat']['l0'][0], gates['l0'][0])
+  state = finish(state)
+  before = state.params['hat']['l0']
+  assert not np.array_equal(before[0], gates['l0'][0])
+  for i in range(4):
+    state = step(state, i)
+  after = state.params['hat']['l0']
+  assert np.array_equal(after[0], before[0]) and not np.array_equal(after[1], before[1])
+
+
 @pytest.mark.parametrize('name', NETWORKS)
 @ANY
 def test_packnet_forgets_nothing_in_any_network(name, tx):

@@ -45,8 +45,9 @@ def hat(
   statistics move like biases. Give every task its own outputs by a `task_head`: the columns of a finished
   task's classes are fixed unless the current task has them too.
 
-  Deviation: eq. 2 scales the update instead of the gradient. That is the same for plain SGD, and holds for
-  momentum, Adam and weight decay too, which would move protected weights by what they remember.
+  Deviation: eq. 2 scales the update instead of the gradient, and embeddings of tasks that have no row in the
+  batch stay. That is the same for plain SGD, and holds for momentum, Adam and weight decay too, which would
+  move what is protected by what they remember.
 
   Args:
     tasks: number of tasks.
@@ -163,7 +164,14 @@ def hat(
         moved[path] = jnp.where(s.settled & ~now, old[path], new)
       elif top != 'hat':
         moved[path] = old[path] + (1 - taken(s, path, new)) * (new - old[path])
-    e = jax.tree.map(lambda a: jnp.clip(a, -6, 6), params['hat'])
+    own = jnp.zeros(tasks, bool).at[jnp.maximum(step.batch.task, 0)].max(step.batch.w > 0)
+
+    def kept(
+      old, new
+    ):  # rows of other tasks have no gradient, but momentum and weight decay move them
+      return jnp.where(jnp.expand_dims(own, range(1, new.ndim)), jnp.clip(new, -6, 6), old)
+
+    e = jax.tree.map(kept, step.params['hat'], params['hat'])
     return {**nest(moved), 'hat': e}, s._replace(step=s.step + 1, now=now)
 
   def boundary(s, params, batches, fwd, key):
