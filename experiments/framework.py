@@ -222,8 +222,10 @@ class Tuned:
     hp = {**self.hp, 'optimizer': {**self.hp['optimizer'], 'lr': rate}, 'methods': {}}
     made = self.plain(hp, weights)
     new = made.init(state.key, take(stream, stream.index[t, 0], t))
-    params = shared_part(new.params, state.params)
-    new = new._replace(params=params, stats=state.stats, step=state.step)
+    params, method = shared_part(new.params, state.params), new.method
+    if isinstance(method, dict):  # the head's, which knows the classes seen so far
+      method = {name: state.method[name] for name in method}
+    new = new._replace(params=params, stats=state.stats, method=method, step=state.step)
     new, _, steps = trained(self.plain, self.epochs, self.patience, hp, new, stream, t, weights)
     return validated(made, new, stream, t), steps
 

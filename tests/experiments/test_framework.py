@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from cl_jax.types import no_tap
 from experiments import build, config, framework, run
 from tests.experiments.conftest import lines
 
@@ -111,6 +112,22 @@ def test_choices_see_the_current_task_alone(tiny):
     noise = tuner(spoilt(stream, (t + 1) % 5, rng)).task(state, t, base, look)[0]
     assert noise != choice  # the spoiling itself is noticed
     state = new
+
+
+def test_fine_tuning_competes_with_the_classes_seen(tiny):
+  """Without a rate the network is the one of the first task, which takes most of the second's for its own."""
+  raw = {**config.load(f'{tiny}:class,ewc'), 'validation': 0.2, 'seeds': (0,), 'head': 'seen'}
+  (valid,) = build.prepare(config.resolve({**raw, 'evaluate': 'valid'}))
+  (plain,) = build.prepare(config.resolve({**raw, 'evaluate': 'valid', 'methods': ()}))
+  stream = valid.streams[0]
+  tuner = framework.Tuned(valid, plain.build, stream, config.resolve(raw))
+  state = valid.build(tuner.hp, valid.weights).init(jax.random.key(0), build.example(stream))
+  state = tuner.task(state, 0, {'ewc.coef': 400.0}, lambda: None)[1][0]
+  accuracies, _ = tuner.plasticity(state, 1, (1e-12,))
+  test = jax.tree.map(lambda a: a[1, 0], stream.test)
+  said = valid.model(valid.weights).apply(state.params, test, no_tap, False).logits[:, :4]
+  right = np.average(said.argmax(-1) == test.y, weights=test.w)
+  assert right < 0.3 and accuracies == [pytest.approx(right)]
 
 
 def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path):
