@@ -30,6 +30,7 @@ class Search(NamedTuple):
     drop: p, the share of A* that the method may give up.
     decay: alpha, the factor on a stability hyperparameter.
     attempts: trainings by the method at most; the last one is kept.
+    together: names of stability hyperparameters that are decayed as one.
   """
 
   rates: Sequence[float] = (1e-2, 5e-3, 1e-3, 5e-4, 1e-4)
@@ -37,6 +38,7 @@ class Search(NamedTuple):
   drop: float = 0.2
   decay: float = 0.5
   attempts: int = 10
+  together: Sequence[Sequence[str]] = ()
 
   def rates_of(self, task: int) -> tuple[float, ...]:
     return (*(self.first_rates if task == 0 else ()), *self.rates)
@@ -122,19 +124,23 @@ def best_rate(rates: Sequence[float], accuracies: Sequence[float]) -> tuple[floa
 
 
 def candidates(
-  start: Mapping[str, float], decay: float
+  start: Mapping[str, float], decay: float, together: Sequence[Sequence[str]] = ()
 ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
   """(hyperparameters to try, those that the next task starts from if they are kept), without end.
 
   One hyperparameter is decayed again and again. Of several, each is decayed alone with the others as
-  they were; when all of these have failed, all are decayed, and it goes on from there.
+  they were; when all of these have failed, all are decayed, and it goes on from there. Those named `together`
+  count as one.
   """
   base = dict(start)
+  groups = [[n for n in names if n in base] for names in together]
+  groups += [[n] for n in base if not any(n in names for names in together)]
+  groups = [names for names in groups if names]
   yield dict(base), dict(base)
   while base:
-    if len(base) > 1:
-      for name in base:
-        one = {**base, name: base[name] * decay}
+    if len(groups) > 1:
+      for names in groups:
+        one = {**base, **{name: base[name] * decay for name in names}}
         yield one, one
     base = {name: value * decay for name, value in base.items()}
     yield dict(base), dict(base)
@@ -158,7 +164,7 @@ def decayed(
     The choice, and what `trial` returned for it.
   """
   goal, count = (1 - search.drop) * reference, 0
-  for stability, base in candidates(start, search.decay):
+  for stability, base in candidates(start, search.decay, search.together):
     accuracy, model = trial(stability)
     count += 1
     met = bool(accuracy >= goal)  # False for NaN

@@ -211,7 +211,7 @@ def defaults() -> dict[str, Any]:
       # which training ends, the factor on the rate); the best epoch is kept. The survey's are (5, 10, 0.1)
       # of 70 epochs; () = all epochs, at one rate.
       'patience': (),
-      # What to start from, (('ewc.coef', 400.0), ...); () = the values of the survey.
+      # What to start from, (('ewc.coef', 800.0), ...); () = the values of the survey.
       'start': (),
     },
     # For experiments.sweep: {'optimizer.lr': (0.1, 0.01), ...}, every combination.

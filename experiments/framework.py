@@ -37,11 +37,12 @@ PROGRAM = 'experiments.framework'
 ABOUT = "Chooses each task's learning rate and stability from its own validation data, resumes when repeated."
 VALIDATION = 0.2
 
-# The survey's first values (its section 5, "hyperparameters"); a method that is not here has none. Its
-# distillation is without the factor T^2 = 4 of ours: 10 there is 2.5 here. HAT's smax, 800 there and decayed,
-# stays as configured: the gates of finished tasks are read at the latest smax, and would change with it.
+# The survey's first values (its section 5, "hyperparameters"); a method that is not here has none. In its
+# code, Mattdl/CLsurvey, EWC's penalty is without our factor 1/2, so 400 there is 800 here, and distillation
+# without our T^2 = 4: 10 there is 2.5 here. HAT's smax, 800 there and decayed, stays as configured: the gates
+# of finished tasks are read at the latest smax, and would change with it.
 START = {
-  'ewc.coef': 400.0,
+  'ewc.coef': 800.0,
   'si.coef': 400.0,
   'mas.coef': 3.0,
   'lwf.coef': 2.5,
@@ -53,6 +54,8 @@ START = {
   'packnet.first': 0.9,
   'hat.coef': 2.5,
 }
+# One of these counts in a task; the survey has one share for all tasks.
+TOGETHER = (('packnet.prune', 'packnet.first'),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +134,12 @@ class Tuned:
     self.hp = hyper(setup.config, setup.streams[0])
     tuning = own['tuning']
     self.search = Search(
-      tuning['rates'], tuning['first_rates'], tuning['drop'], tuning['decay'], tuning['attempts']
+      tuning['rates'],
+      tuning['first_rates'],
+      tuning['drop'],
+      tuning['decay'],
+      tuning['attempts'],
+      TOGETHER,
     )
     self.start = stability_of(own)
     self.epochs, self.patience = own['epochs'], None

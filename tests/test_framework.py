@@ -63,6 +63,14 @@ def test_of_several_each_is_decayed_alone_then_all():
   ]  # fmt: skip
 
 
+def test_those_that_belong_together_are_decayed_as_one():
+  found = candidates({'a': 8.0, 'b': 4.0}, 0.5, (('a', 'b'), ('elsewhere',)))
+  assert [tuple(next(found)[0].values()) for _ in range(3)] == [(8, 4), (4, 2), (2, 1)]
+  found = candidates({'a': 8.0, 'b': 4.0, 'c': 2.0}, 0.5, (('a', 'c'),))
+  tried = [tuple(next(found)[0].values()) for _ in range(4)]
+  assert tried == [(8, 4, 2), (4, 4, 1), (8, 2, 2), (4, 2, 1)]
+
+
 @pytest.mark.parametrize('drop', [0.0, 0.2])
 def test_the_goal_is_inclusive(drop):
   choice, _ = decayed(lambda s: ((1 - drop) * 0.5, None), {'c': 1.0}, 0.1, 0.5, Search(drop=drop))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from cl_jax.framework import decayed
 from cl_jax.types import no_tap
 from experiments import build, config, framework, run
 from tests.experiments.conftest import lines
@@ -34,7 +35,7 @@ def test_lines_say_what_was_chosen(tuned):
     assert np.isfinite(line['R']).all() and line['config']['validation'] == 0.2
     for t, choice in enumerate(line['tuning']):
       assert choice['rate'] in (0.03, 0.01)  # 1e30 diverges
-      before = line['tuning'][t - 1]['base']['ewc.coef'] if t else 400.0
+      before = line['tuning'][t - 1]['base']['ewc.coef'] if t else 800.0
       decays = choice['attempts'] - 1
       assert choice['stability']['ewc.coef'] == before * 0.5**decays
       kept = choice['accuracy'] >= 0.8 * choice['reference']
@@ -112,6 +113,21 @@ def test_choices_see_the_current_task_alone(tiny):
     noise = tuner(spoilt(stream, (t + 1) % 5, rng)).task(state, t, base, look)[0]
     assert noise != choice  # the spoiling itself is noticed
     state = new
+
+
+def test_no_attempt_repeats_another(tiny):
+  """PackNet's share of the first task has no effect on others, nor theirs on it."""
+  (valid,) = build.prepare(config.resolve({**config.load(f'{tiny}:task,packnet'), 'seeds': (0,)}))
+  tuner = framework.Tuned(valid, valid.build, valid.streams[0], valid.config)
+  tried = []
+
+  def trial(stability):
+    tried.append(stability)
+    return 0.0, None
+
+  decayed(trial, tuner.start, 0.01, 1.0, tuner.search)
+  for name in ('packnet.prune', 'packnet.first'):
+    assert len({one[name] for one in tried}) == len(tried) == 10
 
 
 def test_fine_tuning_competes_with_the_classes_seen(tiny):
