@@ -21,6 +21,7 @@ from cl_jax.memory import (
 from cl_jax.types import Array, Batch, Tree
 
 NAMES = ('reservoir', 'ring', 'class_balanced', 'greedy', 'largest', 'mof', 'kmeans')
+BY_TASK = ('ring', 'mof', 'kmeans')  # those that can keep tasks apart
 
 
 def writer(name: str, capacity: int, classes: int, tasks: int = 1) -> Writer:

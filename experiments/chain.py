@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cl_jax import compose, compression, methods
+from cl_jax import compose, compression, methods, writers
 from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.types import Method, Stream, Tree, Wire
@@ -85,6 +85,7 @@ def known(
 
 
 def _apart(values: Mapping[str, Any], stream: Stream) -> bool:
-  """Whether a memory has to keep tasks apart: they share their labels, and a ring would forget."""
+  """Whether a memory has to keep tasks apart: they share their labels, and would share slots."""
   same = len(set(stream.task_classes)) == 1
-  return same and 'task_train' in stream.told and values.get('writer', 'ring') == 'ring'
+  by_task = values.get('writer', 'ring') in writers.BY_TASK
+  return same and by_task and 'task_train' in stream.told

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from cl_jax import checkpoint, methods
+from cl_jax import checkpoint, methods, writers
 from cl_jax.errors import UserError
 from cl_jax.masks import paths
 from cl_jax.models import pretrained, vit
@@ -413,6 +413,10 @@ def test_what_the_stream_knows_is_filled_in():
     learner = one.build(hp, one.weights)
     state = jax.eval_shape(learner.init, jax.random.key(0), build.example(one.streams[0]))
     assert state.method['er'].aux.shape == (groups,), scenario
+  stream = one.streams[0]  # by domain
+  for writer in writers.NAMES:
+    apart = known(methods.find('er'), {'writer': writer}, stream, one.config)['tasks']
+    assert apart == (5 if writer in ('ring', 'mof', 'kmeans') else 1), writer
   one = setup(scenario='task', head='task', methods=('packnet', 'hat'), epochs=3)
   stream = one.streams[0]
   assert stream.index.shape[1] == 15
