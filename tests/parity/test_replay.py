@@ -5,11 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cl_jax import memory, writers
+from cl_jax.compose import chain
+from cl_jax.learner import learner
 from cl_jax.linalg import nonnegative_quadratic
-from cl_jax.methods.replay.der import der
+from cl_jax.methods.heads.seen_head import seen_head
+from cl_jax.methods.heads.task_head import MINUS_INF, task_head
+from cl_jax.methods.replay.der import der, with_logits
 from cl_jax.methods.replay.derpp import derpp
 from cl_jax.methods.replay.dgr import dgr
 from cl_jax.methods.replay.er_ace import er_ace
@@ -18,6 +23,7 @@ from cl_jax.methods.replay.gem import gem
 from cl_jax.methods.replay.icarl import icarl
 from cl_jax.methods.replay.mer import mer
 from cl_jax.methods.replay.mir import mir
+from cl_jax.models.mlp import mlp
 from tests.compiling import quick
 from tests.parity.shared import (
   LEAVES,
@@ -28,6 +34,7 @@ from tests.parity.shared import (
   close,
   close_trees,
   drawn,
+  fixed,
   from_host,
   stacked,
 )
@@ -106,6 +113,35 @@ def test_er_ace_runs(variant, monkeypatch):
   g = Golden('er_ace')
   method = er_ace(int(g['capacity']), g[f'{variant}/draw_slots'].shape[-1])
   follow(g, variant, method, monkeypatch)
+
+
+@pytest.mark.parametrize(('head', 'among'), [('task', [0, 1]), ('seen', [0, 1, 2, 3])])
+@pytest.mark.parametrize('name', ['der', 'er_ace'])
+def test_memory_rows_compete_where_their_head_lets_them(name, head, among):
+  """Rows of a first task beside a batch of the second: the mean is over, the softmax among these outputs."""
+  rng, dark = np.random.default_rng(0), name == 'der'
+  w, b, z = rng.normal(size=(5, 6)), rng.normal(size=6), rng.normal(size=(3, 6))
+  x, y, x_old, y_old = rng.normal(size=(4, 5)), [2, 3, 3, 2], rng.normal(size=(3, 5)), [1, 0, 1]
+  own = (der if dark else er_ace)(9, 3, 0.7)
+  outer = task_head(((0, 1), (2, 3), (4, 5)), 6) if head == 'task' else seen_head(6)
+  model = fixed(mlp((), 6), {'head': {'w': jnp.asarray(w), 'b': jnp.asarray(b)}})
+  L = learner(model, optax.sgd(0.1), chain(own=own, head=outer))
+  state, old = L.init(jax.random.key(0), batch_of(x, y, 1)), batch_of(x_old, y_old, 0)
+  if dark:
+    old = with_logits(old, jnp.where(jnp.isin(jnp.arange(6), jnp.asarray(among)), z, MINUS_INF))
+  seen = () if head == 'task' else jnp.arange(6) < 4
+  method = {'own': state.method['own']._replace(draw=old), 'head': seen}
+  _, loss = quick(L.step)(state._replace(method=method), batch_of(x, y, 1))
+
+  def ce(x, y, outputs):
+    z = (x @ w + b)[:, outputs]
+    return np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(y)), np.searchsorted(outputs, y)])
+
+  if dark:
+    far = np.mean(((x_old @ w + b) - z)[:, among] ** 2)
+    close(loss, ce(x, y, [2, 3] if head == 'task' else among) + 0.7 * far)
+  else:
+    close(loss, ce(x, y, [2, 3]) + 0.7 * ce(x_old, y_old, among))
 
 
 @pytest.mark.parametrize('variant', ['mir', 'few'])

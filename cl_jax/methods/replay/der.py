@@ -18,8 +18,9 @@ def der(capacity: int = 500, draw: int = 32, alpha: float = 0.3) -> Method:
 
   Buzzega et al., NeurIPS 2020, eq. 6; official code aimagelab/mammoth, whose mean over the outputs is taken
   (the paper has the squared norm). z' are the logits of the step in which x' arrived; the memory is a
-  reservoir. Outputs that a head left out then or leaves out now do not count. Deviation: replayed images are
-  not augmented. Norm statistics are updated by the stream's rows alone.
+  reservoir. Outputs that a head left out then or leaves out now do not count, and the mean is over the others
+  (the official code has no such heads). Deviation: replayed images are not augmented. Norm statistics are
+  updated by the stream's rows alone.
 
   Args:
     capacity: slots.
@@ -64,7 +65,8 @@ def distance(out: Out, rows: Batch):
   """f32[]: the mean over rows and outputs of (h - z)^2."""
   h, z = out.logits, rows.x['logits']
   both = (h > MINUS_INF / 2) & (z > MINUS_INF / 2)
-  return weighted_mean(jnp.mean(jnp.where(both, jnp.square(h - z), 0), axis=-1), rows.w)
+  squares = jnp.sum(jnp.where(both, jnp.square(h - z), 0), axis=-1)
+  return weighted_mean(squares / jnp.maximum(jnp.sum(both, axis=-1), 1), rows.w)
 
 
 def label_loss(out: Out, rows: Batch):
