@@ -111,7 +111,7 @@ def table_rows(rows: list[Row], out: Path, command: str) -> list[dict]:
   """The rows of published.csv; a row that was not run has empty figures of ours."""
   lines = []
   for row in rows:
-    runs = [r for r in read(out / f'{row.table}.jsonl') if r['row'] == row.name]
+    runs = row.own(read(out / f'{row.table}.jsonl'))
     for figure in row.figures:
       values = [metrics.summary(r['R'], r['start'])[figure.metric] for r in runs]
       mean, ci = metrics.interval(np.array(values) * figure.scale) if values else (None, None)
@@ -181,12 +181,12 @@ def reproduce(args) -> int:
   wanted = list(range(args.seeds))
   todo = []
   for row in rows:
-    lines = read(store / f'{row.table}.jsonl')
-    done = {r['seed'] for r in lines if r['row'] == row.name}
+    lines = row.own(read(store / f'{row.table}.jsonl'))
+    done = {r['seed'] for r in lines}
     missing = [s for s in wanted if s not in done]
     skip = row.slow and not (args.all or args.only == row.name)
     if args.list:
-      took = seconds_of_a_seed([r for r in lines if r['row'] == row.name])
+      took = seconds_of_a_seed(lines)
       time_of = f', about {took * len(missing):.0f} s to go' if took and missing else ''
       print(f'{row.name}: {len(done)} seeds done{time_of}{", slow" if row.slow else ""}')
     elif missing and skip:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     figures: what the paper gives for it.
     note: what differs from the paper, and where a figure comes from.
     slow: run only when `--only` names it or with --all.
+    stored: how its lines in results/published/ call it, where they were written under another name.
   """
 
   table: str
@@ -41,10 +42,15 @@ class Row(NamedTuple):
   figures: tuple[Figure, ...]
   note: str = ''
   slow: bool = False
+  stored: str = ''
 
   @property
   def name(self) -> str:
     return '/'.join((self.table, self.scenario, self.method, self.setting)).replace(' ', '_')
+
+  def own(self, lines: Sequence[dict]) -> list[dict]:
+    """Those of `lines` that hold its results."""
+    return [line for line in lines if line['row'] in (self.name, self.stored)]
 
 
 def seen_once(stream: Stream) -> Stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from cl_jax.models.mlp import mlp
 from experiments import reproduce
 from experiments.published import permuted_mnist, split_mnist, tiny_memories
 from experiments.published.table import Figure, Row, seen_once
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -131,6 +134,15 @@ def test_protocols_on_real_mnist(data_dir):
 def test_rows_of_a_protocol_have_different_names():
   names = [r.name for r in reproduce.all_rows()]
   assert len(set(names)) == len(names) > 40
+
+
+def test_every_line_that_is_kept_belongs_to_one_row():
+  rows, lines = reproduce.all_rows(), []
+  for path in (ROOT / 'results/published').glob('*.jsonl'):
+    lines += reproduce.read(path)
+  assert sorted(line['row'] for row in rows for line in row.own(lines)) == sorted(
+    line['row'] for line in lines
+  )
 
 
 def test_permuted_mnist_is_the_full_protocol(data_dir):
