@@ -37,8 +37,8 @@ from experiments.published import (
 from experiments.published.table import Row
 
 COLUMNS = (
-  'table', 'dataset', 'scenario', 'method', 'setting', 'metric', 'published', 'published_err', 'ours',
-  'ours_ci95', 'seeds', 'command', 'note',
+  'table', 'dataset', 'scenario', 'method', 'setting', 'needs', 'metric', 'published', 'published_err',
+  'ours', 'ours_ci95', 'seeds', 'command', 'note',
 )  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def table_rows(rows: list[Row], out: Path, command: str) -> list[dict]:
   """The rows of published.csv; a row that was not run has empty figures of ours."""
   lines = []
   for row in rows:
+    needs = sorted(row.needs)
     runs = row.own(read(out / f'{row.table}.jsonl'))
     for figure in row.figures:
       values = [metrics.summary(r['R'], r['start'])[figure.metric] for r in runs]
@@ -119,7 +120,7 @@ def table_rows(rows: list[Row], out: Path, command: str) -> list[dict]:
       show = lambda v, d=digits: '' if v is None else f'{v:.{d}f}'  # noqa: E731
       note = row.note if values else '; '.join(filter(None, (row.note, 'not run')))
       cells = (
-        row.table, row.dataset, row.scenario, row.method, row.setting, figure.metric,
+        row.table, row.dataset, row.scenario, row.method, row.setting, ' '.join(needs), figure.metric,
         '' if figure.value is None else figure.value, '' if figure.err is None else figure.err,
         show(mean), show(ci), len(values), f'{command} --only={row.name}', note,
       )  # fmt: skip

@@ -23,6 +23,7 @@ PUBLISHED = {
   'scenario': 'class',
   'method': 'ewc',
   'setting': 'lambda 1e9',
+  'needs': 'boundary task_train',
   'metric': 'acc',
   'published': '19.9',
   'published_err': '0.1',
@@ -101,8 +102,12 @@ def test_every_commit_of_the_lines_is_named_once():
 
 
 def test_results_become_tables_and_pictures(tmp_path):
-  table = figures.published([PUBLISHED, {**PUBLISHED, 'table': 'other', 'ours': '', 'seeds': '0'}])
-  assert '| class | ewc | lambda 1e9 | acc | 19.9 ± 0.1 | 20.1 ± 0.2 | 5 | a/b |' in table
+  other = {**PUBLISHED, 'table': 'other', 'needs': '', 'ours': '', 'seeds': '0'}
+  table = figures.published([PUBLISHED, other])
+  row = (
+    '| class | ewc | lambda 1e9 | boundary, task_train | acc | 19.9 ± 0.1 | 20.1 ± 0.2 | 5 | a/b |'
+  )
+  assert row in table and '| lambda 1e9 | nothing | acc |' in table
   assert table.count('###') == 2
   assert '| 3.5 | 3.0 to 4.0 | 1 / 3.5 s | 5 |' in figures.bench([BENCH])
   place = lambda folder: [tmp_path / folder / f'{name}.png' for name in ('published', 'bench')]  # noqa: E731

@@ -53,6 +53,7 @@ def published(rows: Sequence[Row]) -> str:
         r['scenario'],
         r['method'],
         r['setting'],
+        r['needs'].replace(' ', ', ') or 'nothing',
         r['metric'],
         with_error(r['published'], r['published_err']),
         with_error(r['ours'], r['ours_ci95']),
@@ -61,7 +62,9 @@ def published(rows: Sequence[Row]) -> str:
       )
       for r in group
     ]
-    head = ('scenario', 'method', 'setting', 'metric', 'published', 'ours, 95 %', 'seeds', 'note')
+    head = (
+      'scenario', 'method', 'setting', 'needs', 'metric', 'published', 'ours, 95 %', 'seeds', 'note',
+    )  # fmt: skip
     parts += [f'### {table}', markdown(head, cells)]
   parts.append(
     shown(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cl_jax.types import Learner, Stream
+from cl_jax.types import Learner, Method, Stream
 
 
 class Figure(NamedTuple):
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     figures: what the paper gives for it.
     note: what differs from the paper, and where a figure comes from.
     slow: run only when `--only` names it or with --all.
+    learner: () -> a learner or method that needs what the row's needs; None where `build` takes no data.
     stored: how its lines in results/published/ call it, where they were written under another name.
   """
 
@@ -42,11 +43,17 @@ class Row(NamedTuple):
   figures: tuple[Figure, ...]
   note: str = ''
   slow: bool = False
+  learner: Callable[[], Learner | Method] | None = None
   stored: str = ''
 
   @property
   def name(self) -> str:
     return '/'.join((self.table, self.scenario, self.method, self.setting)).replace(' ', '_')
+
+  @property
+  def needs(self) -> tuple[str, ...]:
+    """What the scenario must tell: see `Method.needs`."""
+    return (self.learner() if self.learner else self.build(None, None)).needs
 
   def own(self, lines: Sequence[dict]) -> list[dict]:
     """Those of `lines` that hold its results."""

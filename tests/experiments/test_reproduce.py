@@ -14,7 +14,7 @@ import pytest
 from cl_jax.learner import learner
 from cl_jax.models.mlp import mlp
 from experiments import reproduce
-from experiments.published import permuted_mnist, split_mnist, tiny_memories
+from experiments.published import permuted_mnist, split_fashion, split_mnist, tiny_memories
 from experiments.published.table import Figure, Row, seen_once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +134,25 @@ def test_protocols_on_real_mnist(data_dir):
 def test_rows_of_a_protocol_have_different_names():
   names = [r.name for r in reproduce.all_rows()]
   assert len(set(names)) == len(names) > 40
+
+
+@pytest.mark.parametrize(
+  ('name', 'needs'),
+  [
+    ('task/naive', {'task_test', 'task_train'}),
+    ('domain/agem', {'boundary', 'task_train'}),  # a ring by task and class
+    ('class/er', set()),
+  ],
+)
+def test_rows_of_configurations_say_what_their_learner_needs(name, needs):
+  (row,) = (r for r in split_fashion.rows() if r.name == f'split_fashion/{name}/own')
+  assert set(row.needs) == set(row.build(None, None).needs) == needs
+
+
+def test_rows_of_protocols_say_what_they_need():
+  found = {row.name: set(row.needs) for row in tiny_memories.rows()}
+  assert found['tiny_memories/domain/reservoir/1_per_class'] == set()
+  assert found['tiny_memories/domain/ring/1_per_class'] == {'task_train'}
 
 
 def test_every_line_that_is_kept_belongs_to_one_row():
