@@ -64,15 +64,23 @@ def follow(golden, method, variant, xs, ys, classes=4, prefix='init', loss='loss
   return state
 
 
-@pytest.mark.parametrize('labels', ['exact', 'empirical'])
-@pytest.mark.parametrize('form', ['separate', 'online'])
-def test_ewc_runs(labels, form):
-  g = Golden('ewc')
+@pytest.mark.parametrize(
+  'variant',
+  [
+    'exact_separate',
+    'exact_online',
+    'empirical_separate',
+    'empirical_online',
+    'predicted_separate',
+  ],
+)
+def test_ewc_runs(variant):
+  g, (labels, form) = Golden('ewc'), variant.split('_')
   decay = float(g['gamma']) if form == 'online' else 1.0
   method = ewc(float(g['lam']), labels, form == 'online', decay)
-  state = follow(g, method, f'{labels}_{form}', g['xs'], g['ys'])
+  state = follow(g, method, variant, g['xs'], g['ys'])
   if form == 'online':
-    close_trees(state.method.importance, g.params(f'{labels}_online/fisher', -1))
+    close_trees(state.method.importance, g.params(f'{variant}/fisher', -1))
 
 
 @pytest.mark.parametrize('form', ['dense', 'rows'])
@@ -125,11 +133,23 @@ def test_lwf_heads(variant, tasks):
   follow(g, method, variant, g['xs_split'], g['ys_split'], 2 * tasks, prefix)
 
 
-@pytest.mark.parametrize(('variant', 'tasks'), [('ci', 2), ('ci3', 3)])
+def test_lwf_heads_mean():
+  """The loss of the published task-incremental rows: 1/t and 1 - 1/t, means over outputs and heads."""
+  g = Golden('lwf')
+  classes = ((0, 1), (2, 3), (4, 5))
+  method = lwf(1.0, float(g['T']), 'heads', classes, average=True, mean=True)
+  follow(
+    g, chain(lwf=method, head=task_head(classes, 6)), 'heads3_mean', g['xs_split'], g['ys_split'], 6,
+    'init6',
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(('variant', 'tasks'), [('ci', 2), ('ci3', 3), ('ci3_mean', 3)])
 def test_lwf_class_incremental(variant, tasks):
   g = Golden('lwf')
   C = 2 * tasks
-  method = chain(lwf=lwf(1.0, float(g['T']), 'seen', average=True), head=seen_head(C))
+  mean = variant == 'ci3_mean'
+  method = chain(lwf=lwf(1.0, float(g['T']), 'seen', average=True, mean=mean), head=seen_head(C))
   xs, ys = classes_first(g['xs_split'], g['ys_split'])
   follow(g, method, variant, xs, ys, C, 'init' if tasks == 2 else 'init6', told=False)
 

@@ -294,12 +294,13 @@ def test_er_writers(name, monkeypatch):
       close(ours, means[row].reshape(ours.shape))
 
 
-@pytest.mark.parametrize('variant', ['plain', 'coef'])
+@pytest.mark.parametrize('variant', ['plain', 'coef', 'soft'])
 def test_icarl_runs(variant):
   """Losses, parameters, exemplars, their means and the scores; the draws are the reference's slots."""
   g = Golden('icarl')
   xs, ys, K = g['xs'], g['ys'], int(g['K'])
-  L = build(g, icarl(6, K, int(g['D']), float(g[f'{variant}/coef'])), classes=6)
+  temperature = 2.0 if variant == 'soft' else 1.0
+  L = build(g, icarl(6, K, int(g['D']), float(g[f'{variant}/coef']), temperature), classes=6)
   step, end = quick(L.step), quick(L.boundary)
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
@@ -325,12 +326,15 @@ def test_icarl_runs(variant):
       assert (held == x).all(axis=1).any()  # only what is stored is drawn
 
 
-def test_mer_runs(monkeypatch):
+@pytest.mark.parametrize('variant', ['mer', 'alg6'])
+def test_mer_runs(variant, monkeypatch):
   """Drawn slots and reservoir positions are the reference's."""
   g = Golden('mer')
   xs, ys = g['xs'], g['ys']
   names = ('capacity', 'k', 's', 'lr', 'beta', 'gamma')
   capacity, k, s, lr, beta, gamma = (g[n].item() for n in names)
+  if variant == 'alg6':
+    s, beta = 1, 1.0
   L = build(g, mer(capacity, k - 1, s, lr, beta, gamma))
   state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
   now = {}
@@ -349,30 +353,40 @@ def test_mer_runs(monkeypatch):
 
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
-      j = jnp.asarray(np.maximum(g['mer/j'][t, i], 0).reshape(-1), jnp.int32)
-      slots = jnp.asarray(g['mer/draw_slots'][t, i], jnp.int32)
+      j = jnp.asarray(np.maximum(g[f'{variant}/j'][t, i], 0).reshape(-1), jnp.int32)
+      slots = jnp.asarray(g[f'{variant}/draw_slots'][t, i], jnp.int32)
       state, value = step(state, batch_of(xs[t, i], ys[t, i]), j, slots)
-      close(value, g['mer/loss'][t, i])
-      close_trees(state.params, g.params('mer/params', t, i))
-      kept = g['mer/memory_stream'][t, i, -1]
+      close(value, g[f'{variant}/loss'][t, i])
+      close_trees(state.params, g.params(f'{variant}/params', t, i))
+      kept = g[f'{variant}/memory_stream'][t, i, -1]
       held = np.asarray(state.method.rows.x)[: len(kept)]
       close(held[kept >= 0], xs.reshape(-1, 6)[kept[kept >= 0]])
 
 
-def test_dgr_runs(monkeypatch):
-  """Network and generator, from the reference's noise; labels of dreams among the classes seen."""
+@pytest.mark.parametrize(
+  ('variant', 'outputs'), [('dgr', 'seen'), ('all', 'all'), ('heads', 'heads')]
+)
+def test_dgr_runs(variant, outputs, monkeypatch):
+  """Network and generator, from the reference's noise; labels of dreams among these outputs."""
   g = Golden('dgr')
-  xs, ys = g['xs'], g['ys']
+  data, own = ('heads/', 'heads') if outputs == 'heads' else ('', 'dgr')
+  xs, ys = g[f'{data}xs'], g[f'{data}ys']
   layers = {n.split('/')[1] for n in g.data if n.startswith('gen/')}
   initial = {n: {p: jnp.asarray(g[f'gen/{n}/{p}']) for p in 'wb'} for n in layers}
   coming = []
   monkeypatch.setattr('cl_jax.methods.replay.dgr.vae', lambda *a: initial)
   monkeypatch.setattr('cl_jax.methods.replay.dgr.noise', lambda key, shape: coming.pop(0))
-  latent, R = g['dgr/eps'].shape[-1], g['dgr/z_rep'].shape[2]
-  L = build(g, dgr(R, (5, 4), latent, float(g['lr_g']), 'seen'))
-  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0]))
+  z = g[f'{own}/z_rep']
+  R, latent = z.shape[2:]
+  z = z.reshape(-1, R, latent)
+  heads = ((0, 1), (2, 3), (4, 5)) if outputs == 'heads' else ()
+  parts = {'dgr': dgr(R, (5, 4), latent, float(g['lr_g']), outputs, heads)}
+  if heads:
+    L = build(g, chain(**parts, head=task_head(heads, 6)), 6, 'init6')
+  else:
+    L = build(g, chain(**parts))
+  state = L.init(jax.random.key(0), batch_of(xs[0, 0], ys[0, 0], 0))
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
-  z = g['dgr/z_rep'].reshape(-1, R, latent)
 
   @quick
   def step(state, batch, *noise):
@@ -384,15 +398,15 @@ def test_dgr_runs(monkeypatch):
   for t in range(len(xs)):
     for i in range(xs.shape[1]):
       if t > 0:
-        close(state.method.replay, g['dgr/x_rep'][t, i])
+        close(state.method['dgr'].replay, g[f'{own}/x_rep'][t, i])
       following = z[min(t * xs.shape[1] + i + 1, len(z) - 1)]
-      noise = map(jnp.asarray, (g['dgr/eps'][t, i], g['dgr/eps_rep'][t, i], following))
-      state, value = step(state, batch_of(xs[t, i], ys[t, i]), *noise)
-      close(value, g['dgr/loss'][t, i])
-      close_trees(state.params, g.params('dgr/params', t, i))
-      for name in layers:
+      noise = map(jnp.asarray, (g[f'{own}/eps'][t, i], g[f'{own}/eps_rep'][t, i], following))
+      state, value = step(state, batch_of(xs[t, i], ys[t, i], t), *noise)
+      close(value, g[f'{variant}/loss'][t, i])
+      close_trees(state.params, g.params(f'{variant}/params', t, i))
+      for name in layers if variant == 'dgr' else ():
         for part in 'wb':
-          close(state.method.generator[name][part], g[f'dgr/gen/{name}/{part}'][t, i])
+          close(state.method['dgr'].generator[name][part], g[f'dgr/gen/{name}/{part}'][t, i])
     coming[:] = [jnp.asarray(z[min((t + 1) * xs.shape[1], len(z) - 1)])]
-    state = L.boundary(state, stacked(xs[t], ys[t]))
-    close(L.predict(state, probe), g['dgr/probe_logits'][t])
+    state = L.boundary(state, stacked(xs[t], ys[t], t))
+    close(L.predict(state, probe), g[f'{variant}/probe_logits'][t])

@@ -71,7 +71,7 @@ def dgr(
 
   def share(s):
     """1 - 1/t in the t-th task."""
-    done = s.past.tasks.astype(jnp.float32)
+    done = s.past.tasks.astype(float)
     return done / (done + 1)
 
   def loss(s, params, batch, out, fwd):

@@ -20,6 +20,11 @@ Both are stepped from their values before the step: the solver p <- p - lr g, th
 whose state is kept over the tasks. Boundary: saved generator and solver are the current ones.
 With two tasks both weights of task 2 are 1/2.
 
+Variants: `dgr`, as said; `all`, y_rep is the argmax over all 4 outputs, the rest (generator, x_rep, noise) is
+that of `dgr`; `heads`, three tasks of two classes with outputs of their own (6 in all, init6): CE(x, y) is
+within the head of the task at hand, and CE(x_rep, y_rep) the mean over the heads of finished tasks, each
+within the head, with y_rep the argmax of the saved solver in it.
+
 Keys, P over e0 [6,5], e1 [5,4], mu [4,3], logvar [4,3], d0 [3,4], d1 [4,5], out [5,6] (shape of w).
 Inputs:
   init/<p>, gen/P/{w,b}, lr, lr_g, xs [2,5,5,6] and probe [12,6] within (0, 1), ys [2,5,5]
@@ -30,6 +35,9 @@ Outputs:
   dgr/loss, dgr/gen_loss [2,5]  the whole loss of solver and generator, before the step
   dgr/x_rep [2,5,4,6], dgr/y_rep [2,5,4]      0 and -1 in task 1
   dgr/probe_logits [2,12,4]     after each task
+  all/params/<p>, all/loss, all/probe_logits   likewise; all/y_rep [2,5,4,1]
+Of `heads`: heads/xs, ys, eps, z_rep, eps_rep, init6/<p>; heads/params/<p>, loss, x_rep, probe_logits, and
+heads/y_rep [3,5,4,2], the label within each of the first two heads, -1 where its task is not finished.
 """
 
 from __future__ import annotations
@@ -95,6 +103,62 @@ def vae(gen: pb.Params, x: pb.Array, eps: pb.Array) -> tuple[float, pb.Params]:
     grads[f'{name}/w'] = inputs[name].T @ deltas[name]
     grads[f'{name}/b'] = deltas[name].sum(0)
   return loss, grads
+
+
+def within(
+  params: pb.Params, x: pb.Array, parts: list[tuple[slice, np.ndarray]]
+) -> tuple[float, pb.Params]:
+  """The mean over parts of the cross-entropy within some outputs, and its gradient."""
+  logits, cache = pb.forward(params, x)
+  total, dlogits = 0.0, np.zeros_like(logits)
+  for outputs, labels in parts:
+    loss, d = pb.cross_entropy(logits[:, outputs], labels)
+    total += loss / len(parts)
+    dlogits[:, outputs] += d / len(parts)
+  return total, pb.backward(params, cache, dlogits)
+
+
+def labelled(
+  kind: str, t: int, params: pb.Params, x: pb.Array
+) -> tuple[list[tuple[slice, np.ndarray]], float]:
+  """The outputs in which dreams are rehearsed in task t (from 0), with labels; the smallest margin."""
+  logits = pb.forward(params, x)[0]
+  heads = [slice(2 * h, 2 * h + 2) for h in range(t)] if kind == 'heads' else [slice(None)]
+  parts = [(h, logits[:, h].argmax(1)) for h in heads]
+  tops = [np.sort(logits[:, h], axis=1)[:, -2:] for h in heads]
+  return parts, min(float((a[:, 1] - a[:, 0]).min()) for a in tops)
+
+
+def run_other(kind: str, data: dict, init: pb.Params, gen: pb.Params) -> dict:
+  """A run of `all` or `heads`."""
+  xs, ys = data['xs'], data['ys']
+  tasks = len(xs)
+  params, gen, adam = dict(init), dict(gen), Adam(gen)
+  saved, saved_gen = params, gen
+  trace, losses, logits = [], [], []
+  x_rep = np.zeros((tasks, STEPS, REPLAYED, pb.INPUTS))
+  y_rep = np.full((tasks, STEPS, REPLAYED, max(tasks - 1, 1) if kind == 'heads' else 1), -1)
+  for t in range(tasks):
+    own = slice(2 * t, 2 * t + 2) if kind == 'heads' else slice(None)
+    for s in range(STEPS):
+      solver = within(params, xs[t, s], [(own, ys[t, s] - (own.start or 0))])
+      generator = vae(gen, xs[t, s], data['eps'][t, s])
+      if t:
+        x = x_rep[t, s] = decode(saved_gen, data['z_rep'][t, s])[0]
+        parts, margin = labelled(kind, t, saved, x)
+        assert margin > 1e-4, margin
+        y_rep[t, s, :, : len(parts)] = np.stack([labels for _, labels in parts], axis=-1)
+        solver = mix(t + 1, solver, within(params, x, parts))
+        generator = mix(t + 1, generator, vae(gen, x, data['eps_rep'][t, s]))
+      params = pb.sgd(params, solver[1], LR)
+      gen = adam.step(gen, generator[1])
+      trace.append(params)
+      losses.append(solver[0])
+    saved, saved_gen = params, gen
+    logits.append(pb.forward(params, data['probe'])[0])
+  out = pb.prefixed('params', pb.per_task(trace, tasks))
+  out |= {'loss': np.array(losses).reshape(tasks, STEPS), 'x_rep': x_rep, 'y_rep': y_rep}
+  return out | {'probe_logits': np.stack(logits)}
 
 
 def mix(
@@ -203,7 +267,19 @@ def main() -> None:
   for k in LAYERS:
     assert np.abs(got[f'gen/{k}/b'][-1, -1] - gen[f'{k}/b']).min() > 1e-3, k
   out = pb.prefixed('init', init) | pb.prefixed('gen', gen) | {'lr': LR, 'lr_g': LR_G} | data
-  pb.save('dgr', out | pb.prefixed('dgr', got))
+  out |= pb.prefixed('dgr', got)
+  noise = {n: data[f'dgr/{n}'] for n in ('eps', 'z_rep', 'eps_rep')}
+  every = run_other('all', {**data, **noise}, init, gen)
+  assert np.array_equal(every['x_rep'], got['x_rep']) and moved(every, got, 'params/') > 1e-3
+  out |= pb.prefixed('all', {k: v for k, v in every.items() if k != 'x_rep'})
+  init6 = pb.init_params(rng, 6)
+  xs, ys = pb.make_tasks(rng, [[0, 1], [2, 3], [4, 5]], STEPS, ROWS)
+  own = {'xs': sigmoid(xs), 'ys': ys, 'eps': rng.normal(size=(3, STEPS, ROWS, LATENTS))}
+  own |= {n: rng.normal(size=(3, STEPS, REPLAYED, LATENTS)) for n in ('z_rep', 'eps_rep')}
+  heads = run_other('heads', {**own, 'probe': data['probe']}, init6, gen)
+  assert set(np.unique(heads['y_rep'])) == {-1, 0, 1}
+  out |= pb.prefixed('init6', init6) | pb.prefixed('heads', own | heads)
+  pb.save('dgr', out)
 
 
 if __name__ == '__main__':

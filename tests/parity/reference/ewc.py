@@ -9,6 +9,7 @@ parameters after its last step, from gradients of SINGLE examples, squared, then
   exact      F = 1/N sum_n sum_c p(c|x_n) (d log p(c|x_n) / d theta)^2
   empirical  F = 1/N sum_n (d log p(y_n|x_n) / d theta)^2 with the true label y_n
   sampled    the same with a label drawn from p(.|x_n), one per example, stored here as an input
+  predicted  the same with the most probable label; van de Ven & Tolias 2019 (separate alone, here)
 Accumulation:
   separate   a penalty per past task: F_k and anchor theta*_k are kept for every k
   online     one penalty: F <- gamma F + F_k (F starts at 0), anchor = parameters at the latest
@@ -21,7 +22,7 @@ Keys. Inputs:
   init/<p>            initial parameters, <p> one of l0/w l0/b l1/w l1/b l2/w l2/b
   xs [3,4,5,6], ys [3,4,5]   batches by task and step; lr, lam, gamma; probe [12,6]
   V/sampled_labels [3,20]    V in sampled_*: labels by task, in the row order of xs[t].reshape(20,6)
-Outputs for V in {exact,empirical,sampled}_{separate,online}:
+Outputs for V in {exact,empirical,sampled}_{separate,online} and predicted_separate:
   V/params/<p> [3,4,...]     parameters after every step
   V/loss [3,4]               CE + penalty minimised in the step, at the parameters before it
   V/ce [3,4], V/penalty [3,4]   its two terms (the penalty includes lam/2)
@@ -93,6 +94,11 @@ def run(
       p = pb.softmax(pb.forward(params, x)[0])
       labels = np.array([rng.choice(p.shape[1], p=row) for row in p])
       sampled.append(labels)
+    elif kind == 'predicted':
+      scores = pb.forward(params, x)[0]
+      labels = scores.argmax(1)
+      top = np.sort(scores, axis=1)
+      assert (top[:, -1] - top[:, -2]).min() > 1e-3 and np.any(labels != y)
     new = fisher(params, x, labels)
     if online:
       old = penalties[0][0] if penalties else {k: np.zeros_like(v) for k, v in params.items()}
@@ -119,8 +125,8 @@ def main() -> None:
   probe = rng.normal(size=(12, pb.INPUTS))
   out = pb.prefixed('init', init)
   out |= {'xs': xs, 'ys': ys, 'probe': probe, 'lr': LR, 'lam': LAM, 'gamma': GAMMA}
-  for kind in ('exact', 'empirical', 'sampled'):
-    for online in (False, True):
+  for kind in ('exact', 'empirical', 'sampled', 'predicted'):
+    for online in (False, True)[: 1 if kind == 'predicted' else 2]:
       name = f'{kind}_{"online" if online else "separate"}'
       out |= pb.prefixed(name, run(kind, online, init, xs, ys, probe, rng))
       # A penalty that is lost in rounding, or that blows up, would test nothing.

@@ -30,8 +30,9 @@ the loss is the mean over outputs, not their sum; m is rounded up; herding takes
 adds it to the sum once more and not to the list; mean_c is over each image and its mirror image.
 
 Variants: plain (coef = 1) and coef (coef = 0.5); task 1 has only other terms, so differs in nothing.
+soft is plain with q_c = sigmoid(logit / 2), as GMvandeVen/continual-learning has it, and plain's slots.
 
-Keys, V in {plain, coef}. Inputs:
+Keys, V in {plain, coef, soft}. Inputs:
   init/<p> (C = 6), lr, K, D, xs [3,5,6,6], ys [3,5,6], probe [12,6]; V/coef
   V/draw_slots [3,5,D]      slots drawn before each step; -1 in task 1
   V/draw_stream [3,5,D]     the same rows as positions in xs.reshape(-1,6); -1 is no row
@@ -71,12 +72,18 @@ def features(params: pb.Params, x: pb.Array) -> pb.Array:
 
 
 def loss_and_grad(
-  params: pb.Params, saved: pb.Params, x: pb.Array, y: np.ndarray, old: list[int], coef: float
+  params: pb.Params,
+  saved: pb.Params,
+  x: pb.Array,
+  y: np.ndarray,
+  old: list[int],
+  coef: float,
+  temperature: float,
 ) -> tuple[float, float, pb.Params]:
   """The loss, its part of the classes `old`, and the gradient of the loss."""
   logits, cache = pb.forward(params, x)
   q = np.eye(CLASSES)[y]
-  q[:, old] = sigmoid(pb.forward(saved, x)[0])[:, old]
+  q[:, old] = sigmoid(pb.forward(saved, x)[0] / temperature)[:, old]
   w = np.ones(CLASSES)
   w[old] = coef
   # BCE(sigmoid(z), q) = log(1 + e^z) - q z
@@ -124,6 +131,7 @@ def run(
   coef: float,
   draw_slots: np.ndarray | None,
   rng: np.random.Generator,
+  temperature: float = 1.0,
 ) -> dict:
   """A whole run; the slots are drawn from `rng`, or taken from `draw_slots` [3,5,D]."""
   tasks = len(xs)
@@ -142,7 +150,7 @@ def run(
       assert len(rows) == (DRAWN if t else 0)
       x = np.concatenate([xs[t, s], stream_x[rows]])
       y = np.concatenate([ys[t, s], stream_y[rows]])
-      loss, of_old, grads = loss_and_grad(params, saved, x, y, old, coef)
+      loss, of_old, grads = loss_and_grad(params, saved, x, y, old, coef, temperature)
       params = pb.sgd(params, grads, LR)
       trace.append(params)
       losses.append((loss, of_old))
@@ -203,6 +211,9 @@ def main() -> None:
     assert np.abs(without['params/l0/w'] - got['params/l0/w'])[-1, -1].max() > 1e-3
     assert (got['slots'][0] >= 0).sum() == RARE + 6 and got['m'].tolist() == [6, 3, 2]
     out |= pb.prefixed(v, got)
+  hard, soft = (run(init, xs, ys, probe, 1.0, runs['plain']['draw_slots'], rng, T) for T in (1, 2))
+  assert np.abs(hard['params/l0/w'] - soft['params/l0/w'])[-1, -1].max() > 1e-3
+  out |= pb.prefixed('soft', soft)
   pb.save('icarl', out)
 
 

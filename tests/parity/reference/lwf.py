@@ -24,8 +24,11 @@ Variants (lam, T stored; the first task has CE only):
   ci3         the same with 3 tasks and 6 outputs (init6).
   ci3_now     ci3 in the form of the present code of GMvandeVen/continual-learning for LwF:
               CE + KD, both with weight 1 and no T^2.
+  heads3_mean, ci3_mean
+              multihead3 and ci3 with KD a mean over classes, and over the old heads, as in van de Ven
+              & Tolias 2019: 1/t CE + (1 - 1/t) T^2 KD. The mean of ci3 is over all classes seen.
 Deviations and history: the form `ci` is that repository between May 2019 (commit 26f00db) and 2022;
-before, its KD was a mean over classes as well; since August 2022 (df9f983) it has no T^2, and LwF
+before, its KD was a mean over classes as well (ci3_mean); since August 2022 (df9f983) it has no T^2, and LwF
 there is weighted CE + KD (class- and task-incremental: CE + sum over old heads of KD).
 
 Keys. Inputs:
@@ -36,7 +39,7 @@ Outputs for every variant V (K tasks, C outputs):
   V/params/<p> [K,5,...]     parameters after every step
   V/loss [K,5]               what the step minimises, at the parameters before it
   V/ce [K,5], V/kd [K,5]     CE and the plain KD (without weights, lam or T^2; summed over the old
-                             heads; 0 in the first task)
+                             heads, or their mean; 0 in the first task)
   V/probe_logits [K,12,C]    all logits after each task
 The snapshot of boundary k is V/params/<p>[k, -1].
 """
@@ -81,6 +84,19 @@ def objective(
       dz[:, cols] += LAM * T**2 * d
     return ce + LAM * T**2 * distil, ce, distil, dz
 
+  if variant == 'heads3_mean':
+    own, rest = slice(2 * task, 2 * task + 2), 1 - 1 / (task + 1)
+    ce, d = pb.cross_entropy(z[:, own], y - 2 * task)
+    dz[:, own] = d / (task + 1)
+    if z_old is None:
+      return ce, ce, 0.0, dz
+    for head in range(task):
+      cols = slice(2 * head, 2 * head + 2)
+      value, d = kd(z[:, cols], pb.softmax(z_old[:, cols] / T))
+      distil += value / 2 / task
+      dz[:, cols] += rest * T**2 * d / 2 / task
+    return ce / (task + 1) + rest * T**2 * distil, ce, distil, dz
+
   seen, old = 2 * task + 2, 2 * task
   ce, dce = pb.cross_entropy(z[:, :seen], y)
   if z_old is None:
@@ -89,6 +105,8 @@ def objective(
   targets = np.zeros((len(z), seen))
   targets[:, :old] = pb.softmax(z_old[:, :old] / T)
   distil, d = kd(z[:, :seen], targets)
+  if variant == 'ci3_mean':
+    distil, d = distil / seen, d / seen
   w_ce, w_kd = (1.0, 1.0) if variant == 'ci3_now' else (1 / (task + 1), (1 - 1 / (task + 1)) * T**2)
   dz[:, :seen] = w_ce * dce + w_kd * d
   return w_ce * ce + w_kd * distil, ce, distil, dz
@@ -133,7 +151,7 @@ def main() -> None:
   out |= pb.prefixed('single', run('single', init, xs_single, ys_single, probe))
   for variant in ('multihead', 'ci'):
     out |= pb.prefixed(variant, run(variant, init, xs_split[:2], ys_split[:2], probe))
-  for variant in ('multihead3', 'ci3', 'ci3_now'):
+  for variant in ('multihead3', 'ci3', 'ci3_now', 'heads3_mean', 'ci3_mean'):
     out |= pb.prefixed(variant, run(variant, init6, xs_split, ys_split, probe))
   pb.save('lwf', out)
 

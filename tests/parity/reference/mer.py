@@ -15,9 +15,11 @@ alone (still s times). Tasks do not matter to the method.
 mattriemer/MER differs in its alg. 1: the current row comes first, up to k (not k - 1) memory rows
 follow, and a memory row may come twice.
 
-One variant, `mer`: 2 tasks with classes 0-1 and 2-3, 4 stream batches of 3 rows, s = 2, k = 4.
+Variants: `mer`, 2 tasks with classes 0-1 and 2-3, 4 stream batches of 3 rows, s = 2, k = 4; and `alg6`, on
+the same rows the paper's alg. 6: one batch alone, and across-batch Reptile alone:
+  theta_A0 = theta; a step for each row of the batch; theta <- theta_A0 + gamma (theta - theta_A0)
 
-Keys. Inputs:
+Keys, those of `mer` are of `alg6` too, with s = 1. Inputs:
   init/<p>, capacity (M), s, k, probe [12,6]; xs [2,4,3,6], ys [2,4,3]
   lr (this is alpha), beta, gamma
   mer/j [2,4,3]                   the draw j for each row written; -1 while n < M
@@ -48,7 +50,13 @@ def between(a: pb.Params, b: pb.Params, weight: float) -> pb.Params:
 
 
 def run(
-  init: pb.Params, xs: pb.Array, ys: np.ndarray, probe: pb.Array, rng: np.random.Generator
+  init: pb.Params,
+  xs: pb.Array,
+  ys: np.ndarray,
+  probe: pb.Array,
+  rng: np.random.Generator,
+  batches: int = BATCHES,
+  within: bool = True,
 ) -> dict:
   tasks = len(xs)
   stream_x, stream_y = xs.reshape(-1, pb.INPUTS), ys.reshape(-1)
@@ -66,14 +74,15 @@ def run(
           pb.loss_and_grad(params, stream_x[row][None], stream_y[row][None])[0]
         )
         start = params
-        slots = np.stack([memory.draw(K - 1) for _ in range(BATCHES)])
+        slots = np.stack([memory.draw(K - 1) for _ in range(batches)])
         positions = memory.at(slots)
         for drawn in positions:
           first = params
           for r in (*drawn[drawn >= 0], row):
             g = pb.loss_and_grad(params, stream_x[r][None], stream_y[r][None])[1]
             params = pb.sgd(params, g, ALPHA)
-          params = between(first, params, BETA)
+          if within:
+            params = between(first, params, BETA)
         params = between(start, params, GAMMA)
         keep['j'].append(memory.write())
         keep['count'].append((slots[0] >= 0).sum())
@@ -106,6 +115,7 @@ def main() -> None:
   }
   out |= {'capacity': CAPACITY, 'xs': xs, 'ys': ys, 'probe': probe}
   out |= pb.prefixed('mer', run(init, xs, ys, probe, rng))
+  out |= pb.prefixed('alg6', run(init, xs, ys, probe, rng, 1, False))
   pb.save('mer', out)
 
 

@@ -79,6 +79,8 @@ def ewc() -> None:
         logp = torch.log_softmax(net(p, x[n][None])[0], 0)
         if kind == 'exact':
           pairs = [(c, logp[c].exp().detach()) for c in range(4)]
+        elif kind == 'predicted':
+          pairs = [(int(logp.argmax()), 1.0)]
         else:
           pairs = [((y if kind == 'empirical' else z[f'{v}/sampled_labels'][t])[n], 1.0)]
         for c, w in pairs:
@@ -100,7 +102,7 @@ def lwf() -> None:
   def soft_ce(new, old):
     return -(torch.softmax(old / temp, 1) * torch.log_softmax(new / temp, 1)).sum(1).mean()
 
-  for v in ('single', 'multihead', 'multihead3', 'ci', 'ci3', 'ci3_now'):
+  for v in ('single', 'multihead', 'multihead3', 'ci', 'ci3', 'ci3_now', 'heads3_mean', 'ci3_mean'):
     init = 'init6' if '3' in v else 'init'
     data = 'single' if v == 'single' else 'split'
     tasks, steps = z[f'{v}/loss'].shape
@@ -118,6 +120,11 @@ def lwf() -> None:
           for h in range(t):
             part = slice(2 * h, 2 * h + 2)
             loss = loss + lam * temp**2 * soft_ce(new[:, part], old[:, part])
+        elif v == 'heads3_mean':
+          loss = F.cross_entropy(new[:, 2 * t : 2 * t + 2], y - 2 * t) / (t + 1)
+          pairs = [(a.view(5, 3, 2)[:, :t].flatten(0, 1) for a in (new, old))] if t else []
+          for a, b in pairs:  # rows and heads alike, and two outputs
+            loss = loss + t / (t + 1) * temp**2 * soft_ce(a, b) / 2
         else:
           ce = F.cross_entropy(new[:, : 2 * t + 2], y)
           kd = torch.zeros((), dtype=torch.float64)
@@ -127,7 +134,8 @@ def lwf() -> None:
           if v == 'ci3_now':
             loss = ce + kd
           else:
-            loss = ce / (t + 1) + (1 - 1 / (t + 1)) * temp**2 * kd
+            outputs = 2 * t + 2 if v == 'ci3_mean' else 1
+            loss = ce / (t + 1) + (1 - 1 / (t + 1)) * temp**2 * kd / outputs
         same(loss, z[f'{v}/loss'][t, s], f'{v} loss')
         check_step(z, v, t, s, p, grad_of(loss, p))
 

@@ -329,33 +329,35 @@ def mer() -> None:
   z = load('mer')
   x, y = z['xs'].reshape(-1, 6), z['ys'].reshape(-1)
   tasks, steps, rows = z['ys'].shape
-  before, n = torch.full((int(z['capacity']),), -1), 0
-  for t in range(tasks):
-    for b in range(steps):
-      p = at(z, 'mer', t, b)
-      equal(F.cross_entropy(net(p, z['xs'][t, b]), z['ys'][t, b]), z['mer/loss'][t, b], 'mer loss')
-      for r in range(rows):
-        across = {k: p[k].detach() for k in NAMES}
-        loss = F.cross_entropy(net(across, x[n : n + 1]), y[n : n + 1])
-        equal(loss, z['mer/loss_row'][t, b, r], 'mer loss of a row')
-        theta = across
-        for i in range(int(z['s'])):
-          drawn = draw_agrees(z, 'mer', 'draw', (t, b, r, i), before, x, y)
-          assert len(drawn) == int(z['mer/count'][t, b, r]) == min(int(z['k']) - 1, n)
-          walk = theta
-          for row in [*drawn.tolist(), n]:
-            leaf = {k: w.clone().requires_grad_() for k, w in walk.items()}
-            g = grad_of(F.cross_entropy(net(leaf, x[row : row + 1]), y[row : row + 1]), leaf)
-            walk = {k: leaf[k].detach() - z['lr'] * g[k] for k in NAMES}
-          theta = {k: torch.lerp(theta[k], walk[k], z['beta']) for k in NAMES}
-        p = {k: torch.lerp(across[k], theta[k], z['gamma']) for k in NAMES}
-        n += 1
-        before = z['mer/memory_stream'][t, b, r]
-        reservoir_agrees(z, 'mer', before, n)
-      for k in NAMES:
-        equal(p[k], z[f'mer/params/{k}'][t, b], f'mer {k} task {t} batch {b}')
-    probe_agrees(z, 'mer', t)
-  print('mer agrees')
+  for v, batches, beta in (('mer', int(z['s']), float(z['beta'])), ('alg6', 1, 1.0)):
+    before, n = torch.full((int(z['capacity']),), -1), 0
+    for t in range(tasks):
+      for b in range(steps):
+        p = at(z, v, t, b)
+        loss = F.cross_entropy(net(p, z['xs'][t, b]), z['ys'][t, b])
+        equal(loss, z[f'{v}/loss'][t, b], f'{v} loss')
+        for r in range(rows):
+          across = {k: p[k].detach() for k in NAMES}
+          loss = F.cross_entropy(net(across, x[n : n + 1]), y[n : n + 1])
+          equal(loss, z[f'{v}/loss_row'][t, b, r], f'{v} loss of a row')
+          theta = across
+          for i in range(batches):
+            drawn = draw_agrees(z, v, 'draw', (t, b, r, i), before, x, y)
+            assert len(drawn) == int(z[f'{v}/count'][t, b, r]) == min(int(z['k']) - 1, n)
+            walk = theta
+            for row in [*drawn.tolist(), n]:
+              leaf = {k: w.clone().requires_grad_() for k, w in walk.items()}
+              g = grad_of(F.cross_entropy(net(leaf, x[row : row + 1]), y[row : row + 1]), leaf)
+              walk = {k: leaf[k].detach() - z['lr'] * g[k] for k in NAMES}
+            theta = {k: torch.lerp(theta[k], walk[k], beta) for k in NAMES}
+          p = {k: torch.lerp(across[k], theta[k], z['gamma']) for k in NAMES}
+          n += 1
+          before = z[f'{v}/memory_stream'][t, b, r]
+          reservoir_agrees(z, v, before, n)
+        for k in NAMES:
+          equal(p[k], z[f'{v}/params/{k}'][t, b], f'{v} {k} task {t} batch {b}')
+      probe_agrees(z, v, t)
+    print(f'mer {v} agrees')
 
 
 def unit_features(p: dict, x: torch.Tensor) -> torch.Tensor:
@@ -380,7 +382,7 @@ def icarl() -> None:
   x, y = z['xs'].reshape(-1, 6), z['ys'].reshape(-1)
   tasks, steps, rows = z['ys'].shape
   size = int(z['K'])
-  for v, coef in (('plain', 1.0), ('coef', 0.5)):
+  for v, coef in (('plain', 1.0), ('coef', 0.5), ('soft', 1.0)):
     assert z[f'{v}/coef'] == coef
     held: dict[int, list[int]] = {}
     slots, saved = torch.full((size,), -1), None
@@ -400,7 +402,8 @@ def icarl() -> None:
         used = torch.cat([torch.arange(n, n + rows), positions[positions >= 0]])
         target = F.one_hot(y[used], 6).double()
         if saved is not None:
-          target = torch.where(learnt, torch.sigmoid(net(saved, x[used])), target)
+          then = net(saved, x[used]) / (2 if v == 'soft' else 1)
+          target = torch.where(learnt, torch.sigmoid(then), target)
         bce = F.binary_cross_entropy_with_logits(net(p, x[used]), target, reduction='none')
         of_old = coef * bce[:, learnt].sum(1).mean()
         loss = bce[:, ~learnt].sum(1).mean() + of_old
@@ -452,6 +455,32 @@ def vae_loss(gen: dict, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
   return bce + kl.sum() / x.numel()
 
 
+def dgr_outputs() -> None:
+  """The solver where a dream is labelled by other outputs; dreams are the stored ones."""
+  z = load('dgr')
+  for v, data, init in (('all', '', 'init'), ('heads', 'heads/', 'init6')):
+    xs, ys = z[f'{data}xs'], z[f'{data}ys']
+    tasks, steps, _ = ys.shape
+    for t in range(tasks):
+      own = slice(2 * t, 2 * t + 2) if v == 'heads' else slice(None)
+      for s in range(steps):
+        p = at(z, v, t, s, init)
+        loss = F.cross_entropy(net(p, xs[t, s])[:, own], ys[t, s] - (own.start or 0)) / (t + 1)
+        if t:
+          x = z['dgr/x_rep' if v == 'all' else 'heads/x_rep'][t, s]
+          old = net({k: z[f'{v}/params/{k}'][t - 1, -1] for k in NAMES}, x)
+          parts = range(t) if v == 'heads' else [None]
+          for h in parts:
+            part = slice(None) if h is None else slice(2 * h, 2 * h + 2)
+            label = old[:, part].argmax(1)
+            assert torch.equal(label, z[f'{v}/y_rep'][t, s, :, h or 0])
+            loss = loss + t / (t + 1) * F.cross_entropy(net(p, x)[:, part], label) / len(parts)
+        equal(loss, z[f'{v}/loss'][t, s], f'dgr {v} loss')
+        step_agrees(z, v, t, s, p, grad_of(loss, p))
+      probe_agrees(z, v, t)
+    print(f'dgr {v} agrees')
+
+
 def dgr() -> None:
   """The solver step by step; the generator as a whole run, since Adam's state is not stored."""
   z = load('dgr')
@@ -488,7 +517,7 @@ def dgr() -> None:
 
 
 def main() -> None:
-  for check in (der, er_ace, mir, gem, gdumb, writers, mer, icarl, dgr):
+  for check in (der, er_ace, mir, gem, gdumb, writers, mer, icarl, dgr, dgr_outputs):
     check()
 
 
