@@ -24,9 +24,9 @@ and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
   gem          97.6 +-  1.7  86.9 +-  3.4  74.3 +-  6.3
   mer          97.9 +-  1.5  88.1 +-  3.3  79.0 +-  1.5
   mir          97.8 +-  1.6  82.8 +-  2.7  75.7 +-  3.7
-  der          97.6 +-  1.7  86.4 +-  3.5  72.6 +-  5.7
-  derpp        97.7 +-  2.0  85.6 +-  7.0  77.1 +-  5.4
-  er_ace       97.8 +-  1.6  87.3 +-  4.5  77.9 +-  2.9
+  der          97.6 +-  1.8  86.4 +-  3.5  72.6 +-  5.7
+  derpp        97.8 +-  1.8  85.6 +-  7.0  77.1 +-  5.4
+  er_ace       97.7 +-  1.9  87.3 +-  4.5  77.6 +-  2.7
   gdumb        97.0 +-  2.3  60.3 +- 15.4  77.9 +-  1.3
   rehearsal    97.5 +-  2.3  85.9 +-  3.1  76.1 +-  2.1
     partial    97.6 +-  1.8  85.2 +-  7.4  76.4 +-  4.1
@@ -45,8 +45,7 @@ seeds), where the best did not diverge: a rate of 0.05 is unstable under strong 
 their own, which `python -m experiments.framework` finds. HAT and PackNet know the task at test, as all do in
 the first column. GDumb fills its memory with the first tasks where these share their labels, and REMIND's
 codebooks are those of the first task. Dream Net and DGR keep no images, and learn from 150 steps a task what
-to dream. By tasks der, derpp and er_ace, by classes er_ace were measured before the outputs that a head
-leaves out stopped counting for rows from memory.
+to dream.
 """
 
 from configs import common
