@@ -125,7 +125,7 @@ def test_the_penalty_of_olora_makes_tasks_orthogonal(toy_stream, monkeypatch):
   """And not training as such: without the penalty the same steps leave them as they were or closer."""
 
   def overlap(coef, steps):
-    monkeypatch.setitem(MAKE, 'olora', lambda n: olora(n, 2, 3.0, coef, targets='l./w'))
+    monkeypatch.setitem(ALL, 'olora', lambda n: olora(n, 2, 3.0, coef, targets='l./w'))
     state, step, boundary, _ = start(toy_stream, 'olora', optax.sgd(0.05))
     state = boundary(state, end_of(toy_stream, 0))
     for i in range(steps):
