@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from cl_jax import checkpoint
 from cl_jax.editing import kept, write
@@ -15,6 +13,7 @@ from cl_jax.editing.rows import Edit
 from cl_jax.editing.write import Write
 from cl_jax.errors import UserError
 from cl_jax.models import decoder
+from experiments import edit_state
 from experiments.edit_subject import Subject, opened
 
 STATEFUL = ('none', 'grace', 'wise')  # editors that leave the weights as they are
@@ -54,15 +53,10 @@ def save(path: Path, model: str, subject: Subject, editor: str, batches: Sequenc
     model: the name of the model that was edited, as `opened` takes it.
     batches: in the order in which they were written.
   """
-  edits, terms, arrays = [], [], {}
-  for i, (facts, writes) in enumerate(batches):
-    edits += [[i, e.case, e.text, e.target] for e in facts]
-    for w in writes:
-      arrays[f'left{len(terms)}'] = np.asarray(w.left)
-      if w.right is not None:
-        arrays[f'right{len(terms)}'] = np.asarray(w.right)
-      terms.append([i, w.path, w.layer])
-  about = {'what': 'edits', 'version': 1, 'model': model, 'editor': editor, 'batches': len(batches)}
+  edits = [[i, e.case, e.text, e.target] for i, (facts, _) in enumerate(batches) for e in facts]
+  terms, arrays = edit_state.packed([w for _, writes in batches for w in writes])
+  counts = [len(writes) for _, writes in batches]
+  about = {'what': 'edits', 'version': 1, 'model': model, 'editor': editor, 'counts': counts}
   about |= {'backbone': checkpoint.digest(subject.backbone), 'edits': edits, 'terms': terms}
   path.parent.mkdir(parents=True, exist_ok=True)
   kept.save(path, about, arrays)
@@ -85,16 +79,13 @@ def rebuild(path: Path, without: Collection[int], out: Path, model: str | None =
     raise UserError(f'there is no file {path}: experiments.edit --save_edits=FILE writes one')
   about, arrays = kept.load(path)
   kept.same(path, about, {'what': 'edits', 'version': 1})
-  n = about['batches']
+  n = len(about['counts'])
   if odd := sorted(set(without) - set(range(n))):
     raise UserError(f'{path} has batches 0 to {n - 1}; there is no {odd[0]} to be left out')
   subject = opened(model or about['model'])
   kept.same(path, about, {'backbone': checkpoint.digest(subject.backbone)})
-  batches: list[list[Write]] = [[] for _ in range(n)]
-  for i, (batch, name, layer) in enumerate(about['terms']):
-    left, right = arrays[f'left{i}'], arrays.get(f'right{i}')
-    term = Write(name, layer, jnp.asarray(left), None if right is None else jnp.asarray(right))
-    batches[batch].append(term)
+  terms = iter(edit_state.unpacked(about['terms'], arrays))
+  batches = [list(itertools.islice(terms, count)) for count in about['counts']]
   edited = write.undone(subject.backbone, batches, without)
   decoder.save(out, subject.config, edited, subject.file)
   left = sum(e[0] not in without for e in about['edits'])

@@ -101,7 +101,8 @@ def run(
     decoder.save(place.model, subject.config, backbone, subject.file)
     tell(f'the edited model: {place.model}')
   if place.edits is not None:
-    facts = [exam.edits[lo:hi] for lo, hi in itertools.pairwise([0, *about['ends']])]
+    size = chosen['batch']
+    facts = [exam.edits[lo : lo + size] for lo in range(0, len(exam.edits), size)]
     terms = iter(saved.writes)
     batches = [
       (f, list(itertools.islice(terms, n))) for f, n in zip(facts, about['terms'], strict=True)
@@ -134,7 +135,7 @@ def progress(
     about: dict[str, Any] = dict.fromkeys(counted, 0)
     about |= {'config_sha256': sha, 'before': begin.tolist(), 'after': begin.tolist()}
     saved = edit_state.Saved(
-      about | {'points': [], 'scores': [], 'log_p': [], 'full': [], 'ends': [], 'terms': []},
+      about | {'points': [], 'scores': [], 'log_p': [], 'full': [], 'terms': []},
       [],
       fresh,
     )
@@ -152,7 +153,6 @@ def progress(
       batch_key = jax.random.fold_in(key, lo)
       new, state = edited(editor, backbone, state, batch, batch_key, about, clock)
       about['done'] = hi
-      about['ends'].append(hi)
       about['terms'].append(len(new))
       kept = new if alone else [*writes, *new]
       kept = kept if chosen['undo'] else write.merged(kept)

@@ -5,6 +5,7 @@ One file, replaced whole. What was killed goes on after the last batch that was 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,26 @@ def save(folder: Path, saved: Saved) -> None:
     UserError: it cannot be written; what was there before stays.
   """
   arrays = {f'state{i}': np.asarray(a) for i, a in enumerate(jax.tree.leaves(saved.state))}
-  for i, write in enumerate(saved.writes):
+  terms, factors = packed(saved.writes)
+  kept.save(folder / FILE, {**saved.about, 'writes': terms}, arrays | factors)
+
+
+def packed(writes: Sequence[Write]) -> tuple[list, dict[str, np.ndarray]]:
+  """(where each term belongs, as JSON, and its factors by name)."""
+  arrays = {}
+  for i, write in enumerate(writes):
     arrays[f'left{i}'] = np.asarray(write.left)
     if write.right is not None:
       arrays[f'right{i}'] = np.asarray(write.right)
-  terms = [[write.path, write.layer] for write in saved.writes]
-  kept.save(folder / FILE, {**saved.about, 'writes': terms}, arrays)
+  return [[write.path, write.layer] for write in writes], arrays
+
+
+def unpacked(terms: Sequence, arrays: Mapping[str, Any]) -> list[Write]:
+  """What `packed` has taken apart."""
+  return [
+    Write(name, layer, arrays[f'left{i}'], arrays.get(f'right{i}'))
+    for i, (name, layer) in enumerate(terms)
+  ]
 
 
 def restore(folder: Path, config_sha256: str, state: Tree) -> Saved | None:
@@ -71,8 +86,5 @@ def restore(folder: Path, config_sha256: str, state: Tree) -> Saved | None:
   ):
     raise UserError(f'{path} holds the state of another editor: remove it to begin anew')
   found = {name: jnp.asarray(a) for name, a in arrays.items()}
-  writes = [
-    Write(name, layer, found[f'left{i}'], found.get(f'right{i}'))
-    for i, (name, layer) in enumerate(about.pop('writes'))
-  ]
+  writes = unpacked(about.pop('writes'), found)
   return Saved(about, writes, jax.tree.unflatten(shape, [found[name] for name in names]))
