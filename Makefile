@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv first and then says what it does. Variables:
 #   PYTHON    the interpreter that .venv is made from (python3.11, 3.12, 3.13 or python3)
 #   PIP_ARGS  added to every `pip install`, for instance --find-links or --extra-index-url
-#   JOBS      test processes (2)
+#   JOBS      test processes (3: two cores wait less)
 #   ONLY      which tests, experiments or benchmarks (a pattern)
 #   ARGS      handed on to the command of the target as it is
 SHELL := bash
@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 PYTHON ?=
 PIP_ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 ONLY ?=
 ARGS ?=
 

@@ -39,8 +39,7 @@ VALIDATION = 0.2
 
 # The survey's first values (its section 5, "hyperparameters"); a method that is not here has none. In its
 # code, Mattdl/CLsurvey, EWC's penalty is without our factor 1/2, so 400 there is 800 here, and distillation
-# without our T^2 = 4: 10 there is 2.5 here. HAT's smax, 800 there and decayed, stays as configured: the gates
-# of finished tasks are read at the latest smax, and would change with it.
+# without our T^2 = 4: 10 there is 2.5 here.
 START = {
   'ewc.coef': 800.0,
   'si.coef': 400.0,
@@ -52,6 +51,7 @@ START = {
   'icarl.coef': 10.0,
   'packnet.prune': 0.9,
   'packnet.first': 0.9,
+  'hat.smax': 800.0,
   'hat.coef': 2.5,
 }
 # One of these counts in a task; the survey has one share for all tasks.

@@ -28,16 +28,17 @@ BENCHMARKS = {
   'split_fashion': (400_000, 1_200_000, 3_300_000),
   'omniglot': (100_000, 400_000, 2_800_000),
 }
+# By name, words of the configuration and further ones of the command.
 METHODS = {
-  'fine-tuning': 'naive',
-  'EWC': 'ewc',
-  'SI': 'si',
-  'MAS': 'mas',
-  'LwF': 'lwf',
-  'EBLL': 'ebll',
-  'mode-IMM': 'l2,imm',
-  'PackNet': 'packnet',
-  'HAT': 'hat',
+  'fine-tuning': ('naive', ()),
+  'EWC': ('ewc', ()),
+  'SI': ('si', ()),
+  'MAS': ('mas', ()),
+  'LwF': ('lwf', ()),
+  'EBLL': ('ebll', ()),
+  'mode-IMM': ('l2,imm', ()),
+  'PackNet': ('packnet', ()),
+  'HAT': ('hat', ('--config.hat.embedding=uniform',)),  # as the survey's code
 }
 # With a memory: R-PM keeps a share of it for each task from the start, R-FM uses all of it always.
 REPLAY = {
@@ -54,11 +55,9 @@ REPLAY = {
 
 def runs(budgets: Sequence[int]) -> list[tuple[str, int | None, str, tuple[str, ...]]]:
   """(name, budget, words of the configuration, further words of the command)."""
-  found: list[tuple[str, int | None, str, tuple[str, ...]]] = [
-    (name, None, words, ()) for name, words in METHODS.items()
-  ]
-  for budget in budgets:
-    found += [(name, budget, words, more) for name, (words, more) in REPLAY.items()]
+  found: list[tuple[str, int | None, str, tuple[str, ...]]] = []
+  for budget, methods in ((None, METHODS), *((b, REPLAY) for b in budgets)):
+    found += [(name, budget, words, more) for name, (words, more) in methods.items()]
   return found
 
 

@@ -252,7 +252,7 @@ ARGUMENTS = {
   'rehearsal': {'share': 'partial', 'tasks': 6},
   'latent': {'tap': 'l1'},
   'remind': {'tap': 'l1', 'codebooks': 2, 'most': 9, 'classes': 11},
-  'hat': {'tasks': 6, 'steps_per_epoch': 7},
+  'hat': {'tasks': 6, 'steps_per_epoch': 7, 'embedding': 'uniform'},
   'cwr': {},
   'gem': {'tasks': 2, 'capacity': 400},
   'gdumb': {'classes': 11},

@@ -43,7 +43,7 @@ def test_growth_is_what_a_learner_for_so_many_tasks_would_keep():
   task = {'scenario': 'task', 'head': 'task'}
   assert grown('er') == grown('ewc') == []
   steps = [b - a for a, b in itertools.pairwise(grown('hat', **task))]
-  assert steps == [4 * units] * 4
+  assert steps == [4 * (units + 1)] * 4  # and smax, with which a finished task is read
   steps = [b - a for a, b in itertools.pairwise(grown('pnn', **task))]
   column, lateral = image * units + units + 2 * units + 2, 2 * units
   assert steps == [4 * (column + k * lateral) for k in (1, 2, 3, 4)]

@@ -69,6 +69,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
   called.clear()
   assert survey.main([f'--workdir={tmp_path}', '--only=HAT', '--benchmark=omniglot']) == 0
   assert called[0][0] == '--config=configs/omniglot.py:task,hat'
+  assert '--config.hat.embedding=uniform' in called[0]
   monkeypatch.setattr(framework, 'main', lambda words: 130)
   assert survey.main([f'--workdir={tmp_path}']) == 130  # a signal ends it
   with pytest.raises(SystemExit) as stop:

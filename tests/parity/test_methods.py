@@ -311,7 +311,7 @@ def ranged(method, step):
 
   del method
   none = jnp.zeros(1, bool)
-  return HATState({'l0': jnp.zeros(1)}, none, none, jnp.asarray(step), jnp.int32(0))
+  return HATState({'l0': jnp.zeros(1)}, none, none, jnp.zeros(1), jnp.asarray(step), jnp.int32(0))
 
 
 def packnet_tx(g, variant):

@@ -165,7 +165,8 @@ def test_hat_gates_never_get_less_steep_within_an_epoch(smax):
   """The gradient of an embedding of 0 is multiplied by smax over the steepness."""
   method, none = hat(1, 5, 0.0, smax), jnp.zeros(1, bool)
   e = {'hat': {'l0': jnp.zeros((1, 1))}}
-  at = lambda i: HATState({'l0': jnp.zeros(1)}, none, none, jnp.int32(i), jnp.int32(0))  # noqa: E731
+  zero = jnp.zeros(1)
+  at = lambda i: HATState({'l0': zero}, none, none, zero, jnp.int32(i), jnp.int32(0))  # noqa: E731
   ones = jax.tree.map(jnp.ones_like, e)
   steep = [
     smax / float(method.grads(at(i), ones, e, None, None)[0]['hat']['l0'][0, 0]) for i in range(5)
@@ -225,6 +226,39 @@ def test_hat_forgets_nothing_where_gates_are_shut_or_open(name, tx):
   assert np.array_equal(answers(state), before)
   moved = {p for p, a in paths(state.params).items() if not np.array_equal(a, weights[p])}
   assert {f'{w.layer}/w' for w in model.wires} & set(weights) <= moved
+
+
+def test_hat_reads_a_finished_task_with_its_own_smax():
+  """Hyperparameters that are chosen task by task change smax: what is finished keeps its answers."""
+  model = mlp((16,), 6)
+
+  def learn(smax):
+    return two_tasks(model, optax.sgd(0.1), hat(2, 5, 0.1, smax, wires=model.wires))
+
+  state, finish, _, answers = learn(20.0)
+  _, finish_gentle, _, answers_gentle = learn(2.0)
+  assert (
+    np.abs(answers(state) - answers_gentle(state)).max() > 1e-3
+  )  # not finished: with the latest
+  state = finish(state)
+  before = answers(state)
+  assert np.array_equal(answers_gentle(state), before)
+  again = finish_gentle(state)  # the same task, learnt once more
+  assert np.array_equal(again.method['own'].smax, [2.0, 0.0])
+  assert np.array_equal(answers_gentle(again), answers(again))
+
+
+def test_hat_embeddings_begin_as_said():
+  """'uniform' opens every gate at the start; 'normal' about half of them."""
+  model = mlp((400,), 6)
+  for name, least, most in (('uniform', 0.0, 2.0), ('normal', -6.0, 6.0)):
+    state, *_ = two_tasks(model, optax.sgd(0.1), hat(2, 5, wires=model.wires, embedding=name))
+    e = np.asarray(state.params['hat']['l0'])
+    assert least <= e.min() and e.max() <= most
+    assert np.mean(e > 0) == (1.0 if name == 'uniform' else pytest.approx(0.5, abs=0.1))
+    assert e.mean() == pytest.approx(1.0 if name == 'uniform' else 0.0, abs=0.15)
+  with pytest.raises(ValueError, match='one of'):
+    hat(2, 5, embedding='ones')
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,14 @@ from cl_jax.masks import nest, paths
 from cl_jax.types import Array, Method, Tree, Wire, overlay
 
 
+EMBEDDINGS = ('normal', 'uniform')
+
+
 class HATState(NamedTuple):
   used: Tree  # {tap: f32[units] or, in a stack, f32[layers, units]}: cumulative attention of finished tasks
   settled: Array  # bool[C], classes of finished tasks
   now: Array  # bool[C], those of the current task
+  smax: Array  # f32[tasks], with which finished tasks are read; 0 for the others
   step: Array  # i32[], steps since the last boundary
   tasks: Array  # i32[], finished
 
@@ -26,6 +30,7 @@ def hat(
   coef: float = 0.75,
   smax: float = 400.0,
   wires: tuple[Wire, ...] = (),
+  embedding: str = 'normal',
 ) -> Method:
   """Learns, per task, a nearly binary gate on every hidden unit and protects the units in use.
 
@@ -47,7 +52,8 @@ def hat(
 
   Deviation: eq. 2 scales the update instead of the gradient, and embeddings of tasks that have no row in the
   batch stay. That is the same for plain SGD, and holds for momentum, Adam and weight decay too, which would
-  move what is protected by what they remember.
+  move what is protected by what they remember. Where smax changes from task to task, a finished one is read
+  and protected with its own; De Lange et al.'s code (Mattdl/CLsurvey) reads all with the latest.
 
   Args:
     tasks: number of tasks.
@@ -55,10 +61,14 @@ def hat(
     coef: c, the weight of the sparsity term.
     smax: the steepest gate; 25 to 800 in the paper. Below 1 gates have one steepness throughout.
     wires: `Model.wires` of the network.
+    embedding: what embeddings are drawn from. 'normal', N(0, 1), as the official code: half of the units
+      begin closed. 'uniform', U(0, 2), as De Lange et al.'s code: all begin open, which learns in fewer steps.
 
-  Needs the task in training and at test, and the boundary. State: 4 bytes per unit, 2 per class, 8 bytes (and
-  parameters: 4 bytes per unit and task).
+  Needs the task in training and at test, and the boundary. State: 4 bytes per unit and per task, 2 per class,
+  8 bytes (and parameters: 4 bytes per unit and task).
   """
+  if embedding not in EMBEDDINGS:
+    raise ValueError(f'hat embedding {embedding!r}: one of {EMBEDDINGS}')
   # The gates are leaves of the parameters, whose paths have slashes already.
   named = {
     w.layer: w._replace(source=w.source.replace('/', '.'), target=w.target.replace('/', '.'))
@@ -92,12 +102,16 @@ def hat(
         'hat needs hidden units to gate: give it wires=model.wires of a network that has some'
       )
     keys = jax.random.split(key, len(shapes))
-    e = {
-      n: jax.random.normal(k, (tasks, *u)) for k, (n, u) in zip(keys, shapes.items(), strict=True)
-    }
+
+    def drawn(k, shape):
+      if embedding == 'uniform':
+        return jax.random.uniform(k, shape, maxval=2.0)
+      return jax.random.normal(k, shape)
+
+    e = {n: drawn(k, (tasks, *u)) for k, (n, u) in zip(keys, shapes.items(), strict=True)}
     used = {n: jnp.zeros(u) for n, u in shapes.items()}
     none = jnp.zeros(jax.eval_shape(fwd, params, batch).logits.shape[-1], bool)
-    return {'hat': e}, HATState(used, none, none, jnp.int32(0), jnp.int32(0))
+    return {'hat': e}, HATState(used, none, none, jnp.zeros(tasks), jnp.int32(0), jnp.int32(0))
 
   def steepness(s):
     position = (s.step % steps_per_epoch) / max(steps_per_epoch - 1, 1)
@@ -121,13 +135,16 @@ def hat(
 
   def wrap(s, apply):
     def gated(variables, batch, tap, train):
-      e, scale = variables['hat'], steepness(s) if train else smax
-      task = jnp.maximum(batch.task, 0)
+      e, task = variables['hat'], jnp.maximum(batch.task, 0)
+      own = jnp.where(s.smax > 0, s.smax, smax)[task]
+      scale = jnp.full_like(own, steepness(s)) if train else own
 
       def gate(name, h, layer=0):
-        own = e.get(name.replace('/', '.'))
-        if own is not None:
-          a = jax.nn.sigmoid(scale * (own[task] if own.ndim == 2 else own[task, layer]))
+        found = e.get(name.replace('/', '.'))
+        if found is not None:
+          a = jax.nn.sigmoid(
+            scale[:, None] * (found[task] if found.ndim == 2 else found[task, layer])
+          )
           h = h * a.reshape(a.shape[0], *[1] * (h.ndim - 2), a.shape[1]).astype(h.dtype)
         return tap(name, h, layer)
 
@@ -178,7 +195,8 @@ def hat(
     t = jnp.maximum(batches.task.reshape(-1)[0], 0)
     now = {n: jax.nn.sigmoid(smax * e[t]) for n, e in params['hat'].items()}
     used, none = jax.tree.map(jnp.maximum, s.used, now), jnp.zeros_like(s.now)
-    return params, HATState(used, s.settled | s.now, none, jnp.int32(0), s.tasks + 1)
+    read = s.smax.at[t].set(smax)
+    return params, HATState(used, s.settled | s.now, none, read, jnp.int32(0), s.tasks + 1)
 
   needs = ('boundary', 'task_test', 'task_train')
   return Method(init, wrap, Method().mix, loss, grads, after, boundary, needs)
