@@ -39,7 +39,8 @@ VALIDATION = 0.2
 
 # The survey's first values (its section 5, "hyperparameters"); a method that is not here has none. In its
 # code, Mattdl/CLsurvey, EWC's penalty is without our factor 1/2, so 400 there is 800 here, and distillation
-# without our T^2 = 4: 10 there is 2.5 here.
+# without our T^2 = 4: 10 there is 2.5 here. DER and DER++ are younger than it: 0.5 is of their paper's grid,
+# and at the rates that plain fine-tuning chooses their squared differences can diverge.
 START = {
   'ewc.coef': 800.0,
   'si.coef': 400.0,
@@ -53,6 +54,8 @@ START = {
   'packnet.first': 0.9,
   'hat.smax': 800.0,
   'hat.coef': 2.5,
+  'der.alpha': 0.5,
+  'derpp.alpha': 0.5,
 }
 # One of these counts in a task; the survey has one share for all tasks.
 TOGETHER = (('packnet.prune', 'packnet.first'),)

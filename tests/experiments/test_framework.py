@@ -164,6 +164,27 @@ def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path
   assert line['tuning'][0]['stability']['er.coef'] <= 2.0
 
 
+def test_a_strength_that_diverges_is_decayed(call, tiny, tmp_path):
+  """DER's squared differences diverge where alpha is too large for the rate: that attempt ends in NaN."""
+  assert framework.stability_of(
+    {'methods': ('der',), 'der': {'alpha': 0.3}, 'tuning': {'start': ()}}
+  ) == {'der.alpha': 0.5}
+  argv = (*TUNING, '--config.seeds=0,', "--config.tuning.start=(('derpp.alpha', 1e20),)")
+  argv = (
+    *argv,
+    '--config.tuning.decay=1e-10',
+    '--config.tuning.attempts=5',
+    '--config.optimizer.lr=0.1',
+  )
+  assert (
+    call(framework.main, f'--config={tiny}:class,derpp', f'--workdir={tmp_path}', *argv).code == 0
+  )
+  (line,) = lines(tmp_path)
+  first = line['tuning'][0]
+  assert first['attempts'] > 1 and first['stability']['derpp.alpha'] < 1e19
+  assert np.isfinite(first['accuracy'])
+
+
 def test_what_is_reported_was_measured_with_what_was_chosen(call, tiny, tmp_path, monkeypatch):
   """HAT's predictions depend on smax: on the data of the choice R[t, t] is the accuracy of the choice."""
   learn = framework.Tuned.learn
