@@ -72,7 +72,7 @@ def prepare(
   Args:
     config: see `config.resolve`.
     data_dir: see `streams.load.dataset`.
-    tell: gets a line about what takes long.
+    tell: gets a line about what takes long, and about what is allowed and seldom meant.
 
   Returns:
     One setup for all seeds; one per seed where the methods fix the labels of each task in the program
@@ -81,6 +81,11 @@ def prepare(
   config = dict(config)
   per_seed = streams(config, data_dir)
   told = 'task_test' in per_seed[0].told
+  if told and config['head'] != 'task' and len({*per_seed[0].task_classes}) > 1:
+    tell(
+      f'config.head={config["head"]!r}: the task is told at test, and yet its answers compete with those of '
+      "other tasks; config.head='task' keeps them apart"
+    )
   apart = told and len({s.task_classes for s in per_seed}) > 1
   if apart or in_files(per_seed[0].x):
     parts = [((seed,), [s]) for seed, s in zip(config['seeds'], per_seed, strict=True)]

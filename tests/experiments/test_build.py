@@ -603,3 +603,19 @@ def test_a_template_spells_labels_out(tmp_path):
     assert ('learn' in stream.x) == bool(template)
     asked = np.isin(stream.x['tokens'], (3, 4)).any(1)
     assert asked.all() == bool(template)
+
+
+@pytest.mark.parametrize(
+  ('raw', 'said'),
+  [
+    ({'scenario': 'task', 'head': 'seen'}, True),
+    ({'scenario': 'task', 'head': 'task'}, False),
+    ({'scenario': 'class', 'head': 'seen'}, False),
+    ({'scenario': 'domain', 'head': 'all', 'told': ('task_test',)}, False),  # one set of answers
+  ],
+)
+def test_a_head_that_mixes_tasks_that_are_told_is_pointed_out(raw, said):
+  """As where the scenario of a configuration is overridden, and its head is not."""
+  heard: list[str] = []
+  build.prepare(resolved(**raw), tell=heard.append)
+  assert any("config.head='task'" in line for line in heard) == said
