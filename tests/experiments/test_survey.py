@@ -70,6 +70,15 @@ def test_commands(tmp_path, monkeypatch, capsys):
   assert survey.main([f'--workdir={tmp_path}', '--only=HAT', '--benchmark=omniglot']) == 0
   assert called[0][0] == '--config=configs/omniglot.py:task,hat'
   assert '--config.hat.embedding=uniform' in called[0]
+  called.clear()
+  where = [f'--workdir={tmp_path}', '--only=mean-IMM,mode-IMM', '--benchmark=omniglot']
+  assert survey.main(where) == 0
+  assert [
+    set(words) & {'--config.imm.mode=mean', '--config.imm.mode=mode'} for words in called
+  ] == [
+    {'--config.imm.mode=mean'},
+    {'--config.imm.mode=mode'},
+  ]
   monkeypatch.setattr(framework, 'main', lambda words: 130)
   assert survey.main([f'--workdir={tmp_path}']) == 130  # a signal ends it
   with pytest.raises(SystemExit) as stop:

@@ -25,7 +25,7 @@ def l2(coef: float = 0.01) -> Method:
   et al., NeurIPS 2017, section 4.2). Deviation: none known; no official code.
 
   Args:
-    coef: lambda; 0.01 where De Lange et al. 2022 train IMM.
+    coef: lambda; 0.02 where De Lange et al. 2022 train IMM (0.01 in their code, without the 1/2).
 
   Needs the boundary. State: 1 x parameters + 4 bytes.
   """
