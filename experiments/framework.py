@@ -39,9 +39,9 @@ VALIDATION = 0.2
 
 # The survey's first values (its section 5, "hyperparameters"); a method that is not here has none. In its
 # code, Mattdl/CLsurvey, EWC's penalty is without our factor 1/2, so 400 there is 800 here, and distillation
-# without our T^2 = 4: 10 there is 2.5 here. DER and DER++ are younger than it: 0.5 is of their paper's grid,
+# without our T^2 = 4: 10 there is 2.5 here. None: as configured. DER and DER++ are younger than the survey,
 # and at the rates that plain fine-tuning chooses their squared differences can diverge.
-START = {
+START: dict[str, float | None] = {
   'ewc.coef': 800.0,
   'si.coef': 400.0,
   'mas.coef': 3.0,
@@ -54,8 +54,8 @@ START = {
   'packnet.first': 0.9,
   'hat.smax': 800.0,
   'hat.coef': 2.5,
-  'der.alpha': 0.5,
-  'derpp.alpha': 0.5,
+  'der.alpha': None,
+  'derpp.alpha': None,
 }
 # One of these counts in a task; the survey has one share for all tasks.
 TOGETHER = (('packnet.prune', 'packnet.first'),)
@@ -294,16 +294,16 @@ def shared_part(like: Tree, params: Tree) -> Tree:
 def stability_of(own: Mapping[str, Any]) -> dict[str, float]:
   """The stability hyperparameters to start from: `config.tuning.start`, or the survey's."""
   given = own['tuning']['start']
-  if given:
-    start = dict(given)
-  else:
-    start = {name: v for name, v in START.items() if name.split('.')[0] in own['methods']}
-  for dotted in start:
+  if not given:
+    given = {name: v for name, v in START.items() if name.split('.')[0] in own['methods']}
+  start = {}
+  for dotted, value in dict(given).items():
     method, _, name = dotted.partition('.')
     if method not in own['methods'] or not isinstance(own[method].get(name), float):
       raise UserError(
         f'config.tuning.start: {dotted!r} is no float of a method of this run ({", ".join(own["methods"])})'
       )
+    start[dotted] = own[method][name] if value is None else value
   return start
 
 
