@@ -61,8 +61,8 @@ def hat(
     smax: the steepest gate; 25 to 800 in the paper. Below 1 gates have one steepness throughout.
     wires: `Model.wires` of the network.
     embedding: what embeddings are drawn from. 'normal', N(0, 1), as the official code: half of the units
-      begin closed. 'uniform', U(0, 2), as De Lange et al.'s code: all begin open, which takes
-      fewer steps.
+      begin closed. 'uniform', U(0, 2), as there for the paper's compression and in De Lange et al.'s code:
+      all begin open, which takes fewer steps.
 
   Needs the task in training and at test, and the boundary. State: 4 bytes per unit and per task, 2 per class,
   8 bytes (and parameters: 4 bytes per unit and task).
