@@ -73,8 +73,8 @@ def pytest_make_collect_report(collector):
 
 
 def pytest_collection_finish(session):
-  # What is imported by now stays; looking through it for garbage again and again takes a twentieth of the time,
-  # measured over contract tests.
+  # What is imported by now stays; looking through it for garbage again and again takes a twentieth of the
+  # processor time, measured over contract tests.
   del session
   gc.freeze()
   gc.set_threshold(20_000, 20, 20)
