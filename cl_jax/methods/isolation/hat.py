@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from cl_jax.errors import UserError
 from cl_jax.masks import nest, paths
 from cl_jax.types import Array, Method, Tree, Wire, overlay
 
-EMBEDDINGS = ('normal', 'uniform')
+EMBEDDINGS = {'normal': jax.random.normal, 'uniform': partial(jax.random.uniform, maxval=2.0)}
 
 
 class HATState(NamedTuple):
@@ -68,7 +69,7 @@ def hat(
   8 bytes (and parameters: 4 bytes per unit and task).
   """
   if embedding not in EMBEDDINGS:
-    raise ValueError(f'hat embedding {embedding!r}: one of {EMBEDDINGS}')
+    raise ValueError(f'hat embedding {embedding!r}: one of {(*EMBEDDINGS,)}')
   # The gates are leaves of the parameters, whose paths have slashes already.
   named = {
     w.layer: w._replace(source=w.source.replace('/', '.'), target=w.target.replace('/', '.'))
@@ -102,13 +103,8 @@ def hat(
         'hat needs hidden units to gate: give it wires=model.wires of a network that has some'
       )
     keys = jax.random.split(key, len(shapes))
-
-    def drawn(k, shape):
-      if embedding == 'uniform':
-        return jax.random.uniform(k, shape, maxval=2.0)
-      return jax.random.normal(k, shape)
-
-    e = {n: drawn(k, (tasks, *u)) for k, (n, u) in zip(keys, shapes.items(), strict=True)}
+    draw = EMBEDDINGS[embedding]
+    e = {n: draw(k, (tasks, *u)) for k, (n, u) in zip(keys, shapes.items(), strict=True)}
     used = {n: jnp.zeros(u) for n, u in shapes.items()}
     none = jnp.zeros(jax.eval_shape(fwd, params, batch).logits.shape[-1], bool)
     return {'hat': e}, HATState(used, none, none, jnp.zeros(tasks), jnp.int32(0), jnp.int32(0))
