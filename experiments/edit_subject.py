@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,12 +110,14 @@ def moments_of(
   chosen, subject: Subject, data: Path, tell, kept: Path | None = None
 ) -> dict[int, np.ndarray]:
   """E[k k^T] of the layers that the editor needs, or a sketch of it, measured once, by the process that comes
-  first; kept in a folder of this text below CL_JAX_CACHE, if not in `kept`."""
+  first; kept in a folder of this text and network below CL_JAX_CACHE, if not in `kept`."""
   layers = edit_config.layers(chosen)
   if not layers:
     return {}
   blocks, sketch = moment_blocks(chosen, subject, data), chosen['moments']['sketch']
-  words = (chosen['moments']['corpus'], blocks.size, checkpoint.digest(blocks)[:8], *layers)
+  # With the network as this version of the library describes it: another one measures again.
+  of = hashlib.sha256(f'{checkpoint.digest(blocks)} {subject.config}'.encode()).hexdigest()[:8]
+  words = (chosen['moments']['corpus'], blocks.size, of, *layers)
   name = '-'.join(map(str, (*words, *([f'sketch{sketch}'] if sketch else []))))
   place = kept or cache.directory() / 'editing' / checkpoint.digest(subject.backbone)[:16]
   config, backbone = subject.config, subject.backbone

@@ -172,6 +172,20 @@ def test_statistics_of_fewer_rows(root, tmp_path, capsys):
   )
 
 
+def test_statistics_of_a_network_that_is_described_otherwise_are_measured_again(root, tmp_path):
+  """As by another version of the library, whose files lie in the same cache."""
+  assert go(root, tmp_path / 'run', '--config.evaluate.written=0') == 0
+  (line,) = results.read(tmp_path / 'run')
+  subject = edit_subject.opened(f'{root}/model')
+  other = subject._replace(config=subject.config._replace(positions=subject.config.positions + 1))
+  first, again = (
+    edit_subject.moments_of(line['config'], one, root, print) for one in (subject, other)
+  )
+  assert all(np.array_equal(first[i], again[i]) for i in first)
+  (place,) = (tmp_path / 'cache/editing').iterdir()
+  assert len([*place.glob('*/moments.npz')]) == 2
+
+
 def test_sequence_has_a_matrix_and_single_none(root, tmp_path):
   sequence = 'configs/edit_counterfact.py:memit,4,sequential'
   assert go(root, tmp_path / 'a', config=sequence) == 0
