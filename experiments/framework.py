@@ -57,6 +57,9 @@ START: dict[str, float | None] = {
   'der.alpha': None,
   'derpp.alpha': None,
 }
+# What plasticity is searched with where a method replaces the loss, and fine-tuning's rate would not be its
+# own: the method without what keeps it stable, as in the survey's code.
+PLASTIC = {'icarl': {'icarl.coef': 0.0}}
 # One of these counts in a task; the survey has one share for all tasks.
 TOGETHER = (('packnet.prune', 'packnet.first'),)
 
@@ -145,6 +148,7 @@ class Tuned:
       TOGETHER,
     )
     self.start = stability_of(own)
+    self.plastic = {k: v for m in own['methods'] for k, v in PLASTIC.get(m, {}).items()}
     self.epochs, self.patience = own['epochs'], None
     if tuning['patience']:
       self.patience = Patience(*tuning['patience'])
@@ -230,7 +234,14 @@ class Tuned:
 
   def fine_tuned(self, rate, state: Tree, stream: Stream, t, weights):
     """(validation accuracy on task t, steps) of the network alone, trained at `rate` from where it stands."""
-    hp = {**self.hp, 'optimizer': {**self.hp['optimizer'], 'lr': rate}, 'methods': {}}
+    optimizer = {**self.hp['optimizer'], 'lr': rate}
+    if self.plastic:
+      hp = {**with_values(self.hp, 0.0, self.plastic), 'optimizer': optimizer}
+      *_, steps, accuracy = attempt(
+        self.setup.build, self.epochs, self.patience, hp, state, stream, t, weights
+      )
+      return accuracy, steps
+    hp = {**self.hp, 'optimizer': optimizer, 'methods': {}}
     made = self.plain(hp, weights)
     new = made.init(state.key, take(stream, stream.index[t, 0], t))
     params, method = shared_part(new.params, state.params), new.method

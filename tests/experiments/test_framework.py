@@ -146,6 +146,26 @@ def test_fine_tuning_competes_with_the_classes_seen(tiny):
   assert right < 0.3 and accuracies == [pytest.approx(right)]
 
 
+def test_a_method_with_a_loss_of_its_own_is_searched_with_it(tiny):
+  """iCaRL without distillation, and not the softmax of fine-tuning, gives the goal at every rate."""
+  raw = {**config.load(f'{tiny}:class,icarl'), 'validation': 0.2, 'seeds': (0,)}
+  (valid,) = build.prepare(config.resolve({**raw, 'evaluate': 'valid'}))
+  (plain,) = build.prepare(config.resolve({**raw, 'evaluate': 'valid', 'methods': ()}))
+  stream = valid.streams[0]
+  tuner = framework.Tuned(valid, plain.build, stream, config.resolve(raw))
+  state = valid.build(tuner.hp, valid.weights).init(jax.random.key(0), build.example(stream))
+  rates = (
+    0.05,
+    1e-12,
+  )  # without a rate means of features tell the classes apart, and the output layer does not
+  accuracies, steps = tuner.plasticity(state, 0, rates)
+  for rate, accuracy, taken in zip(rates, accuracies, steps, strict=True):
+    hp = framework.with_values(tuner.hp, rate, {'icarl.coef': 0.0})
+    *_, wanted, right = tuner.attempt(hp, state, stream, 0, valid.weights)
+    assert (accuracy, taken) == (pytest.approx(float(right), nan_ok=True), int(wanted))
+  assert min(accuracies) > 0.8
+
+
 def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path):
   argv = (*TUNING, '--config.seeds=0', '--config.head=task')
   done = call(framework.main, f'--config={tiny}:task,hat', f'--workdir={tmp_path / "hat"}', *argv)
