@@ -233,15 +233,17 @@ class Tuned:
     return tuple(a.tolist() for a in out)
 
   def fine_tuned(self, rate, state: Tree, stream: Stream, t, weights):
-    """(validation accuracy on task t, steps) of the network alone, trained at `rate` from where it stands."""
-    optimizer = {**self.hp['optimizer'], 'lr': rate}
+    """(validation accuracy on task t, steps) of the network alone, trained at `rate` from where it stands.
+
+    With the method where `PLASTIC` has it.
+    """
+    hp = with_values(self.hp, rate, self.plastic)
     if self.plastic:
-      hp = {**with_values(self.hp, 0.0, self.plastic), 'optimizer': optimizer}
       *_, steps, accuracy = attempt(
         self.setup.build, self.epochs, self.patience, hp, state, stream, t, weights
       )
       return accuracy, steps
-    hp = {**self.hp, 'optimizer': optimizer, 'methods': {}}
+    hp = {**hp, 'methods': {}}
     made = self.plain(hp, weights)
     new = made.init(state.key, take(stream, stream.index[t, 0], t))
     params, method = shared_part(new.params, state.params), new.method
@@ -318,13 +320,13 @@ def stability_of(own: Mapping[str, Any]) -> dict[str, float]:
   return start
 
 
-def with_values(hp: Tree, rate: float, stability: Mapping[str, float]) -> Tree:
-  """The hyperparameters with another learning rate and stability."""
+def with_values(hp: Tree, rate: float | jax.Array, stability: Mapping[str, float]) -> Tree:
+  """The hyperparameters with another learning rate, which may be traced, and stability."""
   methods = {name: dict(values) for name, values in hp['methods'].items()}
   for dotted, value in stability.items():
     method, _, name = dotted.partition('.')
     methods[method][name] = np.float32(value)
-  return {**hp, 'optimizer': {**hp['optimizer'], 'lr': np.float32(rate)}, 'methods': methods}
+  return {**hp, 'optimizer': {**hp['optimizer'], 'lr': jnp.float32(rate)}, 'methods': methods}
 
 
 def check(stop, work, seed: int, t: int) -> None:

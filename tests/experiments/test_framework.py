@@ -157,7 +157,7 @@ def test_a_method_with_a_loss_of_its_own_is_searched_with_it(tiny):
   rates = (
     0.05,
     1e-12,
-  )  # without a rate means of features tell the classes apart, and the output layer does not
+  )  # at 1e-12 means of features tell the classes apart, the output layer does not
   accuracies, steps = tuner.plasticity(state, 0, rates)
   for rate, accuracy, taken in zip(rates, accuracies, steps, strict=True):
     hp = framework.with_values(tuner.hp, rate, {'icarl.coef': 0.0})

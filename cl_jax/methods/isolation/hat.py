@@ -132,15 +132,12 @@ def hat(
   def wrap(s, apply):
     def gated(variables, batch, tap, train):
       e, task = variables['hat'], jnp.maximum(batch.task, 0)
-      own = jnp.where(s.smax > 0, s.smax, smax)[task]
-      scale = jnp.full_like(own, steepness(s)) if train else own
+      scale = steepness(s) if train else jnp.where(s.smax > 0, s.smax, smax)[task][:, None]
 
       def gate(name, h, layer=0):
-        found = e.get(name.replace('/', '.'))
-        if found is not None:
-          a = jax.nn.sigmoid(
-            scale[:, None] * (found[task] if found.ndim == 2 else found[task, layer])
-          )
+        own = e.get(name.replace('/', '.'))
+        if own is not None:
+          a = jax.nn.sigmoid(scale * (own[task] if own.ndim == 2 else own[task, layer]))
           h = h * a.reshape(a.shape[0], *[1] * (h.ndim - 2), a.shape[1]).astype(h.dtype)
         return tap(name, h, layer)
 
