@@ -27,7 +27,7 @@ from cl_jax.models.quantised import quantise_tree
 from cl_jax.streams.records import in_files
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
 from experiments import capacity, features, fields, limits, optimizer, update
-from experiments.chain import chain_of
+from experiments.chain import chain_of, epoch_steps, steps_of, timed
 from experiments.config import dumps, find_model
 from experiments.streams import alike, streams
 
@@ -75,8 +75,8 @@ def prepare(
     tell: gets a line about what takes long, and about what is allowed and seldom meant.
 
   Returns:
-    One setup for all seeds; one per seed where the methods fix the labels of each task in the program
-    and these differ by seed, and where the examples stay in files.
+    One setup for all seeds; one per seed where the methods fix the labels or the steps of each task in the
+    program and these differ by seed, and where the examples stay in files.
   """
   config = dict(config)
   per_seed = streams(config, data_dir)
@@ -86,7 +86,13 @@ def prepare(
       f'config.head={config["head"]!r}: the task is told at test, and yet its answers compete with those of '
       "other tasks; config.head='task' keeps them apart"
     )
+  if late := never_free(config, per_seed[0]):
+    tell(
+      f'config.inflora: {late} of {per_seed[0].tasks} tasks have no more steps than it gathers in '
+      '(config.inflora.warm), and train no adapter'
+    )
   apart = told and len({s.task_classes for s in per_seed}) > 1
+  apart |= timed(config) and len({(*steps_of(s), *epoch_steps(s, config)) for s in per_seed}) > 1
   if apart or in_files(per_seed[0].x):
     parts = [((seed,), [s]) for seed, s in zip(config['seeds'], per_seed, strict=True)]
   else:
@@ -143,6 +149,19 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
   return setup
 
 
+def never_free(config: Mapping[str, Any], stream: Stream) -> int:
+  """How many tasks InfLoRA would only gather in."""
+  if 'inflora' not in config['methods']:
+    return 0
+  own = config['inflora']
+  given = own['warm'] if own['warm'] is not None else own['steps_per_epoch']
+  if given is None:
+    gathers = epoch_steps(stream, config)
+  else:
+    gathers = given if isinstance(given, tuple) else [given] * len(stream.index)
+  return sum(n <= warm for n, warm in zip(steps_of(stream), gathers, strict=True))
+
+
 def begun(stream: Stream, tasks: int | None) -> Stream:
   """The stream as methods would know it if it ended after `tasks` tasks; the output layer stays whole."""
   return dataclasses.replace(
@@ -153,12 +172,22 @@ def begun(stream: Stream, tasks: int | None) -> Stream:
 def check(setup: Setup) -> None:
   """Builds the learner once from numbers and traces its beginning: what is wrong shows here."""
   stream, config = setup.streams[0], setup.config
+  if 'packnet' in config['methods'] and stream.tasks > 255:
+    raise UserError(
+      f'config.tasks={stream.tasks}: packnet says whose a weight is in a byte, of 255 tasks'
+    )
   hp = hyper(config, stream)
   try:
     made = setup.build(hp, setup.weights)
     check_needs(made.needs, stream)
     state = jax.eval_shape(made.init, jax.random.key(0), example(stream))
     jax.eval_shape(made.step, state, example(stream))
+  except KeyError as error:
+    if error.args[0] not in config['methods']:
+      raise
+    raise UserError(
+      f'config.methods: {error.args[0]} adds parameters that a method before it does not know: put it first'
+    ) from error
   except (ValueError, TypeError) as error:
     names = '+'.join(config['methods']) or 'naive'
     text = ' '.join(str(error).split())[:300]

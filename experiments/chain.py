@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,18 +74,39 @@ def known(
       tells = free or 'task_test' in stream.told
       found[name] = stream.task_classes if tells else p.default
     elif name == 'prune_after':
-      found[name] = max(1, 2 * stream.index.shape[1] // 3)
+      found[name] = by_task([max(1, 2 * n // 3) for n in steps_of(stream)])
     else:
-      largest = int((np.asarray(stream.ends) >= 0).sum(axis=(1, 2)).max())
-      per_epoch = (
-        largest // config['batch'] if config['drop_last'] else -(-largest // config['batch'])
-      )
-      found[name] = max(1, min(per_epoch, stream.index.shape[1]))
+      found[name] = by_task(epoch_steps(stream, config))
   return found
 
 
+def timed(config: Mapping[str, Any]) -> bool:
+  """Whether a method counts the steps of a task."""
+  counts = {'steps_per_epoch', 'prune_after'}
+  return any(counts & {*inspect.signature(methods.find(m)).parameters} for m in config['methods'])
+
+
+def steps_of(stream: Stream) -> list[int]:
+  """The training steps of each task."""
+  if stream.steps is None:
+    return [stream.index.shape[1]] * len(stream.index)
+  return [int(n) for n in np.asarray(stream.steps)]
+
+
+def epoch_steps(stream: Stream, config: Mapping[str, Any]) -> list[int]:
+  """The steps of an epoch of each task, at most all that it has."""
+  examples, size = (np.asarray(stream.ends) >= 0).sum(axis=(1, 2)), config['batch']
+  whole = [int(n) // size if config['drop_last'] else -(-int(n) // size) for n in examples]
+  return [max(1, min(n, most)) for n, most in zip(whole, steps_of(stream), strict=True)]
+
+
+def by_task(counts: Sequence[int]) -> int | tuple[int, ...]:
+  """A number where all tasks have the same, else one a task."""
+  return counts[0] if len({*counts}) == 1 else (*counts,)
+
+
 def _apart(values: Mapping[str, Any], stream: Stream) -> bool:
-  """Whether a memory has to keep tasks apart: they share their labels, and would share slots."""
-  same = len(set(stream.task_classes)) == 1
-  by_task = values.get('writer', 'ring') in writers.BY_TASK
-  return same and by_task and 'task_train' in stream.told
+  """Whether a memory has to keep tasks apart: some share labels, and would share slots."""
+  labels = [c for own in stream.task_classes for c in own]
+  shared = len({*labels}) < len(labels)
+  return shared and values.get('writer', 'ring') in writers.BY_TASK and 'task_train' in stream.told

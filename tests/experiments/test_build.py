@@ -430,6 +430,64 @@ def test_what_the_stream_knows_is_filled_in():
   assert known(methods.find('er'), {'tasks': 4, 'classes': 3}, stream, one.config) == {}
 
 
+def test_tasks_of_unequal_length_have_their_own_steps():
+  raw = {'scenario': 'task', 'head': 'task', 'tasks': None, 'task_sizes': (2, 3, 5), 'epochs': 3}
+  one = setup(**raw, methods=('packnet', 'hat'))
+  stream = one.streams[0]
+  assert stream.steps is not None
+  steps = [int(n) for n in stream.steps]
+  assert len({*steps}) == 3
+  found = known(methods.find('packnet'), one.config['packnet'], stream, one.config)
+  assert found == {'prune_after': tuple(2 * n // 3 for n in steps)}
+  found = known(methods.find('hat'), one.config['hat'], stream, one.config)
+  assert found == {'tasks': 3, 'steps_per_epoch': tuple(n // 3 for n in steps)}
+
+
+def test_seeds_whose_tasks_are_of_other_lengths_are_other_programs(tmp_path):
+  """Domains of 10, 20 and 40 examples, in the order of the seed."""
+  rng = np.random.default_rng(0)
+  domain = np.repeat(np.arange(3), (10, 20, 40))
+  arrays = {'x': rng.normal(size=(70, 4)).astype(np.float32), 'y': domain, 'domain': domain}
+  parts = {f'{k}_{split}': a for k, a in arrays.items() for split in ('train', 'test')}
+  np.savez(tmp_path / 'own.npz', **parts)
+  raw = {'dataset': f'npz:{tmp_path}/own.npz', 'data': {}, 'scenario': 'class', 'by': 'domain'}
+  raw |= {'tasks': None, 'order': 'seed', 'seeds': (0, 1), 'epochs': 3}
+  raw |= {'model': {'name': 'mlp', 'sizes': (16, 8)}}
+  own = {'inflora': {'inflora': {'targets': 'l0/w', 'rank': 2}}, 'er': {}}
+  made = {m: build.prepare(resolved(**raw, **more, methods=(m,))) for m, more in own.items()}
+  assert {m: len(parts) for m, parts in made.items()} == {'inflora': 2, 'er': 1}
+  steps = [[*np.asarray(s.streams[0].steps)] for s in made['inflora']]
+  assert steps[0] != steps[1] and sorted(steps[0]) == sorted(steps[1])
+
+
+def test_tasks_that_share_some_labels_have_slots_of_their_own():
+  one = setup(scenario='domain', methods=('er',), tasks=None, task_sizes=(2, 3, 5))
+  assert one.streams[0].task_classes == ((0, 1), (0, 1, 2), (0, 1, 2, 3, 4))
+  assert known(methods.find('er'), {'writer': 'ring'}, one.streams[0], one.config)['tasks'] == 3
+
+
+def test_a_teacher_before_what_adds_parameters_is_refused():
+  with pytest.raises(UserError, match='hat adds parameters .* put it first'):
+    setup(scenario='task', head='task', methods=('lwf', 'hat'))
+  setup(scenario='task', head='task', methods=('hat', 'lwf'))
+
+
+@pytest.mark.parametrize(
+  ('raw', 'said'),
+  [
+    ({'warm': 3}, ''),
+    ({}, '5 of 5 tasks'),
+    ({'warm': 100}, '5 of 5 tasks'),
+    ({'steps_per_epoch': 2}, ''),
+  ],
+)
+def test_inflora_says_where_it_trains_nothing(raw, said):
+  told: list[str] = []
+  own = {'inflora': {'targets': 'l0/w', **raw}, 'model': {'name': 'mlp', 'sizes': (16, 8)}}
+  build.prepare(config.resolve({**RAW, 'methods': ('inflora',), **own}), None, told.append)
+  assert len(told) == bool(said) and all('config.inflora: ' in t and said in t for t in told)
+
+
 def test_the_head_comes_last_and_a_gate_of_zero_is_absence():
   one = setup(methods=('ewc',), head='seen', ewc={'gate': 0.0, 'coef': 5.0})
   hp = build.hyper(one.config, one.streams[0])
@@ -599,7 +657,21 @@ def test_a_template_spells_labels_out(tmp_path):
   made.save(str(tmp_path / 'tokenizer.json'))
   for template in ('', '{text} Intent: {label}'):
     data = {'examples_per_class': 2, 'length': 12, 'tokenizer': str(tmp_path / 'tokenizer.json')}
-    (stream,) = streams(resolved(dataset='clinc150', data={**data, 'template': template}))
+    raw: dict = {'dataset': 'clinc150', 'data': {**data, 'template': template}}
+    if template:
+      with pytest.raises(UserError, match='tells a classifier the answer'):
+        resolved(**raw)
+      shape = {
+        'vocabulary': 5,
+        'd': 8,
+        'depth': 1,
+        'heads': 2,
+        'kv_heads': 2,
+        'ffn': 8,
+        'positions': 12,
+      }
+      raw['model'] = {'name': 'decoder', 'output': 'tokens', 'config': shape}
+    (stream,) = streams(resolved(**raw))
     assert ('learn' in stream.x) == bool(template)
     asked = np.isin(stream.x['tokens'], (3, 4)).any(1)
     assert asked.all() == bool(template)

@@ -24,6 +24,7 @@ from cl_jax.methods.closed_form.fecam import fecam
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
 from cl_jax.methods.closed_form.slda import slda
+from cl_jax.methods.heads.seen_head import seen_head
 from cl_jax.methods.heads.slca import roots, sample, slca
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.methods.isolation.first_session import first_session
@@ -34,6 +35,8 @@ from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import AGEMState, agem
+from cl_jax.methods.replay.dgr import dgr
+from cl_jax.methods.replay.dreamnet import dreamnet
 from cl_jax.methods.replay.er import er
 from cl_jax.methods.replay.gdumb import gdumb
 from cl_jax.models.cnn import cnn
@@ -140,6 +143,47 @@ def test_packnet_keeps_frozen_weights_for_ever(tx, toy_stream):
   assert owned[1] == 0.5 and abs(owned[2] - 0.25) < 0.01 and abs(owned[0] - 0.125) < 0.01
 
 
+@pytest.mark.parametrize(
+  'method',
+  [dgr(5, (8,), 3, outputs='seen'), dreamnet(5, outputs='seen')],
+  ids=['dgr', 'dreamnet'],
+)
+def test_dreams_are_of_no_class(method):
+  """Tasks {2, 3} and {1}: class 0, of which nothing was seen, is not trained on what is dreamt."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.random((8, 6)), jnp.float32)
+
+  def of(*classes):
+    y = jnp.asarray(classes * (8 // len(classes)), jnp.int32)
+    return Batch(x, y, jnp.ones(8), jnp.zeros(8, jnp.int32))
+
+  learn = compiled(learner(mlp((8,), 4), optax.sgd(0.1), chain(own=method, head=seen_head(4))))
+  state = learn.init(jax.random.key(0), of(2, 3))
+  for batch in (of(2, 3), of(1)):
+    for _ in range(4):
+      state, _ = learn.step(state, batch)
+    state = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
+  bias = np.asarray(state.params['head']['b'])
+  assert bias[0] == 0 and (bias[1:] != 0).all()
+
+
+def test_packnet_prunes_each_task_in_its_own_time(toy_stream):
+  """A task of 6 steps after its fourth, one of 12 after its eighth, and it goes on with what it kept."""
+  method = chain(pack=packnet(0.5, 0.5, (4, 8)), head=task_head(toy_stream.task_classes, 6))
+  learn = compiled(learner(mlp((16, 12), 6), optax.sgd(0.02), method))
+  state = learn.init(jax.random.key(0), take(toy_stream, toy_stream.index[0, 0], 0))
+  pruned = []
+  for t, steps in enumerate((6, 12)):
+    for i in range(steps):
+      state, _ = learn.step(state, take(toy_stream, toy_stream.index[t, i], t))
+      owner = np.asarray(state.method['pack'].owner['l0/w'])
+      pruned.append((t, i + 1, bool((owner == t + 1).any())))
+    ends = jax.vmap(lambda r, t=t: take(toy_stream, r, t))(toy_stream.ends[t])
+    state = learn.boundary(state, ends)
+  late = [(0, i) for i in range(4, 7)] + [(1, i) for i in range(8, 13)]
+  assert [(t, i) for t, i, now in pruned if now] == late
+
+
 def test_hat_protects_what_it_used(toy_stream):
   """Units that a finished task used do not move; those that it left free do."""
   model = mlp((16, 12), 6)
@@ -172,6 +216,28 @@ def test_hat_gates_never_get_less_steep_within_an_epoch(smax):
     smax / float(method.grads(at(i), ones, e, None, None)[0]['hat']['l0'][0, 0]) for i in range(5)
   ]
   assert steep == sorted(steep) and steep[-1] == pytest.approx(smax)
+
+
+def test_hat_has_a_cycle_for_each_task():
+  """Tasks of unequal length: the first has epochs of 3 steps, the second of 5."""
+  method, none, zero = hat(2, (3, 5), 0.0, 8.0), jnp.zeros(1, bool), jnp.zeros(2)
+  e = {'hat': {'l0': jnp.zeros((2, 1))}}
+  for done, length in ((0, 3), (1, 5)):
+    at = lambda i, d=done: HATState({'l0': zero}, none, none, zero, jnp.int32(i), jnp.int32(d))  # noqa: E731
+    ones = jax.tree.map(jnp.ones_like, e)
+    grads = [
+      float(method.grads(at(i), ones, e, None, None)[0]['hat']['l0'][0, 0]) for i in range(9)
+    ]
+    assert [i for i, g in enumerate(grads) if g == pytest.approx(1.0)] == [
+      *range(length - 1, 9, length)
+    ]
+
+
+def test_hat_has_a_loss_where_no_unit_is_free():
+  """Gates that are exactly 1 in f32 leave nothing to share the sparsity term out over."""
+  s = HATState({'l0': jnp.ones(4)}, None, None, jnp.zeros(2), jnp.int32(0), jnp.int32(1))
+  batch = Batch(None, None, None, jnp.ones(3, jnp.int32))
+  assert float(hat(2, 5).loss(s, {'hat': {'l0': jnp.ones((2, 4))}}, batch, None, None)) == 0
 
 
 NETWORKS = {
@@ -345,7 +411,23 @@ def test_gdumb_predicts_with_norm_statistics_of_its_own_training():
   assert np.array_equal(learn.predict(moved, batch), learn.predict(state, batch))
 
 
-@pytest.mark.parametrize('lam', [None, 1e-9])
+def test_gdumb_takes_its_steps_on_what_is_stored():
+  """Slots that are empty take no part: a memory with room left learns as one that is full."""
+  y = jnp.arange(24) % 6
+  x = 3 * jax.nn.one_hot(y, 6) + jax.random.normal(jax.random.key(0), (24, 6))
+  batch = Batch(x, y, jnp.ones(24), jnp.full(24, -1))
+  losses = []
+  for capacity in (24, 400):
+    learn = compiled(learner(mlp((8,), 6), optax.sgd(0.1), gdumb(6, capacity, 5, 8, lr=0.01)))
+    state = learn.init(jax.random.key(0), batch)
+    state, _ = learn.step(state, batch)
+    state = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
+    logits = learn.predict(state, batch)
+    losses.append(float(jnp.mean(jax.nn.logsumexp(logits, -1) - logits[jnp.arange(24), y])))
+  assert losses[1] == pytest.approx(losses[0], rel=0.1), losses
+
+
+@pytest.mark.parametrize('lam', [None, 1e-9, 0.0])
 def test_ranpac_answers_where_a_ridge_parameter_is_too_small(lam):
   """A sum of rank 20 in 300 dimensions cannot be factorised with what few examples of a task find best."""
   y = jnp.arange(20) % 4

@@ -26,7 +26,7 @@ class HATState(NamedTuple):
 
 def hat(
   tasks: int,
-  steps_per_epoch: int,
+  steps_per_epoch: int | tuple[int, ...],
   coef: float = 0.75,
   smax: float = 400.0,
   wires: tuple[Wire, ...] = (),
@@ -57,7 +57,7 @@ def hat(
 
   Args:
     tasks: number of tasks.
-    steps_per_epoch: length of one annealing cycle.
+    steps_per_epoch: length of one annealing cycle; a tuple has one a task, for tasks of unequal length.
     coef: c, the weight of the sparsity term.
     smax: the steepest gate; 25 to 800 in the paper. Below 1 gates have one steepness throughout.
     wires: `Model.wires` of the network.
@@ -110,7 +110,12 @@ def hat(
     return {'hat': e}, HATState(used, none, none, jnp.zeros(tasks), jnp.int32(0), jnp.int32(0))
 
   def steepness(s):
-    position = (s.step % steps_per_epoch) / max(steps_per_epoch - 1, 1)
+    n = steps_per_epoch
+    if isinstance(n, tuple):
+      n = jnp.asarray(n)[s.tasks]
+      position = (s.step % n) / jnp.maximum(n - 1, 1)
+    else:
+      position = (s.step % n) / max(n - 1, 1)
     gentle = jnp.minimum(1 / smax, smax)
     return gentle + (smax - gentle) * position
 
@@ -154,7 +159,8 @@ def hat(
     free = jax.tree.map(lambda u: 1 - u, s.used)
     a = {n: jax.nn.sigmoid(scale * e[t]) for n, e in params['hat'].items()}
     busy = sum(jnp.sum(a[n] * free[n]) for n in free)
-    return coef * busy / sum(jnp.sum(f) for f in free.values())
+    # Gates that are exactly 1 can leave no unit free: then nothing is busy either.
+    return coef * busy / jnp.maximum(sum(jnp.sum(f) for f in free.values()), 1e-12)
 
   def grads(s, g, params, batch, grad_fn):
     scale = steepness(s)

@@ -23,7 +23,7 @@ class PackNetState(NamedTuple):
 def packnet(
   prune: float = 0.75,
   first: float = 0.5,
-  prune_after: int | None = None,
+  prune_after: int | tuple[int, ...] | None = None,
   retrain: float = 0.1,
   weights: str = '.*/w',
   head: str = 'head/.*',
@@ -44,7 +44,8 @@ def packnet(
     prune: p from the second task on. 0.75 in the paper (0.5 for its smallest first-task setting).
     first: p for the first task.
     prune_after: step within a task after which it is pruned; the rest of the task retrains. None prunes at
-      the boundary, without retraining. The paper retrains for half as many epochs: 2/3 of the steps.
+      the boundary, without retraining. The paper retrains for half as many epochs: 2/3 of the steps. A tuple
+      has one a task, for tasks of unequal length.
     retrain: factor on the update while retraining.
     weights: pattern of the weights to be pruned; matched against the whole path.
     head: pattern of the output layer's leaves, last axis = class.
@@ -62,9 +63,13 @@ def packnet(
     none = jnp.zeros(jax.eval_shape(fwd, params, batch).logits.shape[-1], bool)
     return {}, PackNetState(owner, none, none, jnp.int32(0), jnp.int32(0))
 
+  def last(s):
+    """The step of the current task at whose end it is pruned."""
+    return jnp.asarray(prune_after)[s.task] if isinstance(prune_after, tuple) else prune_after
+
   def pruned(s):
     """bool[]: the current task's pruning is over."""
-    return jnp.bool_(False) if prune_after is None else s.step > prune_after
+    return jnp.bool_(False) if prune_after is None else s.step > last(s)
 
   def wrap(s, apply):
     def own(variables, batch, t, tap):
@@ -131,13 +136,13 @@ def packnet(
     params = nest(kept)
     if prune_after is None:
       return params, s
-    return jax.lax.cond(s.step == prune_after, lambda: cut(s, params), lambda: (params, s))
+    return jax.lax.cond(s.step == last(s), lambda: cut(s, params), lambda: (params, s))
 
   def boundary(s, params, batches, fwd, key):
     if prune_after is None:
       params, s = cut(s, params)
     else:  # a task that was shorter than `prune_after` has not been pruned yet
-      params, s = jax.lax.cond(s.step < prune_after, lambda: cut(s, params), lambda: (params, s))
+      params, s = jax.lax.cond(s.step < last(s), lambda: cut(s, params), lambda: (params, s))
     return params, PackNetState(s.owner, s.now, s.now, s.task + 1, jnp.int32(0))
 
   return Method(

@@ -26,7 +26,7 @@ class InfLoRAState(NamedTuple):
 def inflora(
   tasks: int,
   warm: int | None = None,
-  steps_per_epoch: int = 1,
+  steps_per_epoch: int | tuple[int, ...] = 1,
   rank: int = 10,
   energy: float = 0.95,
   squared: bool = False,
@@ -57,7 +57,7 @@ def inflora(
   Args:
     tasks: T, number of slots.
     warm: steps that gather H; None is `steps_per_epoch`.
-    steps_per_epoch: one epoch, from the stream.
+    steps_per_epoch: one epoch, from the stream; a tuple has one a task.
     rank: r, at most d_in.
     energy: e.
     squared: measure energy by S^2, as the official code does.
@@ -67,7 +67,10 @@ def inflora(
   Needs the boundary. State: 8 d_in^2 bytes per adapted matrix, 12 bytes (and parameters:
   T r (d_in + d_out) per adapted matrix).
   """
-  gather = steps_per_epoch if warm is None else warm
+  given = steps_per_epoch if warm is None else warm
+
+  def gather(s):
+    return jnp.asarray(given)[s.task] if isinstance(given, tuple) else given
 
   def init(key, params, batch, fwd):
     weights = select('inflora', targets, params, fwd)
@@ -112,14 +115,14 @@ def inflora(
     def measured():
       return moments(grad_fn({**params, PROBES: blank(s)}, batch)[1][PROBES])
 
-    on = s.step < gather
+    on = s.step < gather(s)
     added = jax.lax.cond(on, measured, lambda: jax.tree.map(jnp.zeros_like, s.moment))
     rows = s.rows + jnp.where(on, jnp.sum(batch.w > 0), 0)
     return g, s._replace(moment=jax.tree.map(jnp.add, s.moment, added), rows=rows)
 
   def after(s, params, step, key):
     s = s._replace(step=s.step + 1)
-    free = lambda name, a: here(s.task, a) & (name == 'b') & (s.step > gather)  # noqa: E731
+    free = lambda name, a: here(s.task, a) & (name == 'b') & (s.step > gather(s))  # noqa: E731
     own = paths(keep(step.params['inflora'], params['inflora'], free))
 
     def chosen():
@@ -132,7 +135,7 @@ def inflora(
       return new
 
     same = {p: a for p, a in own.items() if p.endswith('/a')}
-    own |= jax.lax.cond(s.step == gather, chosen, lambda: same)
+    own |= jax.lax.cond(s.step == gather(s), chosen, lambda: same)
     return {**params, 'inflora': nest(own)}, s
 
   def boundary(s, params, batches, fwd, key):
