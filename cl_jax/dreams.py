@@ -19,7 +19,10 @@ def stored(flat: Array, like: Array) -> Array:
   return x.astype(like.dtype).reshape(len(flat), *like.shape[1:])
 
 
+NO_CLASS = jnp.iinfo(jnp.int32).max  # beyond every output: what counts classes leaves it out
+
+
 def unlabelled(x: Array) -> Batch:
   """Rows that all count, of no class and of no task."""
   n = len(x)
-  return Batch(x, jnp.zeros(n, jnp.int32), jnp.ones(n), jnp.full(n, -1, jnp.int32))
+  return Batch(x, jnp.full(n, NO_CLASS), jnp.ones(n), jnp.full(n, -1, jnp.int32))

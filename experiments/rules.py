@@ -271,6 +271,17 @@ def _together(c: Mapping[str, Any]) -> None:
     raise UserError(
       'config.frozen_bits rounds frozen weights of layers: set config.freeze or config.update.parts'
     )
+  if c['data']['template'] and c['model'].get('output') != 'tokens':
+    raise UserError(
+      'config.data.template spells the label out in the text, which tells a classifier the answer: it is for '
+      "config.model.output='tokens'"
+    )
+  taught = [n for n in c['methods'] if c[n].get('outputs', 'heads') != 'heads']
+  if taught and (c['head'] == 'current' or 'current_head' in c['methods']):
+    raise UserError(
+      f"config.head='current': {taught[0]} distils outputs of finished tasks, which that head leaves out in "
+      f"training: take another head, or config.{taught[0]}.outputs='heads'"
+    )
   memory = c['compress']['memory']
   if memory and not any('capacity' in c[name] for name in c['methods']):
     raise UserError(
