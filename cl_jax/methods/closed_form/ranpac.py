@@ -114,14 +114,17 @@ def ranpac(
     return lams[jnp.argmin(jax.lax.map(error, lams))]
 
   def solve(s, best):
-    """With the least 10^k best, k = 0, 1, ..., for which the sum over all tasks can be factorised in f32.
+    """With the least 10^k best, k = 0, 1, ... (after 0: 10^k 1e-8), for which the sum over all tasks can be
+    factorised in f32.
 
     What is least for the examples of one task, a small part of a large sum, can be too little for all.
     """
 
     at = lambda lam: (ridge(s.gram, s.moment, lam), lam)  # noqa: E731
     failed = lambda found: ~jnp.isfinite(found[0]).all() & (found[1] < 1e10)  # noqa: E731
-    head, lam = jax.lax.while_loop(failed, lambda found: at(10 * found[1]), at(best))
+    head, lam = jax.lax.while_loop(
+      failed, lambda found: at(jnp.maximum(10 * found[1], 1e-8)), at(best)
+    )
     return s._replace(head=head, lam=lam)
 
   def boundary(s, params, batches, fwd, key):

@@ -9,7 +9,7 @@ from cl_jax.models.layers import LowRank
 from cl_jax.types import Method, Tree
 
 
-def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*(query|value)/w') -> Method:
+def lora(rank: int = 8, alpha: float = 16.0, targets: str = '.*/(q|v)/w') -> Method:
   """Adds a trainable product of two thin matrices to chosen weights: h = x W + (alpha / r) (x A) B.
 
   Hu et al., ICLR 2022, eq. 3; official code microsoft/LoRA. A is Kaiming-uniform with a = sqrt(5), that is

@@ -39,8 +39,8 @@ def gdumb(
   Args:
     classes: number of classes.
     capacity: slots.
-    epochs: passes over the memory at each boundary.
-    rows: size of a batch of it.
+    epochs: passes over the examples stored, at each boundary.
+    rows: size of a batch of them; what is left of a pass is dropped.
     lr, lr_end, decay: of the training at a boundary, as in the official code.
 
   Needs the boundary, which is when it can predict. State: capacity + 2 rows as stored, 4 bytes per slot, 1
@@ -48,7 +48,6 @@ def gdumb(
   """
   write = writers.greedy_balanced(capacity, classes)
   size = min(rows, capacity)
-  steps = capacity // size
 
   def init(key, params, batch, fwd):
     start = overlay(fwd.stats, params)
@@ -68,28 +67,36 @@ def gdumb(
     return step.params, s._replace(memory=new)
 
   def boundary(s, params, batches, fwd, key):
-    rate = optax.cosine_decay_schedule(lr, epochs * steps, lr_end / lr)
+    stored = s.memory.rows._replace(w=s.memory.rows.w * (jnp.arange(capacity + 1) < capacity))
+    empty = stored.w[:capacity] <= 0
+    steps = jnp.maximum(jnp.sum(~empty) // size, 1)
+
+    def rate(count):
+      done = jnp.minimum(count / (epochs * steps), 1.0)
+      return lr * ((1 - lr_end / lr) * 0.5 * (1 + jnp.cos(jnp.pi * done)) + lr_end / lr)
+
     tx = optax.chain(
       optax.clip_by_global_norm(10.0),
       optax.add_decayed_weights(decay),
       optax.sgd(rate, momentum=0.9),
     )
-    stored = s.memory.rows._replace(w=s.memory.rows.w * (jnp.arange(capacity + 1) < capacity))
 
     def loss(p, stats, batch):
       out = fwd(overlay(stats, p), batch, train=True)
       return weighted_mean(cross_entropy(out.logits, batch.y), batch.w), out.stats
 
     def epoch(carry, key):
-      order = jax.random.permutation(key, capacity)[: steps * size].reshape(steps, size)
+      order = jax.random.permutation(key, capacity)
+      order = order[jnp.argsort(empty[order], stable=True)]  # empty slots last, beyond the steps
 
-      def step(carry, chosen):
+      def step(i, carry):
         p, stats, opt = carry
+        chosen = jax.lax.dynamic_slice_in_dim(order, i * size, size)
         g, stats = jax.grad(loss, has_aux=True)(p, stats, jax.tree.map(lambda a: a[chosen], stored))
         updates, opt = tx.update(g, opt, p)
-        return (optax.apply_updates(p, updates), stats, opt), None
+        return optax.apply_updates(p, updates), stats, opt
 
-      return jax.lax.scan(step, carry, order)[0], None
+      return jax.lax.fori_loop(0, steps, step, carry), None
 
     first, of_norms = paths(s.start), paths(s.stats)
     begin = nest({p: a for p, a in first.items() if p not in of_norms})

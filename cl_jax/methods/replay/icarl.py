@@ -43,7 +43,9 @@ def icarl(
   Rebuffi et al., CVPR 2017, algorithms 1-5; official code srebuffi/iCaRL. Memory-honest: the means are those
   of the stored exemplars ("iCaRL"), not of all training data ("theoretical best"). Deviations: exemplars join
   every batch as `draw` rows instead of being mixed into the task's epochs; the loss sums over outputs as in
-  GMvandeVen/continual-learning (the official code averages); images are not mirrored for the means.
+  GMvandeVen/continual-learning (the official code averages); images are not mirrored for the means; outputs
+  that a head leaves out have no loss, so that under a `task_head` old outputs learn from exemplars alone, as
+  in De Lange et al.'s code (Mattdl/CLsurvey, which takes softmaxes).
   Until the first boundary predictions are the network's own. The loss of the run must be the
   cross-entropy, which is taken out.
 

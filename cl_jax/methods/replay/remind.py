@@ -105,6 +105,11 @@ def remind(
       if len(w) > most:
         some = memory.shuffled(k_some, w <= 0)[:most]
         places, w = places[some], w[some]
+      if len(w) < codes:
+        raise UserError(
+          f'remind codes={codes}: the first task has {len(w)} places at {tap!r} (most={most}) to fit '
+          'them to: lower codes'
+        )
       books = quantise.fit(k_fit, places, (w > 0).astype(h.dtype), codebooks, codes, rounds)
 
       def put(held, at):
