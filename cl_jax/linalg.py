@@ -11,7 +11,13 @@ from cl_jax.types import Array, Tree
 
 
 def weighted_mean(values: Array, w: Array) -> Array:
-  """Sum of w * values over the sum of w, both f32[B]; 0 when nothing has weight (all padding)."""
+  """Sum of w * values over the sum of w, both f32[B]; 0 when nothing has weight (all padding).
+
+  Raises:
+    ValueError: they are not one number a row: of a language model's tokens rows would weigh positions.
+  """
+  if jnp.shape(values) not in ((), jnp.shape(w)):
+    raise ValueError(f'values {jnp.shape(values)} and weights {jnp.shape(w)} are not one a row')
   return jnp.sum(w * values) / jnp.maximum(jnp.sum(w), 1e-12)
 
 
@@ -37,7 +43,15 @@ def normalised(tree: Tree) -> Tree:
 
 
 def cross_entropy(logits: Array, y: Array) -> Array:
-  """-log softmax(logits)[y] of [B, C] and i32[B], f32[B] at least; logits may be -inf for other classes."""
+  """-log softmax(logits)[y] of [B, C] and i32[B], f32[B] at least; logits may be -inf for other classes.
+
+  Raises:
+    ValueError: there is not one label a row of outputs, as with the tokens of a language model.
+  """
+  if jnp.ndim(logits) != 2:
+    raise ValueError(
+      f'one label a row is needed, as of a classifier; the logits are {jnp.shape(logits)}'
+    )
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   # A comparison, not a gather: the gradient needs no scatter, and -inf elsewhere does no harm.
   label = y[:, None] == jnp.arange(logits.shape[-1])

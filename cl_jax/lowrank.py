@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from cl_jax.errors import UserError
 from cl_jax.masks import matches, nest, path_name, paths
 from cl_jax.models.layers import LowRank
-from cl_jax.models.quantised import is_stored, matrix
+from cl_jax.models.quantised import dequantise_tree, is_stored, matrix
 from cl_jax.sparse import REST
 from cl_jax.types import Array, Forward, Method, Tree, overlay
 
@@ -117,10 +117,21 @@ def merged(method: Method, s: Tree, variables: Tree) -> Tree:
     variables: parameters over frozen weights, the method's branch among them.
 
   Returns:
-    The same tree without that branch: nothing to add at inference, and a base for the next stage. It is new:
-    `variables` keeps its bits and goes on as the network before the merge, which nothing has to be subtracted
-    for. What the two compute differs by the rounding of f32 alone, as x (w + a b) does from x w + (x a) b.
+    The same tree without that branch, and with arrays in the place of weights in few bits: nothing to add at
+    inference, and a base for the next stage. It is new: `variables` keeps its bits and goes on as the network
+    before the merge, which nothing has to be subtracted for. What the two compute differs by the rounding of
+    f32 alone, as x (w + a b) does from x w + (x a) b.
+
+  Raises:
+    UserError: the method's `wrap` does something else.
   """
-  adapted = method.wrap(s, lambda v, batch, tap, train: v)(variables, None, None, False)
+  try:
+    adapted = method.wrap(s, lambda v, batch, tap, train: v)(variables, None, None, False)
+  except (AttributeError, TypeError) as error:  # it reads inputs or outputs, and here are none
+    raise UserError(
+      'a method here does more than put low-rank terms beside weights, so that no weights can stand for it: '
+      'merge runs of lora, olora, sdlora or inflora'
+    ) from error
   is_operator = lambda a: isinstance(a, LowRank)  # noqa: E731
-  return jax.tree.map(lambda a: a.merge() if is_operator(a) else a, adapted, is_leaf=is_operator)
+  whole = jax.tree.map(lambda a: a.merge() if is_operator(a) else a, adapted, is_leaf=is_operator)
+  return dequantise_tree(whole)

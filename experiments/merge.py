@@ -33,6 +33,8 @@ def merge(place: Path, out: Path, data_dir: str | None, tell: Callable[[str], No
     resolved = config.tuples(json.loads((place / 'config.json').read_text()))
   except (OSError, ValueError) as error:
     raise UserError(f'{place} is not the --workdir of a run ({error})') from error
+  if not isinstance(resolved, dict) or not isinstance(resolved.get('model'), dict):
+    raise UserError(f'{place} is not the --workdir of a run of experiments.run')
   if len(resolved['seeds']) != 1:
     raise UserError(f'{place} has {len(resolved["seeds"])} seeds: a model is made of one')
   about = resolved['model']

@@ -68,7 +68,8 @@ def encode(
 ) -> tuple[Array, Array]:
   """The last hidden states f32[B, L, d], after the final norm, and which of them are tokens, bool[B, L].
 
-  L includes what the tap 'embed' puts before the first position, which is no token.
+  L includes what the tap 'embed' puts before the first position, which is no token. Rotary places are counted
+  from it on; learned positions are those of the tokens, and it has none.
   """
   tokens, mask = x['tokens'], x['mask'] > 0
   h = p['embed']['tokens'][tokens]
@@ -76,7 +77,7 @@ def encode(
     h = h + p['embed']['positions'][places_of(mask, config)]
   h = tap('embed', h, 0).astype(dtype)
   seen = transformer.extend(mask, h.shape[1])
-  places = places_of(seen, config)
+  places = places_of(seen, config) if config.rope else None
   causal = jnp.tril(jnp.ones((h.shape[1],) * 2, bool)) & seen[:, None, :]
 
   def layer(p: Tree, h: Array, i: Array) -> Array:
@@ -190,7 +191,9 @@ def attention(
   b, n, m, size = q.shape[0], q.shape[1], k.shape[1], config.size
   q = q.reshape(b, n, config.kv_heads, -1, size)
   k, v = (a.reshape(b, m, config.kv_heads, size) for a in (k, v))
-  scores = jnp.einsum('bqkgd,bmkd->bkgqm', q, k).astype(jnp.float32) / math.sqrt(size)
+  exact = jnp.promote_types(q.dtype, jnp.float32)  # of bfloat16, too, sums are not rounded
+  scores = jnp.einsum('bqkgd,bmkd->bkgqm', q, k, preferred_element_type=exact)
+  scores = scores.astype(jnp.float32) / math.sqrt(size)
   scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
   flat = scores.reshape(b, config.heads, n, m)
   scores = tap('scores', flat, layer).reshape(scores.shape)
@@ -231,11 +234,15 @@ def frequencies(config: Config) -> Array:
   return (1 - smooth) * f / factor + smooth * f
 
 
-def block(config: Config, p: Tree, h: Array, i: Array, places: Array, attend, tap) -> Array:
-  """One layer: weights p, residual stream h [B, L, d], `attend(q, k, v)` -> [B, L, heads * size]."""
+def block(config: Config, p: Tree, h: Array, i: Array, places: Array | None, attend, tap) -> Array:
+  """One layer: weights p, residual stream h [B, L, d], `attend(q, k, v)` -> [B, L, heads * size].
+
+  `places` i32[B, L] are None where positions are learnt.
+  """
   n = norm(config, p['norm1'], h)
   q, k, v = (layers.dense(p[name], n) for name in 'qkv')
   if config.rope:
+    assert places is not None
     q, k = rotate(config, q, places), rotate(config, k, places)
   a = tap('attention', layers.dense(p['o'], attend(q, k, v)), i)
   middle = tap('middle', h if config.parallel else h + a, i)

@@ -64,7 +64,7 @@ def _placed(index: Path) -> dict[str, str]:
   try:
     placed = json.loads(index.read_text('utf-8'))['weight_map']
     parts = sorted(set(placed.values()))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
     raise UserError(f'{index} is not an index of safetensors ({e!r})') from e
   for part in parts:
     if not isinstance(part, str) or Path(part).name != part:

@@ -37,7 +37,7 @@ def decoder(
   'down'[, 'gate', 'norm2'], every leaf stacked [depth, ...], 'norm'[, 'unembed']}. Taps: 'embed', then per
   layer 'k' (after the rotation), 'v', 'scores', 'attention', 'middle', 'mlp' (the hidden units),
   'feedforward' and 'block', all [B, L, .]. What 'embed' puts before the first position is attended to and
-  takes positions.
+  takes positions where they are rotary.
 
   With output='classes' it is a classifier as `bert` is: a 'head' {'w', 'b'} on `features` f32[B, d], the last
   hidden state of the last position of the mask, or the mean over it.
@@ -267,6 +267,7 @@ def _from_directory(path: Path) -> tuple[Config, Callable[[str, int], np.ndarray
   c = _CONFIGS[family](path, known)
   if c.rotary > c.size or c.rotary % 2:
     raise UserError(f'{path}/config.json: rotary_dim is {c.rotary}, a head has {c.size} channels')
+  _heads(path, c)
   pretrained.layered(path, c.depth)
   wanted = _wanted(_NAMES[family], c)
   prefix = 'transformer.' if family == 'gpt2' else ''
@@ -281,6 +282,7 @@ def _from_gguf(file: Path) -> tuple[Config, Callable[[str, int], np.ndarray]]:
   c = gguf_llama.config(source)
   if c.depth > len(source.shapes):  # before the names of billions of tensors are made up
     raise UserError(f'{file}: llama.block_count is {c.depth}, it has {len(source.shapes)} tensors')
+  _heads(file, c)
   names = _NAMES['gguf']
   t = containers.exactly(source, _wanted(names, c) | gguf_llama.factors(source, c))
   c = gguf_llama.stretched(source, c, t)
@@ -292,6 +294,14 @@ def _from_gguf(file: Path) -> tuple[Config, Callable[[str, int], np.ndarray]]:
       pairs = t[name].reshape(heads, rows // heads // 2, 2, columns)
       t[name] = pairs.swapaxes(1, 2).reshape(rows, columns)
   return c, _reader(names, c, t)
+
+
+def _heads(place: Path, c: Config) -> None:
+  """Refuses heads that cannot be shared out or rotated."""
+  if c.heads % c.kv_heads:
+    raise UserError(f'{place}: {c.kv_heads} key heads do not divide {c.heads} query heads')
+  if c.rope and not c.rotary and c.size % 2:
+    raise UserError(f'{place}: a head has {c.size} channels, which are rotated in pairs')
 
 
 def _wanted(names: dict[str, tuple[str, str]], c: Config) -> dict[str, tuple[int, ...]]:

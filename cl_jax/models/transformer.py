@@ -64,7 +64,9 @@ def attention(p: Tree, h: Array, mask: Array | None, heads: int, tap, layer: Arr
     raise UserError(f'{heads} attention heads do not divide {d} channels')
   k, v = tap('k', dense(p['k'], h), layer), tap('v', dense(p['v'], h), layer)
   q, k, v = (a.reshape(b, -1, heads, d // heads) for a in (dense(p['q'], h), k, v))
-  scores = jnp.einsum('bqhd,bkhd->bhqk', q, k).astype(jnp.float32) * (d // heads) ** -0.5
+  exact = jnp.promote_types(q.dtype, jnp.float32)  # of bfloat16, too, sums are not rounded
+  scores = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=exact)
+  scores = scores.astype(jnp.float32) * (d // heads) ** -0.5
   if mask is not None:
     seen = mask[:, None] if mask.ndim == 3 else extend(mask, k.shape[1])[:, None, None, :]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)

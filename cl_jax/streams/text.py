@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def read(path: str | Path) -> Sentences:
           raise UserError(
             f'{path}:{number}: some lines have a domain and some do not; give all or none'
           )
-  except (OSError, EOFError, UnicodeDecodeError) as error:
+  except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
     raise UserError(
       f'{path} cannot be read ({error}); check the path, it must be UTF-8 JSON lines'
     ) from error
@@ -117,6 +118,11 @@ def encode(texts, tokenizer: str | Path, length: int) -> dict[str, np.ndarray]:
   model = tokenizers.load(tokenizer)
   pad = tokenizers.padding(model)
   model.no_padding()
+  special = model.num_special_tokens_to_add(False)
+  if length <= special:
+    raise UserError(
+      f'length={length} leaves no room for a word: {tokenizer} adds {special} special tokens to a text'
+    )
   model.enable_truncation(length)
   return filled([e.ids for e in model.encode_batch(list(texts))], length, pad)
 
@@ -188,6 +194,8 @@ def _row(path: Path, number: int, line: str) -> dict[str, str]:
     raise UserError(
       f'{path}:{number}: not a line of JSON ({error.msg} at column {error.colno})'
     ) from error
+  except RecursionError as error:
+    raise UserError(f'{path}:{number}: nested too deeply') from error
   if not isinstance(row, dict):
     raise UserError(f'{path}:{number}: expected an object with text and label')
   for key in ('text', 'label', 'domain'):
@@ -197,6 +205,8 @@ def _row(path: Path, number: int, line: str) -> dict[str, str]:
       raise UserError(
         f'{path}:{number}: {key!r} must be a text that is not empty; got {row.get(key)!r}'
       )
+    if any('\ud800' <= c <= '\udfff' for c in row[key]):  # JSON may spell them out, UTF-8 has none
+      raise UserError(f'{path}:{number}: {key!r} has half of a surrogate pair in it: {row[key]!r}')
   return row
 
 

@@ -63,7 +63,7 @@ def _from_gguf(file: Path) -> Any:
     'smollm': [pre_tokenizers.Digits(individual_digits=True), own],
     'gpt-2': [own],
   }
-  if kind != 'gpt2' or rules not in split:
+  if kind != 'gpt2' or not isinstance(rules, str) or rules not in split:
     raise UserError(
       f'{file}: its tokenizer ({kind!r} with the rules {rules!r}) is not supported here; give the '
       f'tokenizer.json of the model instead (config.data.tokenizer)'

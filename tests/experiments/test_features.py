@@ -172,6 +172,34 @@ def test_features_that_are_not_finite_are_refused():
     features.extract(lambda v, x: x, None, x, 'the data', lambda line: None)
 
 
+def test_seeds_that_share_masks_have_features_of_their_own(tmp_path):
+  """Every sentence fills the length: the masks are the same array, and the words are not."""
+  rng = np.random.default_rng(0)
+  model = language_model(tmp_path / 'lm', 'abcdefgh')
+  for split in ('train', 'test'):
+    rows = [
+      {'text': ' '.join(rng.choice([*'abcdefgh'], 9)), 'label': f'l{i % 2}'} for i in range(80)
+    ]
+    (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+
+  def prepared(*seeds):
+    data = {'length': 6, 'examples_per_class': 5, 'test_per_task': 4, 'test_batch': 4, 'seed': None}
+    raw = {'dataset': f'jsonl:{tmp_path}', 'data': data, 'seeds': seeds, 'tasks': 2, 'batch': 5}
+    raw |= {
+      'ends_batch': 5,
+      'freeze': ('backbone/.*',),
+      'cache_features': True,
+      'methods': ('ncm',),
+    }
+    raw |= {'model': {'name': 'decoder', 'pretrained': str(model)}}
+    return build.prepare(config.resolve(raw))[0].streams
+
+  both, (alone,) = prepared(0, 1), prepared(1)
+  assert not np.array_equal(both[0].x, both[1].x)
+  np.testing.assert_allclose(both[1].x, alone.x, atol=1e-6)
+  np.testing.assert_allclose(both[1].test.x, alone.test.x, atol=1e-6)
+
+
 def test_sentences_are_cut_to_what_they_need():
   shapes = []
 

@@ -15,11 +15,16 @@ from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import run
 from cl_jax.lowrank import merged
+from cl_jax.masks import paths
+from cl_jax.methods.closed_form.ncm import NCMState, ncm
 from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import agem
+from cl_jax.methods.replay.der import der
+from cl_jax.methods.replay.derpp import derpp
 from cl_jax.methods.replay.er import er
+from cl_jax.methods.replay.er_ace import er_ace
 from cl_jax.models import causal, language, quantised
 from cl_jax.models.decoder import Config, decoder
 from cl_jax.streams import Plan, split
@@ -224,6 +229,14 @@ def test_frozen_weights_in_few_bits():
     out = made.apply(merged(method, (), {**few, **new.params}), b).logits
     want = L.predict(new, b)
     np.testing.assert_allclose(out, want, atol=1e-5)
+    whole = merged(method, (), {**few, **new.params})['backbone']
+    assert set(paths(whole)) == set(paths(w)), 'plain weights everywhere'
+  with pytest.raises(UserError, match='does more than put low-rank terms'):
+    merged(
+      chain(lora=method, ncm=ncm(4)),
+      {'lora': (), 'ncm': NCMState(jnp.zeros((4, 64)), jnp.zeros(4))},
+      {**few, **new.params},
+    )
   with pytest.raises(UserError, match='multiple of 64 rows'):
     quantised.quantise(jnp.ones((24, 8)), 4)
 
@@ -248,6 +261,31 @@ def test_remat_unroll_and_bfloat16():
   assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(own))
   off = jnp.abs(out.logits - want.logits).max() / jnp.abs(want.logits).max()
   assert 1e-5 < off < 0.05
+
+
+def test_scores_of_bfloat16_are_not_rounded():
+  q, k = (jax.random.normal(jax.random.key(i), (1, 3, 16)).astype(jnp.bfloat16) for i in (0, 1))
+  kept = []
+
+  def tap(name, h, i):
+    kept.append(h)
+    return h
+
+  causal.attention(
+    TINY._replace(d=16, heads=1, kv_heads=1), q, k, k, jnp.ones((1, 3, 3), bool), tap
+  )
+  exact = jnp.einsum('bqd,bkd->bqk', *(a.astype(jnp.float32) for a in (q, k))) / 4
+  np.testing.assert_allclose(kept[0][:, 0], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_methods_of_classifiers_are_refused_above_a_language_model():
+  """As many rows as positions: weights of rows would be taken for those of positions."""
+  b = batch(text(8).x)
+  assert len(b.w) == b.x['tokens'].shape[1]
+  for method in (der(20, 8), derpp(20, 8), er_ace(20, 8)):
+    learn = learner(decoder(TINY, 1, output='tokens'), optax.sgd(0.1), method)
+    with pytest.raises(ValueError, match='one a row|one label a row'):
+      jax.eval_shape(learn.step, jax.eval_shape(learn.init, jax.random.key(0), b), b)
 
 
 def test_as_a_classifier():

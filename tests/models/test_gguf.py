@@ -129,6 +129,23 @@ def test_a_model_of_k_quants_is_loaded(tmp_path):
   np.testing.assert_array_equal(w['layers']['q']['w'][0], q.T)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'said'),
+  [
+    ({'attention.key_length': 5}, 'a head has 5 channels, which are rotated in pairs'),
+    ({'attention.head_count_kv': 3}, '3 key heads do not divide 4 query heads'),
+  ],
+)
+def test_heads_that_cannot_be_are_refused(tmp_path, fields, said):
+  known = {name: shape for name, shape in SHAPES.items()}
+  size, kv = fields.get('attention.key_length', 64), fields.get('attention.head_count_kv', 2)
+  known |= {'blk.0.attn_q': (4 * size, 256), 'blk.0.attn_output': (256, 4 * size)}
+  known |= dict.fromkeys(('blk.0.attn_k', 'blk.0.attn_v'), (kv * size, 256))
+  tensors = {f'{n}.weight': (np.ones(shape, np.float32), 'F32') for n, shape in known.items()}
+  with pytest.raises(UserError, match=said):
+    decoder.load(write(tmp_path / 'model.gguf', tensors, **fields))
+
+
 STRETCH = (8.0, 1.0, 4.0, 32.0)  # factor, low_freq_factor, high_freq_factor, original positions
 
 

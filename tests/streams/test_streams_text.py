@@ -98,6 +98,8 @@ def test_the_cache_depends_on_text_tokenizer_and_length(tmp_path, tokenizer, mon
     ('{"text": "a", "label": 3}', "'label' must be a text that is not empty; got 3"),
     ('{"text": "a", "label": "b", "domain": null}', "'domain' must be a text"),
     ('{"text": "a", "label": "b"}', 'some lines have a domain and some do not'),
+    (r'{"text": "a\ud83d", "label": "b"}', "'text' has half of a surrogate pair"),
+    ('[' * 200_000, 'nested too deeply'),
   ],
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
@@ -113,12 +115,17 @@ def test_unusable_files_are_named(tmp_path, tokenizer):
   (tmp_path / 'empty.jsonl').write_text('\n')
   (tmp_path / 'latin.jsonl').write_bytes(b'{"text": "caf\xe9"}\n')
   (tmp_path / 'cut.jsonl.gz').write_bytes(gzip.compress(b'{"text": "a", "label": "b"}\n' * 99)[:-9])
+  packed = bytearray((tmp_path / 'cut.jsonl.gz').read_bytes())
+  packed[10] = 7  # a block of a kind that deflate does not have
+  (tmp_path / 'flipped.jsonl.gz').write_bytes(packed)
   (tmp_path / 'not.json').write_text('{}')
   for make, message in (
     (lambda: text.read(tmp_path / 'no.jsonl'), 'no.jsonl cannot be read'),
     (lambda: text.read(tmp_path / 'empty.jsonl'), 'has no sentences'),
     (lambda: text.read(tmp_path / 'latin.jsonl'), 'it must be UTF-8'),
     (lambda: text.read(tmp_path / 'cut.jsonl.gz'), 'cut.jsonl.gz cannot be read'),
+    (lambda: text.read(tmp_path / 'flipped.jsonl.gz'), 'flipped.jsonl.gz cannot be read'),
+    (lambda: text.load(path, tokenizer, 2, cache_dir=tmp_path), 'adds 2 special tokens to a text'),
     (lambda: text.load(path, tmp_path / 'no.json', 5), 'there is no tokenizer at'),
     (lambda: text.load(path, tmp_path / 'not.json', 5, cache_dir=tmp_path), 'not a tokenizer.json'),
     (lambda: text.load(path, tokenizer, 0), 'length must be a whole number of tokens'),
