@@ -16,6 +16,8 @@ alphaedit,300,sequential,10 85.4, memit 81.0; alphaedit,1000,sequential,100 79.1
 
 from __future__ import annotations
 
+from cl_jax.errors import UserError
+
 EDITORS = ('rome', 'memit', 'pmet', 'alphaedit', 'finetune', 'finetune_l', 'lora', 'grace', 'wise')
 VARIANTS = ('pmet_mlp',)
 CELLS = (
@@ -35,6 +37,9 @@ COEF = 1000.0
 
 def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
   words = [w for w in arg.split(',') if w]
+  known = (*EDITORS, *VARIANTS, 'none', 'sequential', 'single')
+  if odd := [w for w in words if w not in known and not w.isdigit()]:
+    raise UserError(f'{odd[0]!r} is no word of this configuration: numbers, {", ".join(known)} are')
   editor = next((w for w in words if w in (*EDITORS, *VARIANTS, 'none')), 'memit')
   numbers = [int(w) for w in words if w.isdigit()]
   edits = numbers[0] if numbers else 10

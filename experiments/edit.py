@@ -31,7 +31,7 @@ import numpy as np
 from cl_jax import durable
 from cl_jax.editing import inside, rows, write
 from cl_jax.editing.rows import Edit
-from cl_jax.errors import UserError
+from cl_jax.errors import Fault, UserError
 from experiments import (
   cli,
   config,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--workdir', metavar='DIR', type=Path, help='results.jsonl, and what is needed to go on')
   add('--data_dir', metavar='DIR', help='parent of edit/ and text/; default: CL_JAX_DATA')
   add('--grid', action='store_true', help='every cell of the configuration')
-  add('--only', default='*', metavar='PATTERNS', help="of the grid, as in 'memit,* *,100'")
+  add('--only', metavar='PATTERNS', help="of the grid, as in 'memit,* *,100' (all)")
   add('--workers', type=int, help='processes at a time (one a core; one with an accelerator)')
   add('--save_every', type=float, default=SAVE_EVERY, metavar='SECONDS')
   add(
@@ -92,27 +92,34 @@ def main(argv: Sequence[str] | None = None) -> int:
   one.add_argument('--subject')
   one.add_argument('--prompt', help='with {} in the place of the subject')
   one.add_argument('--target')
-  one.add_argument('--paraphrase', action='append', default=[], metavar='TEXT')
-  one.add_argument('--neighbour', action='append', default=[], metavar='TEXT')
+  one.add_argument('--paraphrase', action='append', metavar='TEXT')
+  one.add_argument('--neighbour', action='append', metavar='TEXT')
   return cli.guarded(PROGRAM, lambda words: command(parser, words), argv)
 
 
 def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   given, left = parser.parse_known_args(argv)
   overrides = options.fields_of(left)
+  if not 0 <= given.save_every < float('inf'):
+    raise UserError(f'--save_every must be a number of seconds; got {given.save_every}')
+  if given.workers is not None and given.workers < 1:
+    raise UserError(f'--workers must be at least 1; got {given.workers}')
+  if not given.grid:
+    cli.refuse(given, ('--only', '--workers'), 'is of --grid')
   by_hand = [given.subject, given.prompt, given.target]
   if any(v is not None for v in by_hand):
     if None in by_hand:
       raise UserError('one fact needs all of --subject, --prompt and --target')
-    others = ('--workdir', '--grid', '--trace', '--moments', '--workers', '--save_model')
+    others = ('--workdir', '--grid', '--trace', '--moments', '--save_model')
     cli.refuse(given, others, 'does not go with one fact by hand')
     return hand(given, resolved(given.config, overrides))
+  cli.refuse(given, ('--paraphrase', '--neighbour'), 'is of one fact by hand: give --subject too')
   if given.moments:
-    others = ('--trace', '--grid', '--workers', '--save_model', '--save_edits')
+    others = ('--trace', '--grid', '--save_model', '--save_edits')
     cli.refuse(given, others, 'does not go with --moments')
     return converging(given, resolved(given.config, overrides), argv)
   if given.trace is not None:
-    others = ('--grid', '--workers', '--save_model', '--save_edits')
+    others = ('--grid', '--save_model', '--save_edits')
     cli.refuse(given, others, 'does not go with --trace')
     return traced(given, resolved(given.config, overrides), argv)
   if given.grid:
@@ -166,15 +173,17 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   cli.devices(1)
   subject = edit_subject.opened(chosen['model'])
   edit_file.writable(chosen, subject, None, given.save_edits)
-  edit = Edit(given.prompt, given.subject, given.target, paraphrases=tuple(given.paraphrase),
-              neighbours=tuple(given.neighbour))  # fmt: skip
+  edit = Edit(given.prompt, given.subject, given.target, paraphrases=(*(given.paraphrase or ()),),
+              neighbours=(*(given.neighbour or ()),))  # fmt: skip
   shown = show.make()
   prefixes = edit_subject.begin_texts(chosen, subject, 0)
   requests, _, _ = rows.requests(subject.tokenizer, [edit], prefixes, chosen['length'])
   root = edit_subject.data_root(given.data_dir)
   editor = edit_subject.editor_of(chosen, subject, root, shown.say)
   state = editor.init(subject.backbone)
-  writes, new_state, _ = editor.edit(subject.backbone, state, requests, jax.random.key(0))
+  writes, new_state, report = editor.edit(subject.backbone, state, requests, jax.random.key(0))
+  if not edit_run.finite(writes, report):
+    raise Fault('the edit gave NaN; nothing was written')
   edited = write.apply(subject.backbone, writes)
   prompts = [('prompt', edit.text), *(('paraphrase', p) for p in edit.paraphrases),
              *(('neighbour', p) for p in edit.neighbours)]  # fmt: skip
@@ -234,7 +243,7 @@ def converging(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence
 def grid(given: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
   """Every cell as a process."""
   module, path, words = study.found(given.config)
-  cells = study.chosen(module, given.only)
+  cells = study.chosen(module, given.only or '*')
   folder = given.workdir or Path('runs') / Path(path).stem
   folder.mkdir(parents=True, exist_ok=True)
   keep = [f'--config.{name}={text}' for name, text in overrides]

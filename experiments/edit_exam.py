@@ -106,14 +106,15 @@ def choose(chosen, subject: Subject, every: list[Edit], seed: int, tell):
       half = len(asked.kind)
       _, share = ask(subject.backbone, (), asked.rows)
       for i, right in zip(asked.edit, share[:half], strict=True):
+        if len(picked) == n:
+          break
         if right == 1:
           picked.append(some[i])
         else:
           unknown += 1
-      if len(picked) >= n:
+      if len(picked) == n:
         break
     tell(f'{len(picked)} of {len(picked) + unknown} facts are what the model says anyway')
-    picked = picked[:n]
   if len(picked) < n:
     raise UserError(f'config.edits={n}, and there are {len(picked)} in {chosen["data"]}')
   return picked, unknown

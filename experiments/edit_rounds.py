@@ -21,8 +21,12 @@ T = TypeVar('T')
 class Watched:
   """`cl_jax.editing.rounds.Rounds` that saves its carry every so often and when it is asked to stop."""
 
-  def __init__(self, folder: Path, save_every: float, stop: Stop, tell: Callable[[str], None]):
+  def __init__(
+    self, folder: Path, save_every: float, stop: Stop, tell: Callable[[str], None], whole: Clock
+  ):
     self.path, self.save_every, self.stop, self.tell = folder / FILE, save_every, stop, tell
+    # The clock of the run. While an edit lasts, what `save_rest` has said of it is behind.
+    self.whole = whole
 
   def begin(self, edit: str, save_rest: Callable[[], None]) -> Clock:
     """What comes is one edit; returns the clock of it, which counts what earlier processes have spent.
@@ -55,6 +59,7 @@ class Watched:
       self.save_rest()
       self.rest_saved = True
     about = {'edit': self.edit, 'name': name, 'done': done, **self.clock.stand()}
+    about['run_s'] = self.whole.wall()
     leaves = jax.tree.leaves(carry)
     kept.save(self.path, about, {f'carry{i}': np.asarray(a) for i, a in enumerate(leaves)})
     self.last = time.monotonic()
@@ -69,7 +74,7 @@ class Watched:
     leaves, shape = jax.tree.flatten(carry)
     like = {f'carry{i}': (np.shape(a), a.dtype) for i, a in enumerate(leaves)}
     kept.fit(self.path, arrays, like)
-    self.clock.before += about['wall_s']
-    self.clock.compile_s += about['compile_s']
+    self.clock.add(about)
+    self.whole.before = max(self.whole.before, about.get('run_s', 0.0))
     self.tell(f'goes on after {about["done"]} {name}')
     return about['done'], jax.tree.unflatten(shape, [jnp.asarray(arrays[a]) for a in like])

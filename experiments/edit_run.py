@@ -58,7 +58,7 @@ def run(
   clock = Clock()
   edit_file.writable(chosen, subject, place.model, place.edits)
   exam = prepare(chosen, subject, place.data, seed, tell)
-  saved, backbone, editor = progress(chosen, subject, exam, seed, place, tell)
+  saved, backbone, editor = progress(chosen, subject, exam, seed, place, tell, clock)
   about = saved.about
   before, after = (np.array(about[k], np.float64) for k in ('before', 'after'))
   line = {
@@ -113,15 +113,18 @@ def run(
 
 
 def progress(
-  chosen, subject: Subject, exam: Exam, seed: int, place: Place, tell
+  chosen, subject: Subject, exam: Exam, seed: int, place: Place, tell, whole: Clock
 ) -> tuple[edit_state.Saved, Tree, Editor]:
   """Writes the edits, batch by batch; goes on where an earlier process stopped, also within a batch.
+
+  Args:
+    whole: of the run; what earlier processes have spent is added to it.
 
   Returns:
     What was measured on the way, the backbone at the end, and the editor.
   """
   stop = Stop()
-  rounds = Watched(place.folder, place.save_every, stop, tell)
+  rounds = Watched(place.folder, place.save_every, stop, tell, whole)
   editor = editor_of(chosen, subject, place.data, tell, rounds, place.statistics)
   ask = evaluate.asker(subject.config, editor.tap)
   score = lambda p, s, asked: evaluate.score(ask, p, s, asked)  # noqa: E731
@@ -140,6 +143,7 @@ def progress(
       fresh,
     )
   about, writes, state = saved
+  whole.add(about.pop('clock', {}))
   backbone = write.apply(first, writes)
   marks = points(n, size, chosen['evaluate']['points'])
   key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -148,10 +152,14 @@ def progress(
     while about['done'] < n:
       lo, hi = about['done'], min(about['done'] + size, n)
       batch = rows.take(exam.requests, np.arange(lo, hi))
-      so_far = edit_state.Saved(about, writes, state)
-      clock = rounds.begin(f'{sha} {lo}', partial(edit_state.save, place.folder, so_far))
+      keep = partial(kept_so_far, place.folder, edit_state.Saved(about, writes, state), whole)
+      clock = rounds.begin(f'{sha} {lo}', keep)
       batch_key = jax.random.fold_in(key, lo)
-      new, state = edited(editor, backbone, state, batch, batch_key, about, clock)
+      try:
+        new, state = edited(editor, backbone, state, batch, batch_key, about, clock)
+      except Fault:
+        keep()
+        raise
       about['done'] = hi
       about['terms'].append(len(new))
       kept = new if alone else [*writes, *new]
@@ -173,12 +181,17 @@ def progress(
           about['scores'].append(about['after'])
           tell(f'{hi}/{n} edits  {said(evaluate.measures(exam.asked, np.array(about["after"])))}')
       if stop() or time.monotonic() - last_saved > place.save_every:
-        edit_state.save(place.folder, edit_state.Saved(about, writes, state))
+        kept_so_far(place.folder, edit_state.Saved(about, writes, state), whole)
         last_saved = time.monotonic()
         tell(f'{hi}/{n} edits, saved')
       if stop():
         raise Interrupted(stop(), f'stopped after {hi} of {n} edits, saved in {place.folder}')
   return edit_state.Saved(about, writes, state), backbone, editor
+
+
+def kept_so_far(folder: Path, saved: edit_state.Saved, whole: Clock) -> None:
+  """Saves what there is, and how long that took."""
+  edit_state.save(folder, saved._replace(about=saved.about | {'clock': whole.stand()}))
 
 
 def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: dict, clock: Clock):
@@ -188,12 +201,19 @@ def edited(editor: Editor, backbone, state, batch: rows.Requests, key, about: di
     jax.block_until_ready(([w.left for w in new], state))
   about['edit_s'] += clock.wall()
   about['compile_s'] += clock.compile_s
-  log_p = np.asarray(report.get('log_p', ()), np.float64)
-  if not np.isfinite(log_p).all() or not all(bool(jnp.isfinite(w.term).all()) for w in new):
-    raise Fault(f'an edit after number {about["done"]} gave NaN; nothing of it was written')
-  about['log_p'] += [round(float(v), 5) for v in log_p]
+  if not finite(new, report):
+    raise Fault(
+      f'an edit after number {about["done"]} gave NaN; nothing of it was written, those before are saved'
+    )
+  about['log_p'] += [round(float(v), 5) for v in np.asarray(report.get('log_p', ()), np.float64)]
   about['full'] += [about['done'] + int(i) for i in np.flatnonzero(report.get('refused', ()))]
   return new, state
+
+
+def finite(writes: Sequence[write.Write], report: Mapping[str, Any]) -> bool:
+  """Whether there is no NaN in what an editor has written and found."""
+  log_p = np.asarray(report.get('log_p', ()), np.float64)
+  return bool(np.isfinite(log_p).all()) and all(bool(jnp.isfinite(w.term).all()) for w in writes)
 
 
 def points(n: int, size: int, most: int) -> set[int]:

@@ -255,11 +255,12 @@ def edited(bench: Bench, exam: edit_exam.Exam, prefix: Prefix, source: str) -> d
   chosen, folder, tell = bench.editing, bench.folder(prefix), bench.shown.say
   subject = edit_subject.opened(source)
   own = folder / STATISTICS if len(prefix) > 1 else None  # nobody else starts from such a model
-  where = edit_run.Place(bench.data, folder, bench.save_every, statistics=own)
-  saved, backbone, _ = edit_run.progress(chosen, subject, exam, bench.seed, where, tell)
+  where, clock = edit_run.Place(bench.data, folder, bench.save_every, statistics=own), Clock()
+  saved, backbone, _ = edit_run.progress(chosen, subject, exam, bench.seed, where, tell, clock)
   decoder.save(folder / MODEL, subject.config, backbone, subject.file)
   seconds = saved.about['edit_s'] - saved.about['compile_s']
-  return {'seconds': round(seconds, 3), 'log_p_target': saved.about['log_p']}
+  about = {'seconds': round(seconds, 3), 'log_p_target': saved.about['log_p']}
+  return about | {'wall_s': clock.wall(), 'started': clock.started}
 
 
 def learnt(bench: Bench, exam: edit_exam.Exam, prefix: Prefix, source: str) -> dict[str, Any]:
@@ -279,8 +280,10 @@ def learnt(bench: Bench, exam: edit_exam.Exam, prefix: Prefix, source: str) -> d
   with workdir.claimed(parsed.workdir) as place:
     workdir.remember(place, parsed.config)
     (line,) = run.run(parsed, place, bench.shown)
+    clock = Clock(line['wall_s'], started=line['started'])
     merge(place, folder / MODEL, str(bench.data), bench.shown.say)
-  return {'seconds': round(line['wall_s'] - line['compile_s'], 3), 'steps': line['steps']}
+  about = {'seconds': round(line['wall_s'] - line['compile_s'], 3), 'steps': line['steps']}
+  return about | {'wall_s': clock.wall(), 'started': clock.started}
 
 
 asker: Callable[..., evaluate.Ask] = cache(evaluate.asker)  # models of a chain share their programs
@@ -288,9 +291,9 @@ asker: Callable[..., evaluate.Ask] = cache(evaluate.asker)  # models of a chain 
 
 def measured(bench: Bench, exam: edit_exam.Exam, prefix: Prefix) -> dict[str, Any]:
   """The line of a stage: what the model says after it."""
-  clock, chosen = Clock(), bench.chosen
-  name = model_of(bench, exam, prefix)
+  chosen, name = bench.chosen, model_of(bench, exam, prefix)
   made = json.loads((Path(name) / MADE).read_text()) if prefix else {}
+  clock = Clock(made.get('wall_s', 0.0), started=made.get('started', ''))
   subject, asked = edit_subject.opened(name), exam.asked
   log_p, right = asker(subject.config)(subject.backbone, (), asked.rows)
   scores = evaluate.score(lambda *_: (log_p, right), subject.backbone, (), asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -26,6 +26,12 @@ class Clock:
   def __init__(self, wall_s: float = 0.0, compile_s: float = 0.0, started: str = ''):
     self.before, self.compile_s, self.since = wall_s, compile_s, time.monotonic()
     self.started = started or datetime.now(UTC).isoformat(timespec='seconds')
+
+  def add(self, stand: Mapping[str, Any]) -> None:
+    """What an earlier process has spent, {} for nothing."""
+    self.before += stand.get('wall_s', 0.0)
+    self.compile_s += stand.get('compile_s', 0.0)
+    self.started = stand.get('started', self.started)
 
   def stand(self) -> dict[str, Any]:
     return {'wall_s': self.wall(), 'compile_s': self.compile_s, 'started': self.started}

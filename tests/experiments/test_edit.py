@@ -244,6 +244,33 @@ def test_stopped_and_repeated_gives_the_same_bits(root, tmp_path, monkeypatch):
     assert one[name] == two[name], name
 
 
+def test_nan_keeps_what_was_before(root, tmp_path, monkeypatch, capsys):
+  config = 'configs/edit_counterfact.py:memit,4,sequential'
+  real, calls = edit_run.finite, []
+  monkeypatch.setattr(
+    edit_run, 'finite', lambda *a: calls.append(1) or (len(calls) != 3 and real(*a))
+  )
+  assert go(root, tmp_path / 'cut', config=config) == 3
+  assert 'an edit after number 2 gave NaN' in capsys.readouterr().err
+  assert (tmp_path / 'cut/seed0' / edit_state.FILE).exists()
+  assert go(root, tmp_path / 'cut', config=config) == 0
+  assert len(calls) == 3 + 2, 'two edits were kept'
+
+
+def test_seconds_are_those_of_all_processes(root, tmp_path, monkeypatch):
+  config = 'configs/edit_counterfact.py:memit,4,sequential'
+  signalled(monkeypatch, edit_run, 'edited', 2)
+  assert go(root, tmp_path / 'cut', config=config) == 128 + signal.SIGTERM
+  path = tmp_path / 'cut/seed0' / edit_state.FILE
+  about, arrays = kept_arrays.load(path)
+  kept_arrays.save(
+    path, about | {'clock': {**about['clock'], 'wall_s': 1e6, 'started': 'then'}}, arrays
+  )
+  assert go(root, tmp_path / 'cut', config=config) == 0
+  (line,) = results.read(tmp_path / 'cut')
+  assert line['wall_s'] > 1e6 and line['started'] == 'then' and line['compile_s'] < line['wall_s']
+
+
 def test_an_edit_that_was_cut_goes_on_within(root, tmp_path, monkeypatch, capsys):
   """Two batches of two requests, a request a round; the signal comes at the first of the second batch."""
   words = ('--config.batch=2', '--config.memit.width=1')
@@ -495,6 +522,10 @@ def test_facts_that_the_model_says_are_known(root, monkeypatch):
   picked, unknown = choose(len(known))
   assert len(picked) == len(known) > 5 and set(picked) == set(known)
   assert unknown == len(false)
+  firsts = [every[i] for i in np.random.default_rng(0).permutation(len(every)) if every[i].truth]
+  until = [e in known for e in firsts].index(True)
+  assert choose(1) == ([firsts[until]], until), 'those before enough were found'
+  told.pop()
   assert told == [f'{len(known)} of {len(known) + 3} facts are what the model says anyway']
   few = [choose(3, seed)[0] for seed in range(2)]
   assert few[0] == picked[:3] and few[1] != few[0] and set(few[1]) < set(known)
@@ -515,6 +546,12 @@ def test_facts_that_the_model_says_are_known(root, monkeypatch):
     (('--config.batch=7',), 'more than config.edits'),
     (('--confg.batch=7',), 'not understood'),
     (('--subject=Anna',), 'needs all of'),
+    (('--workers=2',), '--workers is of --grid'),
+    (('--only=memit*',), '--only is of --grid'),
+    (('--grid', '--workers=-1'), '--workers must be at least 1'),
+    (('--paraphrase=who',), 'give --subject too'),
+    (('--save_every=nan',), '--save_every must be'),
+    (('--config=configs/edit_counterfact.py:alphedit,4',), "'alphedit' is no word"),
     (('--config.length=3',), 'none of 4 edits'),
     (('--config.moments.sketch=-1',), 'at least 0'),
     (('--config.moments.sketch=25',), 'between 0 and 24'),
