@@ -22,11 +22,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cl_jax import metrics
+from cl_jax import durable, metrics
 from cl_jax.errors import Fault, UserError
 from cl_jax.loop import run
 from cl_jax.streams.take import put
 from cl_jax.sweep import MAPPED, map_runs, stack_streams
+from experiments import cli, workdir
 from experiments.published import (
   permuted_mnist,
   split_cifar10,
@@ -40,6 +41,8 @@ COLUMNS = (
   'table', 'dataset', 'scenario', 'method', 'setting', 'needs', 'metric', 'published', 'published_err',
   'ours', 'ours_ci95', 'seeds', 'command', 'note',
 )  # fmt: skip
+PROGRAM = 'experiments.reproduce'
+SEEDS = 5
 
 
 def learn(row: Row, seeds: list[int], data_dir: str | None) -> list[dict]:
@@ -94,11 +97,9 @@ def read(path: Path) -> list[dict]:
 
 
 def append(path: Path, lines: list[dict]) -> None:
+  """Replaces the file by one that has these lines too."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('a') as f:
-    f.write(''.join(json.dumps(line) + '\n' for line in lines))
-    f.flush()
-    os.fsync(f.fileno())
+  durable.write(path, ''.join(json.dumps(line) + '\n' for line in [*read(path), *lines]))
 
 
 def seconds_of_a_seed(lines: list[dict]) -> float | None:
@@ -122,10 +123,15 @@ def table_rows(rows: list[Row], out: Path, command: str) -> list[dict]:
       cells = (
         row.table, row.dataset, row.scenario, row.method, row.setting, ' '.join(needs), figure.metric,
         '' if figure.value is None else figure.value, '' if figure.err is None else figure.err,
-        show(mean), show(ci), len(values), f'{command} --only={row.name}', note,
+        show(mean), show(ci), len(values), f'{command}{seeds_of(values)} --only={row.name}', note,
       )  # fmt: skip
       lines.append(dict(zip(COLUMNS, cells, strict=True)))
   return lines
+
+
+def seeds_of(values: list) -> str:
+  """The option that asks for as many seeds as there are values."""
+  return f' --seeds={len(values)}' if len(values) not in (0, SEEDS) else ''
 
 
 def write_csv(path: Path, lines: list[dict]) -> None:
@@ -148,31 +154,29 @@ def all_rows() -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m experiments.reproduce', description=__doc__)
+  parser = cli.parser(PROGRAM, __doc__)
   parser.add_argument(
     '--only', default='*', help='rows whose name matches, e.g. "split_mnist/class/*"'
   )
-  parser.add_argument('--seeds', type=int, default=5, help='seeds per row (5)')
+  parser.add_argument('--seeds', type=int, default=SEEDS, help=f'seeds per row ({SEEDS})')
   parser.add_argument('--all', action='store_true', help='also rows that take hours')
   listed = 'print the rows, how many seeds are done, and about how long the others take'
   parser.add_argument('--list', action='store_true', help=listed)
   parser.add_argument('--data_dir', help='parent of tfds/; default: the variable CL_JAX_DATA')
   parser.add_argument('--out', type=Path, default=Path('results'), help='(results)')
-  args = parser.parse_args(argv)
-  try:
+  return cli.guarded(PROGRAM, lambda words: command(parser.parse_args(words)), argv)
+
+
+def command(args: argparse.Namespace) -> int:
+  if args.seeds < 1:
+    raise UserError(f'--seeds must be at least 1; got {args.seeds}')
+  if args.list:
     return reproduce(args)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except Fault as fault:
-    print(f'stopped: {fault}', file=sys.stderr)
-    return 3
-  except KeyboardInterrupt:
-    print('stopped; the same command goes on with the next row', file=sys.stderr)
-    return 130
+  with workdir.claimed(args.out / 'published'):
+    return reproduce(args)
 
 
-def reproduce(args) -> int:
+def reproduce(args: argparse.Namespace) -> int:
   everything = all_rows()
   pattern = args.only if any(c in args.only for c in '*?[') else f'*{args.only}*'
   rows = [r for r in everything if fnmatch.fnmatch(r.name, pattern)]
@@ -215,12 +219,8 @@ def reproduce(args) -> int:
     first = next((f for f in row.figures if f.metric == 'acc'), None)
     paper = f'paper {first.value}' if first and first.value is not None else 'not in the paper'
     print(f'    acc {np.mean(acc):.2f} ({paper}), {seconds:.0f} s', flush=True)
-    write_csv(
-      args.out / 'published.csv', table_rows(everything, store, 'python -m experiments.reproduce')
-    )
-  write_csv(
-    args.out / 'published.csv', table_rows(everything, store, 'python -m experiments.reproduce')
-  )
+    write_csv(args.out / 'published.csv', table_rows(everything, store, f'python -m {PROGRAM}'))
+  write_csv(args.out / 'published.csv', table_rows(everything, store, f'python -m {PROGRAM}'))
   print(f'{args.out / "published.csv"}: {len(everything)} rows')
   if faults:
     raise Fault('; '.join(faults))

@@ -30,7 +30,7 @@ from cl_jax import durable
 from cl_jax.errors import UserError
 from cl_jax.models import bert, clip, containers, decoder, onnx_file, pretrained, vit
 from cl_jax.streams import tokenizer
-from experiments import language
+from experiments import cli, language
 
 PROGRAM = 'experiments.weights'
 FAMILIES = {
@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   about = 'of the texts in text/corpora, in blocks from their beginning'
   language.add_perplexity(commands.add_parser('perplexity', help=about).add_argument)
   language.add_write(commands.add_parser('write', help='a continuation of a prompt').add_argument)
-  try:
-    options = parser.parse_args(argv)
+
+  def command(words: list[str]) -> int:
+    options = parser.parse_args(words)
     if options.command == 'list':
       return show()
     if options.command == 'merge':
@@ -104,11 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == 'write':
       return language.print_continuation(options)
     return max([checked(name, options.write_sums) for name in options.names])
-  except UserError as error:
-    return complaint(error)
-  except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-    sys.stderr.close()
-    return 0
+
+  def quietly(words: list[str]) -> int:
+    try:
+      return command(words)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+      sys.stderr.close()
+      return 0
+
+  return cli.guarded(PROGRAM, quietly, argv)
 
 
 def complaint(error: Exception) -> int:

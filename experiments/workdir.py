@@ -29,7 +29,7 @@ def claimed(workdir: Path, name: str = '.lock') -> Iterator[Path]:
     handle = lock.open('a')
   except OSError as error:
     raise UserError(
-      f'--workdir={workdir} cannot be written ({error.strerror}); name another directory'
+      f'{workdir} cannot be written ({error.strerror}); name another directory'
     ) from error
   with handle:
     try:

@@ -56,8 +56,9 @@ class Row(NamedTuple):
     return (self.learner() if self.learner else self.build(None, None)).needs
 
   def own(self, lines: Sequence[dict]) -> list[dict]:
-    """Those of `lines` that hold its results."""
-    return [line for line in lines if line['row'] in (self.name, self.stored)]
+    """Those of `lines` that hold its results, the last one of each seed."""
+    own = {line['seed']: line for line in lines if line['row'] in (self.name, self.stored)}
+    return [*own.values()]
 
 
 def seen_once(stream: Stream) -> Stream:

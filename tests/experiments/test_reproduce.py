@@ -13,7 +13,7 @@ import pytest
 
 from cl_jax.learner import learner
 from cl_jax.models.mlp import mlp
-from experiments import reproduce
+from experiments import reproduce, workdir
 from experiments.published import permuted_mnist, split_fashion, split_mnist, tiny_memories
 from experiments.published.table import Figure, Row, seen_once
 
@@ -66,6 +66,13 @@ def test_rows_resume_and_the_table_shows_what_is_missing(rows, tmp_path, capsys)
   del rows[:]
   assert reproduce.main(['--only=naive', '--seeds=3', f'--out={tmp_path}']) == 0
   assert rows == [] and 'incomplete line' in capsys.readouterr().err
+  assert reproduce.main(['--only=naive', '--seeds=4', f'--out={tmp_path}']) == 0
+  assert rows == [3] and table(tmp_path)[0]['seeds'] == '4', 'nothing is glued to that line'
+  assert table(tmp_path)[0]['command'].endswith('--seeds=4 --only=toy/task/naive/small')
+  path = tmp_path / 'published/toy.jsonl'
+  path.write_text(2 * path.read_text())  # as two processes would have left it
+  assert reproduce.main(['--only=naive', '--seeds=4', f'--out={tmp_path}']) == 0
+  assert table(tmp_path)[0]['seeds'] == '4'
 
 
 def test_heavy_rows_are_left_out_unless_named(rows, tmp_path, capsys):
@@ -102,6 +109,19 @@ def test_a_heavy_row_is_kept_after_every_few_seeds(rows, tmp_path, monkeypatch, 
 def test_a_pattern_without_a_row(rows, tmp_path, capsys):
   assert reproduce.main(['--only=nothing', f'--out={tmp_path}']) == 2
   assert 'matches no row' in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_and_who_is_there_already(rows, tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  for words, said in (
+    ((f'--out={tmp_path}/file',), 'cannot be written'),
+    (('--seeds=0',), 'at least 1'),
+  ):
+    assert reproduce.main(['--only=naive', f'--out={tmp_path}', *words]) == 2
+    assert said in capsys.readouterr().err
+  with workdir.claimed(tmp_path / 'published'):
+    assert reproduce.main(['--only=naive', f'--out={tmp_path}']) == 2
+  assert 'another process is at work' in capsys.readouterr().err and not rows
 
 
 def test_a_loss_that_is_not_finite_stops_its_row_alone(rows, tmp_path, monkeypatch, capsys):
