@@ -181,11 +181,23 @@ def since(pid: int) -> str:
   return '' if fields[0] in 'ZX' else fields[19]
 
 
-def alive(run: dict[str, Any]) -> bool:
-  """Whether a process of this machine lives; those of other machines are believed to."""
+def alive(run: dict[str, Any], folder: Path) -> bool:
+  """Whether the process of a job lives: where it is of another host name, whether it holds its lock."""
   if run['host'] != socket.gethostname():
-    return True
+    return locked(folder / 'worker.json')
   return bool(run['since']) and since(run['pid']) == run['since']
+
+
+def locked(path: Path) -> bool:
+  """Whether a process holds the lock of a file."""
+  try:
+    with path.open() as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except FileNotFoundError:
+    return False
+  return False
 
 
 def code_of(job: Job) -> int | None:
@@ -193,7 +205,7 @@ def code_of(job: Job) -> int | None:
   if job.process is not None:
     code = job.process.poll()
     return None if code is None else code if code >= 0 else 128 - code
-  if alive(job.state['run']):
+  if alive(job.state['run'], job.folder):
     return None
   return left_code(job)
 
@@ -207,14 +219,14 @@ def adopt(job: Job) -> None:
   """Finds the process of a launcher that died before it could write down whom it had started."""
   if job.state['run'] is None:
     other = document(job.folder / 'worker.json')
-    if other and other['host'] == socket.gethostname() and alive(other):
+    if other and other['host'] == socket.gethostname() and alive(other, job.folder):
       job.state['run'] = {**other, 'cores': []}
       job.save()
 
 
 def signalled(job: Job, signum: int) -> None:
   run = job.state['run']
-  if run and 'pid' in run and run['host'] == socket.gethostname() and alive(run):
+  if run and 'pid' in run and run['host'] == socket.gethostname() and alive(run, job.folder):
     os.kill(run['pid'], signum)
 
 

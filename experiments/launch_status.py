@@ -96,7 +96,7 @@ def stand(job: Job, entries: list[launch_slurm.Entry] | None) -> tuple[str, str]
     return ('done' if what == 'done' else 'failed'), said
   n = job.state['failures']
   before = f' (failed {n} time{"s" * (n > 1)} before)' if n else ''
-  if run and 'pid' in run and jobs.alive(run):
+  if run and 'pid' in run and jobs.alive(run, job.folder):
     return 'running', f'process {run["pid"]} on {run["host"]}{before}: {progress(job)}'
   if run and 'id' in run:
     if entries is None:

@@ -61,7 +61,7 @@ def worker(folder: Path, text: str = '') -> int:
   """The process that works on a job and has said something, 0 as long as there is none."""
   who = launch_jobs.document(folder / 'worker.json')
   log = folder / 'log.txt'
-  if not who or not launch_jobs.alive(who) or text not in log.read_text():
+  if not who or not launch_jobs.alive(who, folder) or text not in log.read_text():
     return 0
   return who['pid']
 

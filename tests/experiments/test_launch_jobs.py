@@ -101,9 +101,12 @@ def test_a_job_is_never_started_twice(job, monkeypatch):
     assert f'runs already, as process {other.pid}' in launch_jobs.ended(job, launch_jobs.BUSY, 2)
     again = launch_jobs.read(job.part, job.folder)
     assert launch_jobs.code_of(again) is None and not again.waiting
+    elsewhere = {**launch_jobs.identity(other.pid), 'host': 'another name of this machine'}
+    assert launch_jobs.alive(elsewhere, job.folder)
     other.stdin.close()
     other.wait()
     assert launch_jobs.code_of(again) == 137, 'gone, without an exit code'
+    assert not launch_jobs.alive(elsewhere, job.folder), 'its lock is free'
   monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
   assert launch_jobs.perform('sweep', 1, job.folder, ['x']) == 0 and done == [['x']]
   assert launch_jobs.code_of(again) == 0
