@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_jax import checkpoint
+from cl_jax import checkpoint, masks
 from cl_jax.errors import Fault, UserError
 from cl_jax.framework import Choice, Patience, Search, best_rate, decayed, until_no_better
 from cl_jax.loop import Record, begin, evaluate, learn, strong
@@ -60,6 +60,18 @@ START: dict[str, float | None] = {
 # What plasticity is searched with where a method replaces the loss, and fine-tuning's rate would not be its
 # own: the method without what keeps it stable, as in the survey's code.
 PLASTIC = {'icarl': {'icarl.coef': 0.0}}
+# What predicts otherwise after a boundary than in training, so that no epoch of a task is its best one.
+AT_BOUNDARIES = (
+  'icarl',
+  'gdumb',
+  'imm',
+  'packnet',
+  'ncm',
+  'slda',
+  'ranpac',
+  'fecam',
+  'first_session',
+)
 # One of these counts in a task; the survey has one share for all tasks.
 TOGETHER = (('packnet.prune', 'packnet.first'),)
 
@@ -83,6 +95,17 @@ def command(argv: list[str]) -> int:
     )
   if options.config['tuning']['patience'] and options.config['iterations'] is not None:
     raise UserError('config.tuning.patience counts epochs: leave config.iterations out')
+  late = [m for m in options.config['methods'] if m in AT_BOUNDARIES]
+  if options.config['tuning']['patience'] and late:
+    raise UserError(
+      f'config.tuning.patience stops where validation data are answered best, and {late[0]} answers '
+      'otherwise after the boundary: leave it at ()'
+    )
+  if options.config['optimizer']['schedule'] != 'constant':
+    raise UserError(
+      'config.optimizer.schedule counts the steps of one training, and the framework trains a task many '
+      "times: leave it at 'constant'"
+    )
   shown = show.make()
   with (
     cli.network(options.offline),
@@ -111,7 +134,7 @@ def run(options: Options, place: Path, shown: show.Show) -> list[dict[str, Any]]
       continue
     one = {'seeds': (seed,)}
     (setup,) = build.prepare({**own, **one}, options.data_dir, shown.say)
-    (plain,) = build.prepare({**held_out, **one, 'methods': ()}, options.data_dir)
+    (plain,) = build.prepare({**plain_of(held_out, setup), **one}, options.data_dir)
     (valid,) = build.prepare({**held_out, **one}, options.data_dir)
     tuned = Tuned(valid, plain.build, setup.streams[0], own)
     work = job(setup, place, sha)._replace(configs=[own])
@@ -252,6 +275,18 @@ class Tuned:
     new = new._replace(params=params, stats=state.stats, method=method, step=state.step)
     new, _, steps = trained(self.plain, self.epochs, self.patience, hp, new, stream, t, weights)
     return validated(made, new, stream, t), steps
+
+
+def plain_of(own: Mapping[str, Any], setup: build.Setup) -> dict[str, Any]:
+  """The configuration without its methods, and without what only their state and parameters need."""
+  without = {**own, 'methods': ()}
+  if compress := own.get('compress'):
+    without['compress'] = {**compress, 'memory': '', 'state': ()}
+  begin, first = setup.model(setup.weights).init, build.example(setup.streams[0])
+  network = masks.paths(jax.eval_shape(begin, jax.random.key(0), first)[0])
+  groups = own['optimizer']['groups']
+  reached = tuple(g for g in groups if any(masks.matches(g[0], p) for p in network))
+  return {**without, 'optimizer': {**own['optimizer'], 'groups': reached}}
 
 
 def attempt(make, epochs: int, patience: Patience | None, hp, state, stream: Stream, t, weights):

@@ -184,6 +184,19 @@ def test_a_method_without_stability_and_one_with_parameters(call, tiny, tmp_path
   assert line['tuning'][0]['stability']['er.coef'] <= 2.0
 
 
+def test_plasticity_is_searched_without_what_names_the_method(tiny):
+  """Rates of its parameters and codes of its state have no place in the network alone."""
+  raw = {**config.load(f'{tiny}:task,hat'), 'validation': 0.2, 'seeds': (0,), 'head': 'task'}
+  raw = config.override(raw, 'optimizer.groups', (('hat/.*', 2.0), ('head/.*', 0.5), ('.*', 1.0)))
+  raw = config.override(raw, 'compress.state', (('.*used/.*', 'bfloat16'),))
+  own = config.resolve(raw)
+  (setup,) = build.prepare(own)
+  plain = framework.plain_of(own, setup)
+  assert plain['optimizer']['groups'] == (('head/.*', 0.5), ('.*', 1.0))
+  assert plain['compress']['state'] == () and plain['methods'] == ()
+  build.prepare(plain)
+
+
 def test_a_strength_that_diverges_is_decayed(call, tiny, tmp_path):
   """DER's squared differences diverge where alpha is too large for the rate: that attempt ends in NaN."""
   assert framework.stability_of(
@@ -254,6 +267,11 @@ def test_patience_saves_steps_and_keeps_the_best_epoch(call, tiny, tmp_path):
     (('--config.tuning.attempts=0',), 'config.tuning.attempts must be at least 1'),
     (("--config.tuning.start=(('ewc.coeff', 4.0),)",), "'ewc.coeff' is no float of a method"),
     (("--config.sweep={'optimizer.lr': (0.1,)}",), 'leave it out'),
+    (
+      ("--config.methods=('icarl',)", '--config.tuning.patience=(5, 10, 0.1)'),
+      'icarl answers otherwise after the boundary',
+    ),
+    (('--config.optimizer.schedule=cosine',), "leave it at 'constant'"),
   ],
 )
 def test_mistakes(call, tiny, tmp_path, words, message):
