@@ -57,6 +57,10 @@ BENCH = {
     ('Apache-2.0 WITH LLVM-exception AND BSD-3-Clause', True),
     ('GPL-3.0-only OR MIT', True),
     ('MIT AND GPL-3.0-only', False),
+    ('(MIT OR Apache-2.0) AND GPL-3.0-only', False),
+    ('(MIT OR GPL-3.0-only) AND (BSD-3-Clause)', True),
+    ('MIT OR', False),
+    ('(MIT', False),
     ('no licence stated', False),
   ],
 )

@@ -49,12 +49,37 @@ def of_package(dist: Distribution) -> str:
 
 
 def permitted(expression: str) -> bool:
-  """Whether one of the alternatives consists of allowed licences only."""
-  alternatives = re.sub(r'[()]', ' ', expression).split(' OR ')
-  return any(
-    all(part.strip() in ALLOWED for part in re.split(r' AND | WITH ', alternative))
-    for alternative in alternatives
-  )
+  """Whether an SPDX expression can be met with allowed licences only; AND binds closer than OR, as there."""
+  words = [*re.findall(r'[()]|[^\s()]+', expression), '']  # '' is the end
+
+  def either() -> bool:
+    found = both()
+    while words[0] == 'OR':
+      words.pop(0)
+      found |= both()  # always read on
+    return found
+
+  def both() -> bool:
+    found = one()
+    while words[0] in ('AND', 'WITH'):
+      words.pop(0)
+      found &= one()
+    return found
+
+  def one() -> bool:
+    if (word := words.pop(0)) in ('', ')', 'OR', 'AND', 'WITH'):
+      raise ValueError(f'no SPDX expression: {expression}')
+    if word != '(':
+      return word in ALLOWED
+    found = either()
+    if words.pop(0) != ')':
+      raise ValueError(f'no SPDX expression: {expression}')
+    return found
+
+  try:
+    return either() and words == ['']
+  except (ValueError, IndexError):
+    return False
 
 
 def packages(root: str) -> tuple[dict[str, str], set[str]]:

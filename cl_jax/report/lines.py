@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,7 +241,7 @@ def sections(lines: Iterable[Line]) -> list[Section]:
   out: list[Section] = []
   for members in found.values():
     words = f'{members[0]["dataset"]}-{base(members[0])}'.lower()
-    slug = ''.join(c if c.isalnum() else '-' for c in words)
+    slug = re.sub(r'[\W_]+', '-', words)  # no two hyphens in a row, which come before a number
     n = sum(s.slug.partition('--')[0] == slug for s in out)
     out.append(Section(title(members[0]), f'{slug}--{n + 1}' if n else slug, grouped(members)))
   return out
