@@ -20,6 +20,7 @@ from cl_jax.methods.prompts.sprompts import sprompts
 from cl_jax.models import causal
 from cl_jax.models.decoder import decoder
 from cl_jax.models.vit import Config, vit
+from tests.compiling import quick
 from tests.parity.shared import Golden, batch_of, close, fixed
 
 CONFIG = Config(image=4, patch=2, channels=1, d=8, depth=3, heads=2, ffn=12, eps=1e-12)
@@ -65,9 +66,9 @@ def follow(g, v, method, own, leaves, rtol):
   """
   (name,) = own
   L, state = start(g, method, own)
-  step, boundary = jax.jit(L.step), jax.jit(L.boundary)
+  step, boundary = quick(L.step), quick(L.boundary)
   probe = batch_of(g['probe'], np.zeros(len(g['probe'])))
-  predict = jax.jit(lambda state: L.predict(state, probe))
+  predict = quick(lambda state: L.predict(state, probe))
   headed = f'{v}params/head/w' in g.data.files
   every = not headed or g[f'{v}params/head/w'].ndim == 4  # after every step, else after every task
 
