@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv first and then says what it does. Variables:
 #   PYTHON    the interpreter that .venv is made from (python3.11, 3.12, 3.13 or python3)
 #   PIP_ARGS  added to every `pip install`, for instance --find-links or --extra-index-url
-#   JOBS      test processes (3: two cores wait less)
+#   JOBS      test processes (2)
 #   ONLY      which tests, experiments or benchmarks (a pattern)
 #   ARGS      handed on to the command of the target as it is
 SHELL := bash
@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 PYTHON ?=
 PIP_ARGS ?=
-JOBS ?= 3
+JOBS ?= 2
 ONLY ?=
 ARGS ?=
 
@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## does a foundation model forget? the main job on the data 
 	$(RUN) -m experiments.demo $(ARGS)
 
 test: $(VENV)/.test ## the whole suite; make test ONLY=er runs the tests whose name holds "er"
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
 
 lint: $(VENV)/.test ## ruff (rules and format), pyright, licences of data and dependencies
 	@failed=; \

@@ -1,6 +1,6 @@
 """SIGKILL at random moments, then the same command: the bytes of the uninterrupted run.
 
-CL_JAX_KILLS sets how many processes are killed (5); `pytest -m many_kills` kills 30.
+CL_JAX_KILLS sets how many processes are killed (3); `pytest -m many_kills` kills 30.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def kill_and_resume(tiny: Path, tmp_path: Path, wanted, seconds: float, kills: i
 
 def test_killed_at_random_moments(tiny, tmp_path, uninterrupted):
   wanted, seconds = uninterrupted
-  kill_and_resume(tiny, tmp_path, wanted, seconds, int(os.environ.get('CL_JAX_KILLS', '5')))
+  kill_and_resume(tiny, tmp_path, wanted, seconds, int(os.environ.get('CL_JAX_KILLS', '3')))
 
 
 @pytest.mark.many_kills

@@ -91,6 +91,7 @@ def test_finetune(case, t, name):
   close(case.answers(write.apply(case.p, writes)), log_softmax(get('answers')))
 
 
+@pytest.mark.parametrize('case', ['llama'], indirect=True)
 def test_lora(case, t, monkeypatch):
   get = lambda key: t[f'lora/{key}']  # noqa: E731
   drawn = iter([get('a/q'), get('a/v')])
@@ -109,6 +110,7 @@ def test_lora(case, t, monkeypatch):
   close(case.answers(write.apply(case.p, writes)), log_softmax(get('answers')))
 
 
+@pytest.mark.parametrize('case', ['llama'], indirect=True)
 def test_grace(case, t):
   """Two batches: new entries, the same prompt again, grown and split radii, and no room."""
   get = lambda key: t[f'grace/{key}']  # noqa: E731
@@ -134,6 +136,7 @@ def test_grace(case, t):
     close(inside.mean_log_p(log_p, rows.target), get(f'{b}/log_p'))
 
 
+@pytest.mark.parametrize('case', ['gpt2'], indirect=True)
 def test_wise(case, t, monkeypatch):
   """Two batches of two shards and one: descent on hinges and masks, merging, the threshold, routing."""
   get = lambda key: t[f'wise/{key}']  # noqa: E731

@@ -269,13 +269,16 @@ def two_tasks(model, tx, method):
   )
 
 
-ANY = pytest.mark.parametrize(
-  'tx', [optax.sgd(0.1, momentum=0.9), optax.adamw(0.01, weight_decay=0.1)], ids=['sgd', 'adamw']
+SGD, ADAMW = optax.sgd(0.1, momentum=0.9), optax.adamw(0.01, weight_decay=0.1)
+# Every network under the optimiser that remembers most and decays weights, one of them under the other too.
+EVERY = pytest.mark.parametrize(
+  ('name', 'tx'),
+  [('mlp', SGD), *((name, ADAMW) for name in NETWORKS)],
+  ids=['mlp-sgd', *(f'{name}-adamw' for name in NETWORKS)],
 )
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-@ANY
+@EVERY
 def test_hat_forgets_nothing_where_gates_are_shut_or_open(name, tx):
   """With gates of exactly 0 and 1 a finished task's answers keep their bits, under momentum and decay."""
   model = NETWORKS[name]()
@@ -347,8 +350,7 @@ def test_hat_keeps_the_embeddings_of_other_tasks(tx):
   assert np.array_equal(after[0], before[0]) and not np.array_equal(after[1], before[1])
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-@ANY
+@EVERY
 def test_packnet_forgets_nothing_in_any_network(name, tx):
   model = NETWORKS[name]()
   state, finish, step, answers = two_tasks(model, tx, packnet(0.5, 0.5))
@@ -365,8 +367,7 @@ def test_packnet_forgets_nothing_in_any_network(name, tx):
   assert all(not np.array_equal(after[p], weights[p]) for p in owner)
 
 
-@pytest.mark.parametrize('name', ['mlp', 'cnn'])
-@ANY
+@pytest.mark.parametrize(('name', 'tx'), [('mlp', SGD), ('cnn', ADAMW)], ids=['mlp', 'cnn'])
 def test_progressive_networks_forget_nothing(name, tx):
   """A finished column keeps its bits and its answers; the new one reads it through laterals."""
   model = NETWORKS[name]()
