@@ -231,7 +231,7 @@ def test_gdumb_sampler(monkeypatch):
 
 
 def test_gdumb_trains_as_torch_does(monkeypatch):
-  """Three epochs on a full memory: momentum, decay, gradients cut at norm 10, one cosine of the rate."""
+  """Three epochs on a full memory: momentum, decay, gradients cut at norm 10, a warm start and a cosine."""
   torch = pytest.importorskip('torch')
   g = Golden('er')
   xs, ys = g['xs'].reshape(-1, g['xs'].shape[-1]), g['ys'].reshape(-1)
@@ -241,7 +241,7 @@ def test_gdumb_trains_as_torch_does(monkeypatch):
   L = build(g, method)
   state = L.init(jax.random.key(0), batch_of(xs[:1], ys[:1]))
   rows = state.method.memory.rows
-  x = 30 * xs[:K]  # large enough for gradients beyond norm 10
+  x = 10 * xs[:K]  # large enough for gradients beyond norm 10
   rows = batch_of(np.concatenate([x, x[:1]]), np.concatenate([ys[:K], ys[:1]]))
   state = state._replace(
     method=state.method._replace(memory=state.method.memory._replace(rows=rows))
@@ -258,8 +258,9 @@ def test_gdumb_trains_as_torch_does(monkeypatch):
   step, cut = 0, 0
   for order in orders:
     for at in order.reshape(-1, size):
-      t = step / (epochs * K // size)
-      tx.param_groups[0]['lr'] = end + (lr - end) * (1 + np.cos(np.pi * t)) / 2
+      t = step / (K // size) - 1
+      falling = end + (lr - end) * (1 + np.cos(np.pi * t / (epochs - 1))) / 2
+      tx.param_groups[0]['lr'] = lr / 10 if t < 0 else falling
       h = torch.tensor(x[at])
       for layer in ('l0', 'l1'):
         h = torch.relu(h @ p[f'{layer}/w'] + p[f'{layer}/b'])
