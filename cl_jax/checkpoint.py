@@ -221,6 +221,7 @@ def restore(
   like: Tree,
   config_sha256: str = '',
   tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+  tidy: bool = True,
 ) -> Restored | None:
   """The latest checkpoint that is whole; None when there is none at all.
 
@@ -233,6 +234,7 @@ def restore(
       a sharding over several processes are read so, each process its own parts.
     config_sha256: of the config that goes on.
     tell: gets one line for every checkpoint that is damaged.
+    tidy: remove what a process that was killed had begun to write. Not where another one may be writing.
 
   Raises:
     UserError: the checkpoint is of another config or program, none of them is whole, or processes that read
@@ -250,7 +252,7 @@ def restore(
     )
   if not found:
     return None
-  if first:
+  if first and tidy:
     try:
       sweep_up(directory)
     except OSError:

@@ -85,7 +85,7 @@ def _part(path: str, shape: tuple[int, ...], words: str) -> Part:
     value = float(amount)
   except ValueError:
     value = 0.0
-  if kind == 'last' and value >= 1 and value == int(value) and shape:
+  if kind == 'last' and value >= 1 and value.is_integer() and shape:
     if 'layers' not in path.split('/'):
       raise UserError(
         f"update {words!r}: {path}{list(shape)} is of no stack of layers ('.../layers/...', as "

@@ -117,7 +117,10 @@ def stack_streams(streams: Sequence[Stream]) -> tuple[Stream, Stream]:
   """Streams of several runs as one, and its axes: leaves that are the same object are shared.
 
   Streams that differ in their order alone have the same `x` and `y`, which stay single. Where the names of
-  the tasks differ (another class order for each run) they become 'task 1', 'task 2', ...
+  the tasks differ they become 'task 1', 'task 2', ...
+
+  Raises:
+    ValueError: they differ in more, as in the labels of each task, which programs may have fixed.
   """
   if len({s.task_names for s in streams}) > 1:
     names = tuple(f'task {t + 1}' for t in range(streams[0].tasks))
@@ -282,6 +285,7 @@ def calibrate(
       known = json.loads(path.read_text())
     except ValueError:
       known = {}  # an interrupted write: measure again
+    known = known if isinstance(known, dict) else {}
   if known.get(key) in widths:
     return known[key]
   times = {}

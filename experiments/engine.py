@@ -18,7 +18,18 @@ from cl_jax.loop import Progress, Record, run_chunks
 from cl_jax.types import State, Stream
 from experiments import devices
 from experiments.build import likelihood
-from experiments.job import Job, all_finite, blank, feed, forget, host, leg_steps, spread
+from experiments.job import (
+  Job,
+  all_finite,
+  blank,
+  feed,
+  forget,
+  host,
+  leg_steps,
+  padded,
+  spread,
+  without_copies,
+)
 from experiments.watch import Clock, Interrupted
 
 
@@ -70,7 +81,7 @@ def train(
   found = checkpoint.restore(job.folder, like, job.sha256, show.warn)
   resume = None
   if found is not None:
-    p = found.tree
+    p = padded(found.tree, plan)
     resume = p._replace(state=plan.place(p.state), leg=int(p.leg), done=int(p.done))
     clock = Clock(found.extra['wall_s'], found.extra['compile_s'], found.extra['started'])
     faults = {int(k): v for k, v in found.extra['faults'].items()}
@@ -100,7 +111,7 @@ def train(
     if step == saved:
       return
     extra = clock.stand() | {'faults': {str(k): v for k, v in faults.items()}}
-    checkpoint.save(job.folder, step, host(p), job.sha256, extra)
+    checkpoint.save(job.folder, step, without_copies(host(p), job, plan), job.sha256, extra)
     saved, saved_at = step, time.monotonic()
 
   def fault(run: int, what: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def measured_width(job: Job, plan: Plan, lift: Callable[[int], Callable], most: 
 
 def blank(job: Job, plan: Plan, every: int) -> Progress:
   """Shapes and dtypes of the job's progress, for a checkpoint to be read into."""
-  s, lead = job.streams[0], (plan.n,) if plan.lift else ()
+  s, lead = job.streams[0], (len(job.seeds),) if plan.lift else ()
   L, S = s.index.shape[:2]
   hp = hyper(job.configs[0], s)
 
@@ -165,6 +165,23 @@ def host(p: Progress) -> Progress:
   kept = lambda a: checkpoint.is_key(a) or checkpoint.apart(a)  # noqa: E731
   state = jax.tree.map(lambda a: a if kept(a) else np.asarray(a), p.state)
   return p._replace(state=state, record=jax.tree.map(np.array, p.record))
+
+
+def without_copies(p: Progress, job: Job, plan: Plan) -> Progress:
+  """The runs of a job alone, on however many devices they are: what its checkpoints hold."""
+  if plan.lift is None:
+    return p
+  own = lambda tree: jax.tree.map(lambda a: a[: len(job.seeds)], tree)  # noqa: E731
+  return p._replace(state=own(p.state), record=own(p.record))
+
+
+def padded(p: Progress, plan: Plan) -> Progress:
+  """What a checkpoint holds, with as many copies of the last run as these devices need."""
+  if plan.lift is None:
+    return p
+  at = lambda a: np.minimum(np.arange(plan.n), len(a) - 1)  # noqa: E731
+  whole = lambda tree: jax.tree.map(lambda a: a[at(a)], tree)  # noqa: E731
+  return p._replace(state=whole(p.state), record=whole(p.record))
 
 
 def forget(p: Progress, every: int) -> Progress:

@@ -26,6 +26,7 @@ from experiments import (
   launch_slurm,
   pool,
   results,
+  rules,
   scalars,
   show,
   tables,
@@ -67,6 +68,7 @@ def command(argv: list[str]) -> int:
     launch_slurm.check()
   for name in options.writers:
     scalars.module_of(name)
+  rules.untuned(options.config)
   build.resident(options.config, 'experiments.launch')
   cells = launch_plan.cells(options.raw, options.sweep)
   shown = show.make()

@@ -35,8 +35,12 @@ def verdict(todo: Sequence[Job], say: Callable[[str], None]) -> int:
   lost = [j for j in todo if j.state['code']]
   for job in lost:
     say(f'job {job.part.name} ({job.part.label}): {jobs.said(job)}; see {job.folder / "log.txt"}')
-  if lost:
-    say(f'{len(lost)} of {len(todo)} jobs failed for good; the same command tries them again')
+  if again := [j for j in lost if not jobs.outcome(j)]:
+    say(f'{len(again)} of {len(todo)} jobs failed for good; the same command tries them again')
+  if len(again) < len(lost):
+    say(
+      f'{len(lost) - len(again)} of {len(todo)} jobs were stopped by NaN, which they would be again'
+    )
   return max((j.state['code'] for j in lost), default=0)
 
 

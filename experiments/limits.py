@@ -73,7 +73,7 @@ def check(config: Mapping[str, Any], frozen: Tree, make: Make) -> None:
     roles = make().macs()
     total = roles.pop('total')
     if total > limit:
-      raise refusal('macs_per_step', limit, total, roles, macs_fit(make, limit))
+      raise refusal('macs_per_step', limit, total, roles, macs_fit(config, make, limit))
   if (limit := limits['peak_bytes']) is not None:  # the last: this one compiles
     made = make()
     peak = made.peak()
@@ -151,23 +151,25 @@ def slots(own: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def macs_fit(make: Make, limit: int) -> list[str]:
+def macs_fit(config: Mapping[str, Any], make: Make, limit: int) -> list[str]:
   """The largest batch whose step stays within the limit."""
-  fits = lambda rows: make(rows=rows).macs()['total'] <= limit  # noqa: E731
-  low, high = 0, rows_of(make())  # low fits or is 0, high does not
+  parts = config.get('micro_batches', 1)
+  fits = lambda n: make(rows=n * parts).macs()['total'] <= limit  # noqa: E731
+  low, high = 0, rows_of(make()) // parts  # low fits or is 0, high does not
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (middle, high) if fits(middle) else (low, middle)
-  return [f'config.batch={low}'] if low else []
+  return [f'config.batch={low * parts}'] if low else []
 
 
 def peak_fits(config: Mapping[str, Any], make: Make, limit: int, peak: int) -> list[str]:
   """A batch of a half, a quarter, ... of the rows whose step stays within; else fewer slots."""
-  rows = rows_of(make()) // 2
-  while rows:
-    if make(rows=rows).peak().peak <= limit:
-      return [f'config.batch={rows}']
-    rows //= 2
+  parts = config.get('micro_batches', 1)
+  n = rows_of(make()) // parts // 2
+  while n:
+    if make(rows=n * parts).peak().peak <= limit:
+      return [f'config.batch={n * parts}']
+    n //= 2
   kept = budget.tree_bytes(
     make().state
   )  # a step that is given the state to overwrite holds it once

@@ -116,7 +116,8 @@ def probe(resolved: Mapping[str, Any], place: Path, tell: Callable[[str], None])
     return
   setup = build.prepare(resolved, tell=tell)[0]
   job = run.job(setup, place, config.sha256(resolved))
-  found = checkpoint.restore(job.folder, blank(job, spread(job), 0), job.sha256, tell)
+  like = blank(job, spread(job), resolved['eval_every'])
+  found = checkpoint.restore(job.folder, like, job.sha256, tell, tidy=False)
   if found is None:
     tell(f'{place} has no checkpoint any more: its features are not measured')
     return

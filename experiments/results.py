@@ -33,6 +33,7 @@ LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
 def lines(job: Job, outcome: Outcome, command: str) -> list[dict[str, Any]]:
   """A line per run of the job that came to its end.
 
+  `peak_rss_bytes` is the most that the process has held since it began, for this program or one before it.
   `wall_s` and `compile_s` are those of the mapped program divided by its runs, so that sums over lines
   are what was waited for; `compile_s` is lowering and compiling, and is part of `wall_s`.
   """

@@ -291,6 +291,12 @@ def _together(c: Mapping[str, Any]) -> None:
     raise UserError('config.optimizer.reset happens at boundaries, which config.told does not tell')
 
 
+def untuned(config: Mapping[str, Any]) -> None:
+  """Raises UserError where a command that chooses nothing is told how to choose."""
+  if config['tuning'] != resolved(defaults()['tuning']):
+    raise UserError('config.tuning is for python -m experiments.framework; leave it as it is')
+
+
 def resolved(plain: Mapping[str, Any]) -> dict[str, Any]:
   """A sub-dict of the defaults as it is in a resolved configuration."""
   return {k: v.default if isinstance(v, Maybe) else v for k, v in plain.items()}

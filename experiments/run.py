@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from cl_jax import checkpoint
 from cl_jax.errors import UserError
 from cl_jax.types import Method, State, Tree
-from configs.common import defaults
 from experiments import (
   build,
   cli,
@@ -30,7 +29,7 @@ from experiments import (
 from experiments.chain import chain_of
 from experiments.job import Job, blank, spread
 from experiments.options import Options, parse
-from experiments.watch import Stop
+from experiments.watch import Interrupted, Stop
 
 PROGRAM = 'experiments.run'
 ABOUT = 'Runs one experiment (every seed of it in one program), resumes when repeated.'
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
   options = parse(argv, PROGRAM, ABOUT)
-  if options.config['tuning'] != rules.resolved(defaults()['tuning']):
-    raise UserError('config.tuning is for python -m experiments.framework; leave it as it is')
+  rules.untuned(options.config)
   if options.sweep:
     raise UserError('config.sweep holds a grid: use python -m experiments.sweep')
   spread = options.spread
@@ -108,6 +106,7 @@ def run(
       devices.start(options.spread)
     with devices.aside(mode):
       setups = build.prepare(resolved, options.data_dir, shown.say)
+    seeds = {s for s in resolved['seeds'] if (sha, s) not in results.done(place)}
     for setup in [one for s in setups for one in (devices.alone(s) if mode else [s])]:
       if {(sha, seed) for seed in setup.seeds} <= results.done(place):
         continue
@@ -119,6 +118,11 @@ def run(
       lines = results.lines(work, outcome, options.command)
       if not mode or devices.first():
         results.append(place, lines)
+      seeds -= set(setup.seeds)
+      if seeds and (signum := devices.agreed(asked(), False)[0]):
+        raise Interrupted(
+          signum, f'{work.name}: stopped, and {len(seeds)} seeds are still to be run'
+        )
   if not devices.joined(options.spread) or devices.first():
     (place / 'fault.json').unlink(missing_ok=True)
   return [line for line in results.read(place) if line['config_sha256'] == sha]
@@ -145,12 +149,21 @@ class End(NamedTuple):
 def end_of(
   resolved: dict[str, Any], place: Path, data_dir: str | None, tell: Callable[[str], None]
 ) -> End | None:
-  """The run of one seed in the directory `place`; None where its checkpoint is not there any more."""
+  """The run of one seed in the directory `place`; None where its checkpoint is not there any more.
+
+  Raises:
+    UserError: the run is not at its end.
+  """
   setup = build.prepare(resolved, data_dir, tell)[0]
   of = job(setup, place, config.sha256(resolved))
-  restored = checkpoint.restore(of.folder, blank(of, spread(of), 0), of.sha256, tell)
+  like = blank(of, spread(of), resolved['eval_every'])
+  restored = checkpoint.restore(of.folder, like, of.sha256, tell, tidy=False)
   if restored is None:
     return None
+  if (leg := int(restored.tree.leg)) < len(setup.streams[0].index):
+    raise UserError(
+      f'{place} is not at its end, it has finished {leg} of its legs: run it on first'
+    )
   hp = build.hyper(resolved, setup.streams[0])
   method = chain_of(resolved, setup.streams[0], hp, setup.model(setup.weights).wires)
   return End(setup, of.folder, restored.tree.state, hp, method)

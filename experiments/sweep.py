@@ -18,10 +18,10 @@ from cl_jax import durable
 from cl_jax.errors import Fault, UserError
 from cl_jax.report.lines import flat
 from cl_jax.sweep import compile_groups, grid
-from experiments import build, cli, config, engine, results, scalars, show, tables, workdir
+from experiments import build, cli, config, engine, results, rules, scalars, show, tables, workdir
 from experiments.job import Job
 from experiments.options import Options, parse
-from experiments.watch import Stop
+from experiments.watch import Interrupted, Stop
 
 PROGRAM = 'experiments.sweep'
 ABOUT = """Runs a grid of experiments, as few compiled programs, resumes when repeated:
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
   options = parse(argv, PROGRAM, ABOUT)
+  rules.untuned(options.config)
   build.resident(options.config, 'a sweep')
   cells = expand(options.raw, options.sweep)
   shown = show.make()
@@ -80,7 +81,7 @@ def check(axes: Mapping[str, Sequence]) -> None:
   for dotted, values in axes.items():
     if not isinstance(values, tuple) or not values:
       raise UserError(f'config.sweep[{dotted!r}] must be a tuple of values; got {values!r}')
-    if dotted.split('.')[0] in ('seeds', 'name', 'sweep', 'feed'):
+    if dotted.split('.')[0] in ('seeds', 'name', 'sweep', 'feed', 'tuning'):
       raise UserError(f'config.sweep cannot vary {dotted}: every cell has the same')
 
 
@@ -126,6 +127,8 @@ def run(
         outcome = engine.train(work, options.save_every, stop, shown, True, out.leg)
       results.append(place, results.lines(work, outcome, options.command))
       note(place, work, outcome)
+      if stop() and (left := sum(map(len, remaining(cells, place).values()))):
+        raise Interrupted(stop(), f'{work.name}: stopped, and {left} runs are still to be done')
 
 
 def remaining(cells: list[dict[str, Any]], place: Path) -> dict[int, list[int]]:

@@ -24,6 +24,7 @@ SEPARATE = ('task', 'class', 'domain')
 # Needs that make a question easier: the task is told at test time, or test batches are answered as a whole,
 # and a batch of one task, as evaluation has them, tells it.
 ORACLES = ('task_test', 'batch_test')
+MIXED = ('online', 'blurry')  # schedules that have no tasks to learn one by one
 BOUNDS = ('joint', 'cumulative')  # not continual learning, but what it is measured against
 
 # What a comparison must have in common, besides dataset, scenario and number of tasks.
@@ -230,12 +231,20 @@ def base(line: Mapping[str, Any]) -> str:
   return start if line['scenario'] in BOUNDS and start else line['scenario']
 
 
+def answers(line: Mapping[str, Any]) -> str:
+  """What a schedule without tasks is asked at the end, as its base says: 'class', 'domain'; else ''."""
+  if line['scenario'] not in MIXED:
+    return ''
+  kind = (line['config'].get('transform') or {}).get('name', 'none')
+  return line['config'].get('base') or ('class' if kind == 'none' else 'domain')
+
+
 def sections(lines: Iterable[Line]) -> list[Section]:
   """What may be ranked together, in order of first appearance."""
   found: dict[str, list[Line]] = {}
   for line in lines:
     common = {k: line['config'].get(k) for k in PROTOCOL}
-    own = [line['dataset'], base(line), line['tasks'], line.get('metric')]
+    own = [line['dataset'], base(line), answers(line), line['tasks'], line.get('metric')]
     key = json.dumps([*own, common], sort_keys=True)
     found.setdefault(key, []).append(line)
   out: list[Section] = []

@@ -52,7 +52,7 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
     if options['tokenizer'] is None:
       raise UserError(f'{name} is text: pass tokenizer, the path of a tokenizer.json')
     return corpora.load(_root(name, data_dir) / 'text/corpora', names, **options)
-  if '+' in name:
+  if '+' in name and not _one_place(name):
     return _joined(name.split('+'), data_dir, **_known(name, options, image=()))
   kind, _, rest = (
     name.partition(':')
@@ -88,6 +88,12 @@ def dataset(name: str, data_dir: str | Path | None = None, **options) -> tuple[A
   return _tfds(rest, _root(name, data_dir), **options)
 
 
+def _one_place(name: str) -> bool:
+  """Whether it is one dataset of the user's, whose path has a + in it."""
+  kind, _, rest = name.partition(':')
+  return kind in ('npz', 'jsonl') and Path(rest).expanduser().exists()
+
+
 def _joined(names: list[str], data_dir, image) -> tuple[Arrays, Arrays]:
   """Several datasets as one: label l of the second is l + the number of classes of the first."""
   plain = {'fashion_mnist_small', 'spoken_digit'} | {n for n in names if n.startswith('npz:')}
@@ -97,6 +103,12 @@ def _joined(names: list[str], data_dir, image) -> tuple[Arrays, Arrays]:
     raise UserError(
       f'{"+".join(names)}: images of different shapes {shapes}; bring them to one by image='
       '(height, width, channels)'
+    )
+  kinds = {n: str(pair[0].x.dtype) for n, pair in zip(names, pairs, strict=True)}
+  if len(set(kinds.values())) > 1:
+    raise UserError(
+      f'{"+".join(names)}: inputs of different types {kinds}, which the network reads on different scales: '
+      'store them in the same one'
     )
   offsets = np.cumsum([0, *(len(train.names) for train, _ in pairs)])
 
@@ -158,6 +170,9 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
   if missing := [k for k in ('x_train', 'y_train', 'x_test', 'y_test') if k not in parts]:
     raise UserError(f'{path} lacks {", ".join(missing)}; it has {", ".join(parts) or "nothing"}')
   names = tuple(map(str, parts['names'])) if 'names' in parts else ()
+  for s in ('train', 'test'):
+    if not np.issubdtype(parts[f'y_{s}'].dtype, np.integer):
+      raise UserError(f'{path} {s}: labels must be integers, not {parts[f"y_{s}"].dtype}')
   if not names:
     names = tuple(
       map(str, range(1 + max(int(parts[f'y_{s}'].max(initial=0)) for s in ('train', 'test'))))

@@ -194,8 +194,11 @@ def _row(path: Path, number: int, line: str) -> dict[str, str]:
     raise UserError(
       f'{path}:{number}: not a line of JSON ({error.msg} at column {error.colno})'
     ) from error
-  except RecursionError as error:
-    raise UserError(f'{path}:{number}: nested too deeply') from error
+  except (
+    RecursionError,
+    ValueError,
+  ) as error:  # nested too deeply, a number of thousands of digits
+    raise UserError(f'{path}:{number}: not a line of JSON that can be read ({error})') from error
   if not isinstance(row, dict):
     raise UserError(f'{path}:{number}: expected an object with text and label')
   for key in ('text', 'label', 'domain'):

@@ -195,6 +195,16 @@ def test_one_too_small_is_refused_and_the_advice_fits(name, measured):
   prepared(config.override(RAW, field, int(value)), **{name: exact - 1})
 
 
+def test_what_would_fit_is_a_multiple_of_the_micro_batches():
+  raw = {**RAW, 'micro_batches': 2}
+  macs = build.programs(prepared(raw)).macs()['total']
+  with pytest.raises(UserError, match=r'config\.batch=(\d+) would fit') as caught:
+    prepared(raw, macs_per_step=macs - 1)
+  n = int(re.search(r'batch=(\d+)', str(caught.value))[1])  # pyright: ignore
+  assert n == 8
+  prepared({**raw, 'batch': n}, macs_per_step=macs - 1)
+
+
 def test_what_would_fit_below_all_batches_and_slots():
   """A memory that is larger than what a smaller batch saves; a network that is too large by itself."""
   raw = {**RAW, 'er': {'capacity': 500, 'draw': 6}}

@@ -14,13 +14,16 @@ def test_a_vit_with_lora_is_written_and_read_by_a_configuration(tmp_path, capsys
   """Adapters are in the weights that they adapt and in no other; the head stays behind."""
   words = {
     'data.examples_per_class': 4, 'data.test_per_task': 4, 'data.test_batch': 4, 'tasks': 1,
-    'epochs': 1, 'ends_batch': 4, 'batch': 4, 'lora.targets': 'backbone/layers/q/w',
+    'epochs': 1, 'eval_every': 3, 'ends_batch': 4, 'batch': 4, 'lora.targets': 'backbone/layers/q/w',
   }  # fmt: skip
   fields = [f'--config.{k}={v}' for k, v in words.items()]
   place, out = tmp_path / 'run', tmp_path / 'out'
   argv = ['--config=configs/edge_vit.py:lora', f'--workdir={place}', *fields]
   assert run.main(argv) == 0
+  foreign = place / 'checkpoints/seeds-0/.0000000099.x.part'
+  foreign.mkdir()
   assert weights.main(['merge', str(place), f'--out={out}']) == 0
+  assert foreign.exists(), 'another process may be writing it'
   assert 'image=28 patch=7 channels=1 d=32 depth=2' in capsys.readouterr().out
   shape, after = vit.load(out)
   assert shape == vit.Config(28, 7, 1, 32, 2, 2, 64)

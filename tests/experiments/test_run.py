@@ -11,11 +11,13 @@ import socket
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from cl_jax.errors import UserError
-from experiments import cli, results, run, show
+from cl_jax.loop import Progress, Record
+from experiments import build, cli, engine, job, results, run, show
 from experiments import workdir as workdirs
 from tests.experiments.conftest import final_state, lines
 
@@ -137,6 +139,45 @@ def test_a_signal_saves_and_the_same_command_goes_on(call, tiny, whole, tmp_path
   assert states(tmp_path) == states(whole)
   assert seen[at + 1] <= seen[at + 2] and seen.count(40) >= 1  # it did not begin anew
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_at_the_end_of_one_program_leaves_the_next_alone(
+  call, tiny, tmp_path, monkeypatch
+):
+  """As where seeds are programs of their own: a signal that came in the last moment counts."""
+  train, trained, prepare = engine.train, [], build.prepare
+  each = lambda c, *more: [prepare({**c, 'seeds': (s,)}, *more)[0] for s in c['seeds']]  # noqa: E731
+  monkeypatch.setattr(build, 'prepare', each)
+
+  def late(*args, **how):
+    outcome = train(*args, **how)
+    trained.append(args[0].seeds)
+    signal.raise_signal(signal.SIGTERM)
+    return outcome
+
+  monkeypatch.setattr(engine, 'train', late)
+  argv = (f'--config={tiny}:class', f'--workdir={tmp_path}')
+  done = call(run.main, *argv)
+  assert done.code == 128 + signal.SIGTERM and '1 seeds are still to be run' in done.line
+  assert trained == [[0]] and [line['seed'] for line in lines(tmp_path)] == [0]
+  assert call(run.main, *argv).code == 0  # nothing is left that a signal could spare
+  assert trained == [[0], [1]]
+
+
+def test_a_checkpoint_holds_the_runs_alone(tiny):
+  """Two devices have four places for three runs, one device three."""
+  plan = lambda n: job.Plan(n, lambda f, mapped: f, *[None] * 5)  # noqa: E731
+  work = job.Job(*[None] * 2, seeds=[0, 1, 2], **dict.fromkeys(job.Job._fields[3:9]))  # pyright: ignore
+  rows = np.arange(8.0).reshape(4, 2)
+  rows[3] = rows[2]
+  key = jax.random.split(jax.random.key(0), 4)
+  p = Progress({'a': rows, 'key': key}, Record(*[rows] * 4), 1, 2)
+  kept = job.without_copies(p, work, plan(4))
+  assert kept.state['a'].shape == (3, 2) and kept.state['key'].shape == (3,)
+  again = job.padded(kept, plan(4))
+  np.testing.assert_array_equal(again.state['a'], rows)
+  np.testing.assert_array_equal(again.record.R, rows)
+  assert job.padded(kept, plan(3)).state['a'].shape == (3, 2)
 
 
 def test_a_flipped_byte_in_the_latest_checkpoint(call, tiny, whole, tmp_path, monkeypatch):

@@ -167,6 +167,7 @@ def test_methods_can_be_an_axis(tiny):
     ({'optimizer.lr': (0.1, -1.0)}, r'config\.optimizer\.lr must be greater than 0'),
     ({'seeds': ((0,), (1,))}, 'cannot vary seeds'),
     ({'feed.name': ('grain',)}, 'cannot vary feed.name'),
+    ({'tuning.drop': (0.1, 0.2)}, 'cannot vary tuning.drop'),
     ({'optimizer.lr': (0.1, 0.1)}, 'cells that are the same'),
     ({'ewc.coef': (1.0,)}, "add 'ewc' to config.methods"),
   ],

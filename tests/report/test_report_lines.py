@@ -88,6 +88,11 @@ def test_scenarios_datasets_and_protocols_are_not_mixed_but_bounds_join_theirs(m
   titles = [s.title for s in sections(lines)]
   assert len(set(titles)) == 6 and titles[0] == 'clinc150, class-incremental, 4 tasks'
   assert len({s.slug for s in sections(lines)}) == 6
+  online = {'scenario': 'online', 'config': {'base': 'domain'}}
+  assert len(ranked(make(scenario='online'), make(**online))) == 2, 'ten outputs are not two'
+  assert (
+    len(ranked(make(scenario='online'), make(scenario='online', config={'base': 'class'}))) == 1
+  )
   files = [make(dataset='jsonl:/data/x'), make(dataset='jsonl:/data/x', config={'by': 'domain'})]
   assert [s.slug for s in sections(files)] == ['jsonl-data-x-class', 'jsonl-data-x-class--2']
 

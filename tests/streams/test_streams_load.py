@@ -225,8 +225,17 @@ def test_npz_of_ones_own(tmp_path):
   says('cannot be read as an .npz of plain arrays', dataset, f'npz:{path}')
   np.savez(path, **parts | dict(x_train=np.full((4, 3), np.nan)))
   says(f'{path} train: x has NaN or infinity in row 0', dataset, f'npz:{path}')
-  np.savez(path, **parts | dict(y_train=[0.5, 1, 2, 2]))
-  says('labels must be integers', dataset, f'npz:{path}')
+  for labels in ([0.5, 1, 2, 2], [np.nan, 1, 2, 2], [*'abcc']):
+    np.savez(path, **parts | dict(y_train=labels))
+    says(f'{path} train: labels must be integers', dataset, f'npz:{path}')
+  with_plus = tmp_path / 'a+b.npz'
+  np.savez(with_plus, **parts)
+  assert dataset(f'npz:{with_plus}')[0].names == ('0', '1', '2')
+  np.savez(
+    path, **parts | dict(x_train=np.zeros((4, 3), np.uint8), x_test=np.ones((2, 3), np.uint8))
+  )
+  np.savez(tmp_path / 'other.npz', **parts)
+  says('inputs of different types', dataset, f'npz:{path}+npz:{tmp_path / "other.npz"}')
   path.write_bytes(path.read_bytes()[:100])
   says('cannot be read as an .npz', dataset, f'npz:{path}')
   says('cannot be read as an .npz', dataset, f'npz:{tmp_path / "none.npz"}')

@@ -99,7 +99,8 @@ def test_the_cache_depends_on_text_tokenizer_and_length(tmp_path, tokenizer, mon
     ('{"text": "a", "label": "b", "domain": null}', "'domain' must be a text"),
     ('{"text": "a", "label": "b"}', 'some lines have a domain and some do not'),
     (r'{"text": "a\ud83d", "label": "b"}', "'text' has half of a surrogate pair"),
-    ('[' * 200_000, 'nested too deeply'),
+    ('[' * 200_000, 'not a line of JSON that can be read'),
+    ('{"text": ' + '9' * 5000 + '}', 'not a line of JSON that can be read'),
   ],
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
