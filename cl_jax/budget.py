@@ -230,7 +230,9 @@ def shape(var: Any) -> tuple[int, ...]:
 
 
 def subjaxprs(eqn) -> list[core.Jaxpr]:
-  """The programs inside an equation's parameters."""
+  """The programs inside an equation's parameters, of a linear solve the one that runs."""
+  if eqn.primitive.name == 'custom_linear_solve':
+    return [eqn.params['jaxprs'].solve.jaxpr]
   found = []
   for value in eqn.params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):

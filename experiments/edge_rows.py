@@ -79,7 +79,7 @@ def row(
   """The line of results/edge.csv."""
   macs = manifest['macs']['step']
   batch = sum(ram.leaf_bytes(leaf) for leaf in manifest['batch'])
-  estimate = energy.estimate(macs, manifest['state_bytes'] + manifest['arena_bytes'] + batch)
+  estimate = energy.estimate(macs, manifest['state_bytes'] + manifest['arenas']['step'] + batch)
   target = targets.TARGETS[v.target]
   notes = [f'state {v.hash}']
   if v.stack is not None:

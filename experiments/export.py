@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--target', action='append', metavar='NAMES', help=f'of {", ".join(targets.TARGETS)} (host)')
   add('--out', metavar='DIR', type=Path, help='the artefact; one that is there is replaced')
   add('--ram', metavar='BYTES', help='what the device has, as in 256K: the export fails above it')
-  add('--flash', metavar='BYTES', help='the same for code and constants')
+  add(
+    '--flash', metavar='BYTES', help='the same for constants and, where a Cortex-M is linked, code'
+  )
   add('--stack', metavar='BYTES', help='of it, for the stack (4K)')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   argv = sys.argv[1:] if argv is None else list(argv)
@@ -73,8 +75,8 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   wanted = [] if iree else targets.find(words)
   machines = iree_compile.find(words) if iree else []
   budget = {
-    'ram': given.ram and ram.size(given.ram, '--ram'),
-    'flash': given.flash and ram.size(given.flash, '--flash'),
+    'ram': None if given.ram is None else ram.size(given.ram, '--ram'),
+    'flash': None if given.flash is None else ram.size(given.flash, '--flash'),
     'stack': ram.STACK if given.stack is None else ram.size(given.stack, '--stack'),
   }
   resolved, _, sweep = options.overridden(config.load(given.config), overrides)

@@ -14,7 +14,7 @@ from cl_jax import durable
 from cl_jax.errors import UserError
 
 MANIFEST, STATE, BUILD = 'manifest.json', 'state0.bin', 'build'
-FORMAT = 1
+FORMAT = 2
 
 
 class Artefact(NamedTuple):
@@ -57,14 +57,18 @@ def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, str | b
   """
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--out: {folder} is not a directory')
-  ours = {*files, MANIFEST, BUILD}
-  if folder.is_dir() and not (folder / MANIFEST).exists():
-    if strange := sorted(p.name for p in folder.iterdir() if p.name not in ours):
+  before = listed(folder)
+  ours = {*files, *before, BUILD} | ({MANIFEST} if before else set())
+  if folder.is_dir():
+    others = (p.name for p in folder.iterdir() if p.name not in ours)
+    if strange := sorted(name for name in others if not name.startswith('.')):
       raise UserError(
         f'--out: {folder} holds other files ({strange[0]}): name a new or an empty directory'
       )
   folder.mkdir(parents=True, exist_ok=True)
   (folder / MANIFEST).unlink(missing_ok=True)  # half an artefact is none
+  for name in before - files.keys():
+    (folder / name).unlink(missing_ok=True)
   table = {}
   for name, content in files.items():
     data = content.encode() if isinstance(content, str) else content
@@ -74,6 +78,16 @@ def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, str | b
   whole['sha256'] = digest(whole)
   durable.write(folder / MANIFEST, json.dumps(whole, indent=1) + '\n')
   return whole
+
+
+def listed(folder: Path) -> set[str]:
+  """The files of the artefact that is there, of any version; {} where its manifest is none of ours."""
+  try:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    own = {name for name, entry in manifest['files'].items() if entry['sha256']}
+    return own if manifest['format'] and manifest['sha256'] else set()
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return set()
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def trips(op: Op) -> int:
 
 
 def case(b: Block, op: Op, root: Scope) -> None:
-  """One branch runs; an index that names none runs the last."""
+  """One branch runs; an index that names none runs the last. The dearest one's multiply-adds count."""
   e, v = b.e, op.operands[0]
   index = e.at(v, [], root)
   places = [b.place(r) for r in op.results]
@@ -66,8 +66,12 @@ def case(b: Block, op: Op, root: Scope) -> None:
   heads = [f'if ({choice} == {k})' for k in range(last)]
   heads = ['', f'if ({choice} < 0 || {choice} >= {last})', *heads] if last else ['', '']
   order = [branches[last], *branches[:last]]
+  before, dearest = e.macs, e.macs
   for head, region in zip(heads[1:], order, strict=True):
+    e.macs = before
     Block(e, region, places, Scope(root, head, wall=True))
+    dearest = max(dearest, e.macs)
+  e.macs = dearest
 
 
 def sort(b: Block, op: Op, root: Scope) -> None:

@@ -110,7 +110,7 @@ static inline T m_shl_N(T a, T b) { return (uint64_t)b >= W ? 0 : (T)((U)a << b)
 
 static inline T m_shr_N(T a, T b) { return (uint64_t)b >= W ? 0 : (T)((V)a >> b); }
 
-static inline T m_sar_N(T a, T b) { return (T)(a >> ((uint64_t)b >= W ? W - 1 : b)); }
+static inline T m_sar_N(T a, T b) { return (T)((I)a >> ((uint64_t)b >= W ? W - 1 : b)); }
 
 static inline T m_pow_N(T a, T b) {
   U r = 1, x = (U)a;
@@ -137,6 +137,7 @@ def integer(dtype: str) -> str:
     (r'\bT\b', name),
     (r'\bU\b', word),
     (r'\bV\b', f'uint{width}_t'),
+    (r'\bI\b', f'int{width}_t'),
     (r'\bW\b', str(width)),
     (r'_N\b', f'_{dtype}'),
   ):

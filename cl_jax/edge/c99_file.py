@@ -43,7 +43,8 @@ class Program(NamedTuple):
   Attributes:
     files: name -> text: NAME.c, NAME.h, NAME_main.c (an example).
     manifest: names, shapes and bytes of the state's leaves and of what the functions take; bytes of the arena
-      and of constants; multiply-adds of each function; copies of memory that could not be avoided.
+      and of each function's part of it; bytes of constants; multiply-adds of each function; copies of memory
+      that could not be avoided.
   """
 
   files: dict[str, str]
@@ -195,6 +196,7 @@ def files(
     'ends': [leaf._asdict() for leaf in flat.ends],
     'state_bytes': nbytes,
     'arena_bytes': size,
+    'arenas': {part: arena_bytes(f.sizes) for part, f in functions.items()},
     'constant_bytes': tables.bytes,
     'macs': {part: f.macs for part, f in functions.items()},
     'copies': {part: f.copies for part, f in functions.items() if f.copies},

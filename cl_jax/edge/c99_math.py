@@ -1,7 +1,8 @@
 """Functions of real numbers in C99 without a library: the same bits on every target.
 
-Floats are IEEE single; the error of every function is a few units in the last place, `m_sqrt` is correctly
-rounded. `m_sin` and `m_cos` lose accuracy beyond |x| of about 10,000. All begin with `m_`.
+Floats are IEEE single; the error of every function is a few units in the last place, up to 70 in the tails of
+`m_erfc` and `m_erf_inv`, and `m_sqrt` is correctly rounded. `m_sin`, `m_cos` and `m_tan` lose accuracy beyond
+|x| of about 10,000 and are NaN beyond 1e8. All begin with `m_`.
 """
 
 SOURCE = r"""

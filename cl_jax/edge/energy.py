@@ -2,8 +2,8 @@
 
   E = MACs * e_mac(dtype) + bytes * e_mem(level)
 
-Static power is left out, since it needs a latency and emulators have none. The bytes are the least that a
-step can move: every byte of state, arena and batch once.
+Static power is left out, since it needs a latency and emulators have none. Every byte of the state, of the
+step's part of the arena and of the batch counts once.
 """
 
 from __future__ import annotations

@@ -113,7 +113,11 @@ def test_elementwise_integers(tmp_path):
       lax.bitcast_convert_type(a, jnp.uint8), lax.bitcast_convert_type(c.reshape(3, 4), jnp.int32),
       lax.bitcast_convert_type(c.astype(jnp.float32), jnp.int32),
     )  # fmt: skip
-    return (*arithmetic(a, b), *small, *casts)
+    wide = [
+      lax.shift_right_arithmetic(c.astype(n), jnp.ones_like(c, n)) for n in ('uint8', 'uint32')
+    ]
+    wide += [lax.shift_right_arithmetic(a.astype(jnp.uint32), jnp.full_like(a, 3, jnp.uint32))]
+    return (*arithmetic(a, b), *small, *casts, *wide)
 
   byte = {'low': 0, 'high': 256, 'dtype': 'uint8'}
   check(tmp_path, f, a, b, ints(12, **byte), ints(12, **byte))

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from cl_jax import methods
+from cl_jax import budget, methods
 from cl_jax.compose import chain
 from cl_jax.edge.c99 import emit
 from cl_jax.edge.learner import Flat, flatten
 from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.methods.heads.task_head import task_head
+from cl_jax.methods.replay.latent import latent
 from cl_jax.models.cnn import cnn
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
@@ -148,6 +149,17 @@ def test_convolutions_batch_in_place(tmp_path):
   assert any(
     leaf['dtype'] == 'int8' and leaf['meaning'] == 'uint8' for leaf in program.manifest['state']
   )
+
+
+def test_of_branches_the_dearest_counts():
+  """Latent replay runs the layers below its cut by themselves, or not: the budget counts one of the two."""
+  learn = learner(mlp((16, 8), 4), optax.sgd(0.05), latent('l0', 30, 6))
+  x = jnp.ones((5, 20))
+  batch = Batch(x, jnp.zeros(5, jnp.int32), jnp.ones(5), jnp.zeros(5, jnp.int32))
+  state = learn.init(jax.random.key(0), batch)
+  program = emit(flatten(learn, state, batch, jax.tree.map(lambda a: a[None], batch)), 'cl')
+  wanted = budget.macs(learn.step, state, batch)['total']
+  assert program.manifest['macs']['step'] == wanted > 0
 
 
 def test_manifest_counts(tmp_path):

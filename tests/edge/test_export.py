@@ -254,6 +254,8 @@ def test_a_target_without_tools(er, capsys, monkeypatch):
   [
     (('--target=cortex-m9',), "no target 'cortex-m9'"),
     (('--ram=lots',), '--ram must be a number of bytes'),
+    (('--ram=',), '--ram must be a number of bytes'),
+    (('--flash=',), '--flash must be a number of bytes'),
     (('--config.er.capasity=3',), 'config.er.capacity'),
     (('--speed=3',), '--speed=3'),
     (('--config.methods=slca',), r'Eigh at cl_jax/methods/heads/slca.py'),
@@ -280,6 +282,22 @@ def test_other_files_are_left_alone(tiny, tmp_path, capsys):
   code, _, err = run(capsys, export.main, f'--config={tiny}:er', f'--out={tmp_path}')
   assert code == 2 and 'holds other files' in err
   assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+  for foreign in ('{"name": "an extension of a browser"}', '{"format": 1, "files": {}}', 'no JSON'):
+    (tmp_path / artefact.MANIFEST).write_text(foreign)
+    code, _, err = run(capsys, export.main, f'--config={tiny}:er', f'--out={tmp_path}')
+    assert code == 2 and 'holds other files' in err
+    assert (tmp_path / artefact.MANIFEST).read_text() == foreign
+
+
+def test_nothing_of_an_older_artefact_is_left(tmp_path):
+  about = {'backend': 'c99', 'targets': ['host'], 'state': []}
+  artefact.write(tmp_path, about, {artefact.STATE: b'', 'old.c': 'int x;'})
+  (tmp_path / '.new.c.7.part').touch()  # of an export that was killed
+  artefact.write(tmp_path, about, {artefact.STATE: b'', 'new.c': 'int y;'})
+  assert not (tmp_path / 'old.c').exists() and (tmp_path / 'new.c').exists()
+  with pytest.raises(UserError, match='holds other files'):
+    (tmp_path / 'mine.txt').touch()
+    artefact.write(tmp_path, about, {artefact.STATE: b''})
 
 
 def test_parity_measures():

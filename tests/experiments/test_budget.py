@@ -83,6 +83,8 @@ def test_a_loop_of_unknown_length_is_flagged_with_its_line():
   (line,) = budget.traffic(inside, x).unbounded
   assert 'test_budget.py' in line and re.search(r':\d+', line)
   assert budget.macs(inside, x)['total'] == 5 * 27  # the body counts once, as often as the map runs
+  # Of a linear solve the solution runs, which has no product, and not what its derivatives are made of.
+  assert budget.macs(jax.numpy.linalg.solve, jnp.ones((5, 5)), jnp.ones((5, 2)))['total'] == 0
   known = lambda x: jax.lax.fori_loop(0, 4, lambda _, x: x @ x, x)  # noqa: E731
   assert budget.traffic(known, x[0]).unbounded == ()
   assert budget.macs(known, x[0])['total'] == 4 * 27

@@ -146,7 +146,8 @@ def test_a_signal_at_the_end_of_one_program_leaves_the_next_alone(
 ):
   """As where seeds are programs of their own: a signal that came in the last moment counts."""
   train, trained, prepare = engine.train, [], build.prepare
-  each = lambda c, *more: [prepare({**c, 'seeds': (s,)}, *more)[0] for s in c['seeds']]  # noqa: E731
+  alone = lambda c, s, *more: prepare({**c, 'seeds': (s,)}, *more)[0]._replace(config=c)  # noqa: E731
+  each = lambda c, *more: [alone(c, s, *more) for s in c['seeds']]  # noqa: E731
   monkeypatch.setattr(build, 'prepare', each)
 
   def late(*args, **how):
