@@ -27,7 +27,7 @@ from cl_jax.models.quantised import quantise_tree
 from cl_jax.streams.records import in_files
 from cl_jax.types import Batch, Learner, Model, Stream, Tree, overlay
 from experiments import capacity, features, fields, limits, optimizer, update
-from experiments.chain import chain_of, epoch_steps, steps_of, timed
+from experiments.chain import chain_of, counts_of, epoch_steps, steps_of
 from experiments.config import dumps, find_model
 from experiments.streams import alike, streams
 
@@ -86,13 +86,13 @@ def prepare(
       f'config.head={config["head"]!r}: the task is told at test, and yet its answers compete with those of '
       "other tasks; config.head='task' keeps them apart"
     )
+  counts = {counts_of(config, s) for s in per_seed}
   if late := never_free(config, per_seed[0]):
     tell(
       f'config.inflora: {late} of {per_seed[0].tasks} tasks have no more steps than it gathers in '
       '(config.inflora.warm), and train no adapter'
     )
-  apart = told and len({s.task_classes for s in per_seed}) > 1
-  apart |= timed(config) and len({(*steps_of(s), *epoch_steps(s, config)) for s in per_seed}) > 1
+  apart = len(counts) > 1 or (told and len({s.task_classes for s in per_seed}) > 1)
   if apart or in_files(per_seed[0].x):
     parts = [((seed,), [s]) for seed, s in zip(config['seeds'], per_seed, strict=True)]
   else:

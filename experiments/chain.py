@@ -16,6 +16,8 @@ from experiments import fields
 from experiments.capacity import SLOTS
 from experiments.config import KNOWN
 
+COUNTS = ('steps_per_epoch', 'prune_after')
+
 
 def chain_of(
   config: Mapping[str, Any], stream: Stream, hp: Tree, wires: tuple[Wire, ...] = ()
@@ -63,6 +65,8 @@ def known(
   """Arguments that were left to the stream: {name: value} of those that are None in `values`."""
   found: dict[str, Any] = {}
   for name, p in inspect.signature(factory).parameters.items():
+    if name in COUNTS and isinstance(values.get(name), tuple):
+      one_a_task(f'config.{factory.__name__}.{name}', values[name], stream)
     if name not in KNOWN or values.get(name) is not None:
       continue
     free = p.default is p.empty
@@ -80,10 +84,19 @@ def known(
   return found
 
 
-def timed(config: Mapping[str, Any]) -> bool:
-  """Whether a method counts the steps of a task."""
-  counts = {'steps_per_epoch', 'prune_after'}
-  return any(counts & {*inspect.signature(methods.find(m)).parameters} for m in config['methods'])
+def counts_of(config: Mapping[str, Any], stream: Stream) -> tuple:
+  """What the methods are told of this stream's steps: fixed in a program, like the labels of its tasks."""
+  told = (known(methods.find(m), config[m], stream, config) for m in config['methods'])
+  return tuple(one.get(name) for one in told for name in COUNTS)
+
+
+def one_a_task(where: str, counts: tuple, stream: Stream) -> None:
+  """Raises UserError unless `counts` are numbers of steps, one for each task."""
+  if len(counts) != len(stream.index) or not all(type(n) is int and n > 0 for n in counts):
+    raise UserError(
+      f'{where} must be a whole number of at least 1, or one for each of the {len(stream.index)} tasks; '
+      f'got {counts!r}'
+    )
 
 
 def steps_of(stream: Stream) -> list[int]:

@@ -70,7 +70,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     case Interrupted():
       return 128 + error.signum, f'{error}; run the same command again to go on'
     case KeyboardInterrupt():
-      return 130, 'stopped at once; the latest checkpoint is kept, run the same command again'
+      return 130, 'stopped at once; what was saved is kept, run the same command again'
     case OSError():
       where = f': {error.filename}' if error.filename else ''
       return 2, f'{durable.MAKE_ROOM if durable.full(error) else error.strerror or error}{where}'

@@ -66,6 +66,8 @@ AT_BOUNDARIES = (
   'gdumb',
   'imm',
   'packnet',
+  'ease',
+  'sprompts',
   'ncm',
   'slda',
   'ranpac',
@@ -283,9 +285,11 @@ def plain_of(own: Mapping[str, Any], setup: build.Setup) -> dict[str, Any]:
   if compress := own.get('compress'):
     without['compress'] = {**compress, 'memory': '', 'state': ()}
   begin, first = setup.model(setup.weights).init, build.example(setup.streams[0])
-  network = masks.paths(jax.eval_shape(begin, jax.random.key(0), first)[0])
+  whole = jax.eval_shape(begin, jax.random.key(0), first)[0]
+  trained = masks.paths(masks.subtract(whole, setup.frozen))
   groups = own['optimizer']['groups']
-  reached = tuple(g for g in groups if any(masks.matches(g[0], p) for p in network))
+  of = {next((g for g in groups if masks.matches(g[0], path)), None) for path in trained}
+  reached = tuple(g for g in groups if g in of)
   return {**without, 'optimizer': {**own['optimizer'], 'groups': reached}}
 
 

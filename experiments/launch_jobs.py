@@ -189,14 +189,14 @@ def alive(run: dict[str, Any], folder: Path) -> bool:
 
 
 def locked(path: Path) -> bool:
-  """Whether a process holds the lock of a file."""
+  """Whether a process holds the lock of a file, as far as hosts share locks; True where none can be asked."""
   try:
     with path.open() as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return True
   except FileNotFoundError:
     return False
+  except OSError:
+    return True
   return False
 
 

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  parser.add_argument('--debug', action='store_true', help='show tracebacks')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   checks = commands.add_parser('check', help='load models and say what they are')
   checks.add_argument('names', nargs='+', metavar='PATH_OR_NAME')

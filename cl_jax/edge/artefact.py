@@ -84,8 +84,8 @@ def listed(folder: Path) -> set[str]:
   """The files of the artefact that is there, of any version; {} where its manifest is none of ours."""
   try:
     manifest = json.loads((folder / MANIFEST).read_text())
-    own = {name for name, entry in manifest['files'].items() if entry['sha256']}
-    return own if manifest['format'] and manifest['sha256'] else set()
+    own = {name for name in manifest['files'] if Path(name).name == name}
+    return own if manifest['sha256'] == digest(manifest) else set()
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return set()
 

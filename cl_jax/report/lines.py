@@ -261,6 +261,8 @@ def title(line: Mapping[str, Any]) -> str:
   config, scenario = line['config'], base(line)
   named = f'{scenario}-incremental' if scenario in ('task', 'class', 'domain') else scenario
   parts = [line['dataset'], named, f'{line["tasks"]} tasks']
+  if answers(line):
+    parts[1] += f' ({answers(line)}-incremental)'
   if config.get('by') not in (None, 'label'):
     parts[-1] += f' by {config["by"]}'
   kind = (config.get('transform') or {}).get('name', 'none')

@@ -282,7 +282,13 @@ def test_other_files_are_left_alone(tiny, tmp_path, capsys):
   code, _, err = run(capsys, export.main, f'--config={tiny}:er', f'--out={tmp_path}')
   assert code == 2 and 'holds other files' in err
   assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
-  for foreign in ('{"name": "an extension of a browser"}', '{"format": 1, "files": {}}', 'no JSON'):
+  outside = '{"format": 1, "sha256": "a", "files": {"../thesis.tex": {"sha256": "b"}}}'
+  for foreign in (
+    '{"name": "an extension of a browser"}',
+    '{"format": 1, "files": {}}',
+    'no JSON',
+    outside,
+  ):
     (tmp_path / artefact.MANIFEST).write_text(foreign)
     code, _, err = run(capsys, export.main, f'--config={tiny}:er', f'--out={tmp_path}')
     assert code == 2 and 'holds other files' in err

@@ -456,6 +456,12 @@ def test_seeds_whose_tasks_are_of_other_lengths_are_other_programs(tmp_path):
   own = {'inflora': {'inflora': {'targets': 'l0/w', 'rank': 2}}, 'er': {}}
   made = {m: build.prepare(resolved(**raw, **more, methods=(m,))) for m, more in own.items()}
   assert {m: len(parts) for m, parts in made.items()} == {'inflora': 2, 'er': 1}
+  given = {**own['inflora']['inflora'], 'steps_per_epoch': 2}
+  assert len(build.prepare(resolved(**raw, inflora=given, methods=('inflora',)))) == 1
+  for counts in ((2, 3), (2, 3, 0)):
+    given = {**given, 'steps_per_epoch': counts}
+    with pytest.raises(UserError, match=r'config\.inflora\.steps_per_epoch must be .* 3 tasks'):
+      build.prepare(resolved(**raw, inflora=given, methods=('inflora',)))
   steps = [[*np.asarray(s.streams[0].steps)] for s in made['inflora']]
   assert steps[0] != steps[1] and sorted(steps[0]) == sorted(steps[1])
 

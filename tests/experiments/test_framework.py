@@ -195,6 +195,12 @@ def test_plasticity_is_searched_without_what_names_the_method(tiny):
   assert plain['optimizer']['groups'] == (('head/.*', 0.5), ('.*', 1.0))
   assert plain['compress']['state'] == () and plain['methods'] == ()
   build.prepare(plain)
+  frozen = {'freeze': ('l0/.*',), 'optimizer': {'groups': (('l0/.*|hat/.*', 2.0), ('.*', 1.0))}}
+  own = config.resolve({**raw, 'compress': {}, **frozen})
+  (setup,) = build.prepare(own)
+  plain = framework.plain_of(own, setup)
+  assert plain['optimizer']['groups'] == (('.*', 1.0),)
+  build.prepare(plain)
 
 
 def test_a_strength_that_diverges_is_decayed(call, tiny, tmp_path):

@@ -94,6 +94,18 @@ def test_killed_at_random_moments(tiny, tmp_path, uninterrupted):
   kill_and_resume(tiny, tmp_path, wanted, seconds, int(os.environ.get('CL_JAX_KILLS', '3')))
 
 
+def test_three_seeds_go_on_with_another_number_of_devices(tiny, tmp_path):
+  """Two devices have a place too many for three runs; what is saved has the runs alone."""
+  for number in ('2', '1'):
+    environment = {**os.environ, **QUICKLY, 'JAX_NUM_CPU_DEVICES': number}
+    argv = [*command(tiny, tmp_path), '--config.seeds=0,1,2']
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = (tmp_path / 'results.jsonl').read_text()
+    (tmp_path / 'results.jsonl').unlink()
+  assert 'going on from' in done.stderr and len(results.splitlines()) == 3
+
+
 @pytest.mark.many_kills
 def test_killed_at_thirty_random_moments(tiny, tmp_path, uninterrupted):
   wanted, seconds = uninterrupted

@@ -17,7 +17,7 @@ import pytest
 
 from cl_jax.errors import UserError
 from cl_jax.loop import Progress, Record
-from experiments import build, cli, engine, job, results, run, show
+from experiments import build, cli, config, engine, job, results, run, show
 from experiments import workdir as workdirs
 from tests.experiments.conftest import final_state, lines
 
@@ -179,6 +179,15 @@ def test_a_checkpoint_holds_the_runs_alone(tiny):
   np.testing.assert_array_equal(again.state['a'], rows)
   np.testing.assert_array_equal(again.record.R, rows)
   assert job.padded(kept, plan(3)).state['a'].shape == (3, 2)
+
+
+def test_what_is_not_at_its_end_is_no_run_to_take(call, tiny, tmp_path, monkeypatch):
+  stopping(monkeypatch, 3)
+  argv = (f'--config={tiny}:class', f'--workdir={tmp_path}', '--config.seeds=0,')
+  assert call(run.main, *argv).code == 128 + signal.SIGINT
+  chosen = config.tuples(json.loads((tmp_path / 'config.json').read_text()))
+  with pytest.raises(UserError, match='is not at its end, it has finished . of its legs'):
+    run.end_of(chosen, tmp_path, None, print)
 
 
 def test_a_flipped_byte_in_the_latest_checkpoint(call, tiny, whole, tmp_path, monkeypatch):

@@ -157,6 +157,25 @@ def test_methods_can_be_an_axis(tiny):
   assert cells[4]['ewc']['coef'] == 1.0
 
 
+def test_a_signal_in_the_last_moment_of_a_group_stops_the_next(call, tiny, tmp_path, monkeypatch):
+  train, trained = engine.train, []
+
+  def late(*args, **how):
+    trained.append(args[0].seeds)
+    outcome = train(*args, **how)
+    signal.raise_signal(signal.SIGTERM)
+    return outcome
+
+  monkeypatch.setattr(engine, 'train', late)
+  grid = "--config.sweep={'er.draw': (3, 5)}"
+  argv = (f'--config={tiny}:class,er', f'--workdir={tmp_path}', '--config.seeds=0,', grid)
+  done = call(sweep.main, *argv)
+  assert done.code == 128 + signal.SIGTERM and '1 runs are still to be done' in done.line
+  assert len(trained) == 1 and call(sweep.main, *argv).code == 0 and len(trained) == 2
+  done = call(sweep.main, *argv, '--config.tuning.drop=0.3')
+  assert done.code == 2 and 'config.tuning is for' in done.line
+
+
 @pytest.mark.parametrize(
   ('axes', 'message'),
   [

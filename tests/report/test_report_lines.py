@@ -90,6 +90,7 @@ def test_scenarios_datasets_and_protocols_are_not_mixed_but_bounds_join_theirs(m
   assert len({s.slug for s in sections(lines)}) == 6
   online = {'scenario': 'online', 'config': {'base': 'domain'}}
   assert len(ranked(make(scenario='online'), make(**online))) == 2, 'ten outputs are not two'
+  assert len({s.title for s in sections([make(scenario='online'), make(**online)])}) == 2
   assert (
     len(ranked(make(scenario='online'), make(scenario='online', config={'base': 'class'}))) == 1
   )

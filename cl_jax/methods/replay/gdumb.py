@@ -91,14 +91,19 @@ def gdumb(
       order = jax.random.permutation(key, capacity)
       order = order[jnp.argsort(empty[order], stable=True)]  # empty slots last, beyond the steps
 
-      def step(i, carry):
+      def train(carry, chosen):
         p, stats, opt = carry
-        chosen = jax.lax.dynamic_slice_in_dim(order, i * size, size)
         g, stats = jax.grad(loss, has_aux=True)(p, stats, jax.tree.map(lambda a: a[chosen], stored))
         updates, opt = tx.update(g, opt, p)
         return optax.apply_updates(p, updates), stats, opt
 
-      return jax.lax.fori_loop(0, steps, step, carry), None
+      def step(carry, at):  # of a fixed number, so that a program can be counted
+        i, chosen = at
+        return jax.lax.cond(i < steps, train, lambda carry, _: carry, carry, chosen), None
+
+      most = capacity // size
+      places = order[: most * size].reshape(most, size)
+      return jax.lax.scan(step, carry, (jnp.arange(most), places))[0], None
 
     first, of_norms = paths(s.start), paths(s.stats)
     begin = nest({p: a for p, a in first.items() if p not in of_norms})
