@@ -330,7 +330,7 @@ def test_a_config_that_does_not_fit(call, saved, kind, values, match):
     ('llama', '', 'num_hidden_layers', 'says 1000000007 layers'),
     ('llama', '', 'hidden_size', 'has the shape'),
     ('llama', '', 'vocab_size', 'embed_tokens.weight has the shape (20, 8)'),
-    ('llama', '', 'head_dim', 'has the shape'),
+    ('llama', '', 'head_dim', 'rotated in pairs'),
   ],
 )
 def test_an_absurd_size_is_refused_before_anything_is_made(call, saved, kind, part, key, match):
