@@ -21,6 +21,11 @@ def weighted_mean(values: Array, w: Array) -> Array:
   return jnp.sum(w * values) / jnp.maximum(jnp.sum(w), 1e-12)
 
 
+def of_task(count: int | tuple[int, ...], task: Array) -> int | Array:
+  """A number that is the same for all tasks, or that of task i32[] where there is one for each."""
+  return jnp.asarray(count)[task] if isinstance(count, tuple) else count
+
+
 def ridge(gram: Array, moment: Array, lam: Array | float) -> Array:
   """(G + lam I)^-1 C by Cholesky; G f32[M, M] symmetric, C f32[M, K]; NaN where G + lam I is not positive."""
   eye = jnp.eye(gram.shape[0], dtype=gram.dtype)

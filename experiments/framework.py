@@ -281,16 +281,13 @@ class Tuned:
 
 def plain_of(own: Mapping[str, Any], setup: build.Setup) -> dict[str, Any]:
   """The configuration without its methods, and without what only their state and parameters need."""
-  without = {**own, 'methods': ()}
-  if compress := own.get('compress'):
-    without['compress'] = {**compress, 'memory': '', 'state': ()}
   begin, first = setup.model(setup.weights).init, build.example(setup.streams[0])
   whole = jax.eval_shape(begin, jax.random.key(0), first)[0]
   trained = masks.paths(masks.subtract(whole, setup.frozen))
   groups = own['optimizer']['groups']
   of = {next((g for g in groups if masks.matches(g[0], path)), None) for path in trained}
   reached = tuple(g for g in groups if g in of)
-  return {**without, 'optimizer': {**own['optimizer'], 'groups': reached}}
+  return build.without_methods(own) | {'optimizer': {**own['optimizer'], 'groups': reached}}
 
 
 def attempt(make, epochs: int, patience: Patience | None, hp, state, stream: Stream, t, weights):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
+from cl_jax.linalg import of_task
 from cl_jax.masks import nest, paths
 from cl_jax.types import Array, Method, Tree, Wire, overlay
 
@@ -110,12 +111,8 @@ def hat(
     return {'hat': e}, HATState(used, none, none, jnp.zeros(tasks), jnp.int32(0), jnp.int32(0))
 
   def steepness(s):
-    n = steps_per_epoch
-    if isinstance(n, tuple):
-      n = jnp.asarray(n)[s.tasks]
-      position = (s.step % n) / jnp.maximum(n - 1, 1)
-    else:
-      position = (s.step % n) / max(n - 1, 1)
+    n = of_task(steps_per_epoch, s.tasks)
+    position = (s.step % n) / jnp.maximum(n - 1, 1)
     gentle = jnp.minimum(1 / smax, smax)
     return gentle + (smax - gentle) * position
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_jax.linalg import of_task
 from cl_jax.masks import nest, paths
 from cl_jax.types import Array, Method, Tree
 
@@ -63,13 +64,9 @@ def packnet(
     none = jnp.zeros(jax.eval_shape(fwd, params, batch).logits.shape[-1], bool)
     return {}, PackNetState(owner, none, none, jnp.int32(0), jnp.int32(0))
 
-  def last(s):
-    """The step of the current task at whose end it is pruned."""
-    return jnp.asarray(prune_after)[s.task] if isinstance(prune_after, tuple) else prune_after
-
   def pruned(s):
     """bool[]: the current task's pruning is over."""
-    return jnp.bool_(False) if prune_after is None else s.step > last(s)
+    return jnp.bool_(False) if prune_after is None else s.step > of_task(prune_after, s.task)
 
   def wrap(s, apply):
     def own(variables, batch, t, tap):
@@ -136,13 +133,17 @@ def packnet(
     params = nest(kept)
     if prune_after is None:
       return params, s
-    return jax.lax.cond(s.step == last(s), lambda: cut(s, params), lambda: (params, s))
+    return jax.lax.cond(
+      s.step == of_task(prune_after, s.task), lambda: cut(s, params), lambda: (params, s)
+    )
 
   def boundary(s, params, batches, fwd, key):
     if prune_after is None:
       params, s = cut(s, params)
     else:  # a task that was shorter than `prune_after` has not been pruned yet
-      params, s = jax.lax.cond(s.step < last(s), lambda: cut(s, params), lambda: (params, s))
+      params, s = jax.lax.cond(
+        s.step < of_task(prune_after, s.task), lambda: cut(s, params), lambda: (params, s)
+      )
     return params, PackNetState(s.owner, s.now, s.now, s.task + 1, jnp.int32(0))
 
   return Method(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
+from cl_jax.linalg import of_task
 from cl_jax.lowrank import drawn, here, keep, operator, put, select, train_only
 from cl_jax.masks import nest, paths
 from cl_jax.types import Array, Method, Tree
@@ -70,7 +71,7 @@ def inflora(
   given = steps_per_epoch if warm is None else warm
 
   def gather(s):
-    return jnp.asarray(given)[s.task] if isinstance(given, tuple) else given
+    return of_task(given, s.task)
 
   def init(key, params, batch, fwd):
     weights = select('inflora', targets, params, fwd)
