@@ -26,15 +26,16 @@ from cl_jax.loop import (
   programs,
   run,
   run_chunks,
+  strong,
 )
 from cl_jax.methods.heads.task_head import task_head
 from cl_jax.models.mlp import mlp
 from cl_jax.models.vit import Config as vit_config
 from cl_jax.models.vit import vit
 from cl_jax.streams import schedules
-from cl_jax.streams.take import take
+from cl_jax.streams.take import take, without_data
 from cl_jax.sweep import MAPPED, SHARED, map_runs
-from cl_jax.types import Method, State, Stream
+from cl_jax.types import Batch, Method, State, Stream
 from tests.compiling import bitwise, compiled, quick
 
 SMALL = {
@@ -83,22 +84,27 @@ UNEVEN = {'dgr', 'mer', *TRANSFORMER}
 
 
 class Case(NamedTuple):
-  """A method on the toy stream, and what a whole run gave: of `KINDS` in one program, else a task at a time.
+  """A method on the toy stream, fed by the host in chunks of 7 steps, and what the run gave.
 
-  Every program is compiled once: the parts of chunked runs, and step, end and predict by themselves,
-  which are to be called with one set of shapes.
+  Its parts are compiled once for all tests, boundary and prediction by themselves as well.
   """
 
   name: str
   method: Method
   build: Any
   stream: Stream
+  places: list[Progress]  # all that the run yielded; a task has a remainder of 3 steps
   state: State
   record: Record
   parts: Programs
-  step: Any
   end: Any
   predict: Any
+
+  def step(self, state: State, batch: Batch, t: int = 0) -> State:
+    """The state after one step of task t: the chunk that begins at its last one."""
+    rest, last = without_data(self.stream), self.stream.index.shape[1] - 1
+    batches = jax.tree.map(lambda a: jnp.stack([a] * self.parts.chunk), batch)
+    return self.parts.advance(HP, state, rest, None, t, last, batches)[0]
 
 
 def make(name, stream) -> Method:
@@ -128,7 +134,7 @@ def exactly(name):
   """How the method is compiled where bits of two programs are compared."""
   if name in AS_USERS:
     return jax.jit
-  return bitwise if name in UNEVEN or jax.__version_info__ >= (0, 11) else quick
+  return bitwise if name in KINDS and jax.__version_info__ >= (0, 11) else quick
 
 
 def builder(method, frozen=None, name=''):
@@ -151,16 +157,12 @@ def case(request, toy_stream) -> Case:
     method = chain(**{name: make(name, stream), 'head': task_head(stream.task_classes, 6)})
   build = builder(method, name=name)
   learn = build(HP, None)
-  own = (quick(learn.step), quick(learn.boundary), quick(learn.predict))
-  jit, key = exactly(name), jax.random.key(KEY)
-  parts = Programs(*map(jit, programs(build, 7)[:-1]), 7)
-  if name in KINDS:
-    state, record = jit(partial(run, build))(HP, key, stream)
-  else:  # a task in one chunk, with the programs that are there already but for one
-    whole = parts._replace(advance=jit(programs(build, 24).advance), chunk=24)
-    *_, last = run_chunks(build, HP, key, stream, chunk=24, parts=whole)
-    state, record = last.state, last.record
-  return Case(name, method, build, stream, state, record, parts, *own)
+  parts = Programs(*map(exactly(name), programs(build, 7)[:-1]), 7)
+  places = list(
+    run_chunks(build, HP, jax.random.key(KEY), stream, chunk=7, parts=parts, feed=host_feed(stream))
+  )
+  own = (quick(learn.boundary), quick(learn.predict))
+  return Case(name, method, build, stream, places, places[-1].state, places[-1].record, parts, *own)
 
 
 @pytest.fixture(scope='module')
@@ -177,9 +179,19 @@ def naive(toy_stream):
 
 
 def trained(build, hp, key, stream):
-  """The final state of a run and its logits of the first test batch, in one program."""
-  state, _ = run(build, hp, key, stream)
-  return state, build(hp, None).predict(state, jax.tree.map(lambda a: a[0, 0], stream.test))
+  """The final state of a run that measures nothing, and its logits of the first test batch."""
+  learn = build(hp, None)
+
+  def leg(state, t):
+    state, _ = jax.lax.scan(
+      lambda s, rows: learn.step(s, take(stream, rows, t)), state, stream.index[t]
+    )
+    ends = jax.vmap(lambda rows: take(stream, rows, t))(stream.ends[t])
+    return strong(learn.boundary(state, ends)), None
+
+  state = strong(learn.init(key, take(stream, stream.index[0, 0], 0)))
+  state, _ = jax.lax.scan(leg, state, jnp.arange(stream.tasks))
+  return state, learn.predict(state, jax.tree.map(lambda a: a[0, 0], stream.test))
 
 
 def short(stream, name=''):
@@ -229,27 +241,16 @@ def test_state_keeps_its_structure(case):
   assert shapes(start) == shapes(case.state)
 
 
-def chunks(case, **how):
-  """A chunked run: 7 steps a chunk, with a remainder in every task."""
-  return run_chunks(
-    case.build, HP, jax.random.key(KEY), case.stream, chunk=7, parts=case.parts, **how
-  )
+def again(case, **how):
+  """The run once more, with other data or from another place."""
+  how = {'parts': case.parts, 'feed': host_feed(case.stream)} | how
+  *_, last = run_chunks(case.build, HP, jax.random.key(KEY), case.stream, chunk=7, **how)
+  return last
 
 
-@pytest.fixture(scope='module')
-def places(case) -> list[Progress]:
-  """All that the chunked run yields."""
-  return list(chunks(case))
-
-
-def test_chunks_are_the_same_run(case, places):
-  """Chunk by chunk from the host against one program, or one a task, bitwise; so is a run that is resumed.
-
-  Resumed from the start, inside a task and right after a boundary, through host arrays.
-  """
-  same(places[-1].state, case.state)
-  same(places[-1].record, case.record)
-  assert [(p.leg, p.done) for p in places[:6]] == [
+def test_resumed_is_the_same_run(case):
+  """Bitwise, from the start, inside a task and right after a boundary, through host arrays."""
+  assert [(p.leg, p.done) for p in case.places[:6]] == [
     (0, 0),
     (0, 7),
     (0, 14),
@@ -258,22 +259,27 @@ def test_chunks_are_the_same_run(case, places):
     (1, 0),
   ]
   for at in (0, 2, 5):
-    stored = places[at]
+    stored = case.places[at]
     words = jax.random.key_data(stored.state.key)
     host = jax.tree.map(np.asarray, stored._replace(state=stored.state._replace(key=words)))
     state = jax.tree.map(jnp.asarray, host.state)._replace(key=jax.random.wrap_key_data(words))
-    *_, last = chunks(case, resume=host._replace(state=state))
+    last = again(case, resume=host._replace(state=state))
     same(last.state, case.state)
+    same(last.record, case.record)
 
 
 @pytest.mark.parametrize('case', KINDS, indirect=True)
-def test_host_fed_is_the_same_run(case, places):
-  """From the first state on; that comes from the first batch, which is the same (see test_loop)."""
-  feed, stream = host_feed(case.stream), case.stream
-  first = jax.tree.map(lambda a: a[0], feed(0, np.asarray(stream.index[0, :1])))
-  same(first, take(stream, stream.index[0, 0], 0))
-  *_, last = chunks(case, resume=places[0], feed=feed)
-  same(last.state, case.state)
+def test_data_on_the_device_give_the_same_run(case):
+  """In chunks and in one program, bitwise (see `UNEVEN`)."""
+  alike = partial(near, rtol=1e-5) if case.name in UNEVEN else same
+  jit = exactly(case.name)
+  parts = Programs(*map(jit, programs(case.build, 7)[:-1]), 7)
+  last = again(case, parts=parts, feed=None)
+  assert [f._cache_size() for f in parts[:3]] == [1, 1, 1]
+  alike((last.state, last.record), (case.state, case.record))
+  alike(
+    jit(partial(run, case.build))(HP, jax.random.key(KEY), case.stream), (case.state, case.record)
+  )
 
 
 def first_chunk(case, key, stream):
@@ -292,17 +298,19 @@ def first_of_two(case, width, jit):
 
 
 @pytest.mark.parametrize('case', sorted({*KINDS, *OTHER}), indirect=True)
-def test_vmapped_runs_are_near_single_ones(case, places):
+def test_vmapped_runs_are_near_single_ones(case):
   """Mapped over keys; what every method does when it is mapped, `test_gated_off_is_absent` shows."""
-  near(first_of_two(case, 2, quick), (places[1].state, places[1].record.loss[0, :7]), 2e-4)
+  near(
+    first_of_two(case, 2, quick), (case.places[1].state, case.places[1].record.loss[0, :7]), 2e-4
+  )
 
 
 @pytest.mark.parametrize('case', KINDS, indirect=True)
-def test_runs_one_after_the_other_are_single_runs(case, places):
+def test_runs_one_after_the_other_are_single_runs(case):
   """Bitwise. From jax 0.12 on the compiler rounds a mapped run's sums in another order: some 1e-7."""
   one_by_one = same if jax.__version_info__ < (0, 12) else partial(near, rtol=1e-5)
   single, one = (
-    (places[1].state, places[1].record.loss[0, :7]),
+    (case.places[1].state, case.places[1].record.loss[0, :7]),
     first_of_two(case, 1, exactly(case.name)),
   )
   if differ(one, single):  # XLA may round a loop in another way where it knows its length
@@ -310,18 +318,11 @@ def test_runs_one_after_the_other_are_single_runs(case, places):
   one_by_one(one, single)
 
 
-def test_no_recompilation_and_no_host_transfer(case, places):
-  learn = case.build(HP, None)
-  stream = case.stream
-  step, end, predict = case.step, case.end, case.predict
-  state = places[0].state
-  for t in range(2):
-    for i in range(2):
-      state, _ = step(state, take(stream, stream.index[t, i], t))
-    state = end(state, jax.vmap(lambda r, t=t: take(stream, r, t))(stream.ends[t]))
-    predict(state, jax.tree.map(lambda a, t=t: a[t, 0], stream.test))
-  assert (step._cache_size(), end._cache_size(), predict._cache_size()) == (1, 1, 1)
-  text = str(jax.make_jaxpr(learn.step)(state, take(stream, stream.index[0, 0], 0)))
+def test_no_recompilation_and_no_host_transfer(case):
+  """One program serves every chunk of every task, one every boundary; a step calls nothing on the host."""
+  parts, learn, stream = case.parts, case.build(HP, None), case.stream
+  assert [f._cache_size() for f in parts[:3]] == [1, 1, 1]
+  text = str(jax.make_jaxpr(learn.step)(case.state, take(stream, stream.index[0, 0], 0)))
   assert 'callback' not in text and 'infeed' not in text and 'outfeed' not in text
 
 
@@ -346,15 +347,14 @@ def test_exports(case):
 
 def test_padding_does_not_matter(case):
   """Rows with w = 0 may hold anything, even NaN: the step and the boundary ignore them."""
-  step, end = case.step, case.end
   batch = take(case.stream, case.stream.index[1, 0], 1)
   part = batch._replace(w=batch.w.at[7:].set(0))
   other = part._replace(x=part.x.at[7:].multiply(-3.0), y=part.y.at[7:].set(5))
-  near(step(case.state, part)[0].params, step(case.state, other)[0].params, 1e-6)
+  near(case.step(case.state, part, 1).params, case.step(case.state, other, 1).params, 1e-6)
   ends = jax.vmap(lambda r: take(case.stream, r, 1))(case.stream.ends[1])
   ends = ends._replace(w=ends.w.at[:, 60:].set(0))
   wild = ends._replace(x=ends.x.at[:, 60:].multiply(-3.0), y=ends.y.at[:, 60:].set(5))
-  near(end(case.state, ends), end(case.state, wild), 1e-5)
+  near(case.end(case.state, ends), case.end(case.state, wild), 1e-5)
 
 
 def test_predictions_are_per_row(case):
