@@ -2,13 +2,13 @@
 #   PYTHON    the interpreter that .venv is made from (python3.11, 3.12, 3.13 or python3)
 #   PIP_ARGS  added to every `pip install`, for instance --find-links or --extra-index-url
 #   JOBS      test processes (2)
-#   ONLY      which tests, experiments or benchmarks (a pattern)
+#   ONLY      which tests (long ones as well), experiments or benchmarks (a pattern)
 #   ARGS      handed on to the command of the target as it is
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench reproduce figures docs site edge slurm clean
+.PHONY: help demo test long lint format bench reproduce figures docs site edge slurm clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -32,8 +32,13 @@ help: ## print this help
 demo: $(VENV)/.demo ## does a foundation model forget? the main job on the data that ships: table, figures, report.html
 	$(RUN) -m experiments.demo $(ARGS)
 
-test: $(VENV)/.test ## the whole suite; make test ONLY=er runs the tests whose name holds "er"
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15 $(if $(ONLY),-k '$(ONLY)') $(ARGS)
+PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
+
+test: $(VENV)/.test ## the suite but for `long`; make test ONLY=er runs the tests whose name holds "er"
+	$(PYTEST) $(if $(ONLY),-k '$(ONLY)',-m 'not long') $(ARGS)
+
+long: $(VENV)/.test ## the rest of the suite: every method where `test` takes one of every kind, kills, notebooks
+	$(PYTEST) -m long $(if $(ONLY),-k '$(ONLY)') $(ARGS)
 
 lint: $(VENV)/.test ## ruff (rules and format), pyright, licences of data and dependencies
 	@failed=; \

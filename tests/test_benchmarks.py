@@ -114,6 +114,7 @@ def test_a_run_compiles_to_the_same_program_for_any_number_of_tasks():
   assert abs(sizes[0][1] - sizes[1][1]) <= 0.02 * sizes[0][1], sizes
 
 
+@pytest.mark.long
 def test_quick_benchmarks_run_and_write_their_rows(tmp_path, capsys):
   from benchmarks.run import COLUMNS, main
 

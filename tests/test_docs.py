@@ -68,6 +68,7 @@ def test_every_page_of_docs_is_reached_from_the_index():
   assert reached == set((ROOT / 'docs').rglob('*.md'))
 
 
+@pytest.mark.usefixtures('quickly')
 @pytest.mark.parametrize('page', python_blocks())
 def test_examples_run(page, tmp_path, monkeypatch):
   """The blocks of a page run one after the other, as they would when pasted."""

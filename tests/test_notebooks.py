@@ -26,7 +26,9 @@ def test_the_notebooks_are_those_that_are_tested():
   assert {p.stem for p in (ROOT / 'notebooks').glob('*.py')} == SAYS.keys()
 
 
-@pytest.mark.parametrize('name', SAYS)
+@pytest.mark.parametrize(
+  'name', [n if n == 'first_run' else pytest.param(n, marks=pytest.mark.long) for n in SAYS]
+)
 def test_notebook_runs(name, tmp_path, monkeypatch):
   for variable, value in QUICKLY.items():
     monkeypatch.setenv(variable, value)

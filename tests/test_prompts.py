@@ -34,14 +34,17 @@ pytestmark = pytest.mark.usefixtures('quickly')
 
 B, C, D, HEADS = 6, 4, 8, 2
 IMAGES = Batch(
-  jax.random.normal(jax.random.key(7), (B, 4, 4, 1)),
-  jnp.arange(B) % C,
+  jnp.asarray(np.random.default_rng(5).standard_normal((B, 4, 4, 1), np.float32)),
+  jnp.asarray(np.arange(B) % C),
   jnp.ones(B),
   jnp.zeros(B, jnp.int32),
 )
-MASK = jnp.arange(5)[None] < jnp.array([5, 3, 4, 1, 2, 5])[:, None]
+MASK = jnp.asarray(np.arange(5) < np.array([[5], [3], [4], [1], [2], [5]]))
 TEXT = IMAGES._replace(
-  x={'tokens': jax.random.randint(jax.random.key(8), (B, 5), 0, 30), 'mask': MASK}
+  x={
+    'tokens': jnp.asarray(np.random.default_rng(8).integers(0, 30, (B, 5), np.int32)),
+    'mask': MASK,
+  }
 )
 VIT = vit.vit(vit.Config(4, 2, 1, D, 3, HEADS, 12), C, init=0.5)
 BERT = bert.bert(bert.Config(30, D, 3, HEADS, 12, 10, 2), C, init=0.5)

@@ -49,6 +49,7 @@ def test_a_notebook_becomes_prose_and_code():
   assert website.notebook(text) == '# Title\n\nprose\n\n```python\na = 1  # why\n```\n'
 
 
+@pytest.mark.long
 def test_site_is_built_without_a_warning(tmp_path):
   pytest.importorskip('mkdocs', reason="the site needs: pip install 'cl_jax[docs]'")
   command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(tmp_path)]

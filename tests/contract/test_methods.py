@@ -83,6 +83,11 @@ AS_USERS = ('er', 'ewc', 'hat')
 UNEVEN = {'dgr', 'mer', *TRANSFORMER}
 
 
+def kinds_first(names):
+  """For tests that compile much: one of every kind with `make test`, the others with `make long`."""
+  return [n if n in KINDS else pytest.param(n, marks=pytest.mark.long) for n in names]
+
+
 class Case(NamedTuple):
   """A method on the toy stream, fed by the host in chunks of 7 steps, and what the run gave.
 
@@ -368,6 +373,7 @@ def test_predictions_are_per_row(case):
   near(predict(case.state, mixed)[:10], whole[:10], 1e-5)
 
 
+@pytest.mark.parametrize('case', kinds_first(NAMES), indirect=True)
 def test_gated_off_is_absent(case, naive):
   """`gated(0, method)` trains and predicts like no method at all, and `gated(1)` as without a gate.
 

@@ -22,7 +22,16 @@ from cl_jax.models.mlp import mlp
 from cl_jax.streams.take import take
 from cl_jax.types import Batch, Method
 from tests.compiling import quick
-from tests.contract.test_methods import HEADED, HP, NAMES, TRANSFORMER, builder, make, short
+from tests.contract.test_methods import (
+  HEADED,
+  HP,
+  NAMES,
+  TRANSFORMER,
+  builder,
+  kinds_first,
+  make,
+  short,
+)
 from tests.edge.agent import Device, sanitized
 
 pytestmark = pytest.mark.usefixtures('quickly')
@@ -77,7 +86,7 @@ def follow(flat: Flat, device: Device, batches, ends, tolerance=1e-5) -> None:
   near(flat, device.leaves(), leaves, tolerance)  # prediction changes nothing
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n not in REFUSED])
+@pytest.mark.parametrize('name', kinds_first(n for n in NAMES if n not in REFUSED))
 def test_every_method(name, toy_stream, tmp_path):
   flat, stream, ends = flat_of(name, toy_stream)
   program = emit(flat, 'cl')
@@ -125,6 +134,7 @@ def method_of(*names: str) -> Method:
   return chain(**parts) if parts else Method()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('names', [('er', 'lwf'), ('agem',), ('ewc', 'slda')])
 def test_sanitizers_find_nothing(names, tmp_path):
   """No access outside of an array, no overflow, no misaligned or wild shift; and the bits of other builds."""

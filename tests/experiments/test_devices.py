@@ -91,6 +91,7 @@ def children(parent: int) -> dict[int, int]:
   }
 
 
+@pytest.mark.long
 def test_killed_one_of_two_processes_and_went_on(vit, tmp_path):
   """The same bits as of one process with two devices; what two have saved, one with one device reads."""
   ended(started(vit, tmp_path / 'whole', 1))

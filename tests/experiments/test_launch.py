@@ -16,6 +16,7 @@ import pytest
 
 from experiments import launch, launch_jobs, launch_slurm, launch_status
 from experiments.launch_part import Part
+from tests.compiling import QUICKLY
 from tests.experiments.conftest import TINY, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,15 @@ def failures(folder: Path) -> int:
   return (launch_jobs.document(folder / 'state.json') or {}).get('failures', 0)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def quickly():
+  """Of the processes that are started."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in QUICKLY.items():
+      patch.setenv(name, value)
+    yield
+
+
 @pytest.fixture(scope='module')
 def longer(tmp_path_factory) -> Path:
   """The tiny experiment with twice the steps: long enough to be killed in the middle."""
@@ -108,6 +118,7 @@ def test_a_grid_is_done_once_in_private_folders_and_in_the_order_of_the_grid(
   )
 
 
+@pytest.mark.long
 def test_a_killed_worker_and_a_killed_launcher_change_nothing(undisturbed, longer, tmp_path, call):
   place, log = tmp_path / 'disturbed', tmp_path / 'log.txt'
   job = place / 'jobs/000'

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import devices, launch, launch_jobs, launch_options, launch_slurm, processes
+from tests.compiling import QUICKLY
 from tests.experiments.test_devices import children
 from tests.experiments.test_launch import deterministic, start, until
 from tests.experiments.test_launch_slurm import slurm, tell  # noqa: F401 (a fixture)
@@ -32,10 +33,8 @@ def get_config(arg=''):
 @pytest.fixture
 def mlp(tmp_path, monkeypatch) -> Path:
   """The configuration; whatever is started sees two devices, and compiles at once."""
-  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '2')
-  monkeypatch.setenv(
-    'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-  )
+  for name, value in {**QUICKLY, 'JAX_NUM_CPU_DEVICES': '2'}.items():
+    monkeypatch.setenv(name, value)
   path = tmp_path / 'mlp.py'
   path.write_text(MLP)
   return path
@@ -64,6 +63,7 @@ def saved(folder: Path) -> bool:
   return any(int(p.name) for p in folder.glob('checkpoints/*/*') if p.name.isdecimal())
 
 
+@pytest.mark.long
 def test_a_launch_goes_on_from_the_checkpoint_when_one_process_dies(call, mlp, tmp_path):
   folder = tmp_path / 'launched/jobs/000'
 

@@ -21,13 +21,13 @@ B, CLASSES = 6, 5
 
 
 def images(*shape: int) -> Batch:
-  x = jax.random.randint(jax.random.key(7), (B, *shape), 0, 256).astype(jnp.uint8)
-  return Batch(x, jnp.arange(B) % CLASSES, jnp.ones(B), jnp.zeros(B, jnp.int32))
+  x = jnp.asarray(np.random.default_rng(7).integers(0, 256, (B, *shape), np.uint8))
+  return Batch(x, jnp.asarray(np.arange(B) % CLASSES), jnp.ones(B), jnp.zeros(B, jnp.int32))
 
 
 def sentences() -> Batch:
-  mask = jnp.arange(7)[None] < jnp.array([[7], [3], [5], [1], [6], [4]])
-  tokens = jax.random.randint(jax.random.key(8), (B, 7), 0, 30)
+  mask = jnp.asarray(np.arange(7) < np.array([[7], [3], [5], [1], [6], [4]]))
+  tokens = jnp.asarray(np.random.default_rng(8).integers(0, 30, (B, 7), np.int32))
   return images(1)._replace(x={'tokens': tokens, 'mask': mask})
 
 

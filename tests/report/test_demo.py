@@ -119,6 +119,7 @@ def test_repeated_it_runs_nothing_again(done, tiny, capsys):
   assert (folder / 'results.jsonl').read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_signal_stops_it_and_the_same_command_goes_on(tiny, tmp_path):
   words = command(tiny, tmp_path / 'cut', '--only=naive,er')
   # A suite that a shell started in the background ignores SIGINT, and its children would as well.

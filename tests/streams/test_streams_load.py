@@ -57,6 +57,7 @@ def test_shipped_files_are_small_and_verified(monkeypatch, tmp_path):
   says('cannot be read', dataset, 'fashion_mnist_small')
 
 
+@pytest.mark.long
 def test_shipped_data_is_made_again_byte_for_byte(data_dir, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['make', f'--data_dir={data_dir}', f'--out={tmp_path}'])
   assert make.main() == 0
