@@ -63,10 +63,12 @@ def _matmul_bwd(measure, saved, d):
     return d @ w.T, measure(x).T @ measure(d)
 
   def one(total, row):  # an outer product per example, one at a time
-    return total + measure(row[0].T @ row[1]), None
+    return total + measure(jnp.matmul(row[0].T, row[1], preferred_element_type=total.dtype)), None
 
-  total, _ = jax.lax.scan(one, jnp.zeros_like(w), (rows_of(x), rows_of(d)))
-  return d @ w.T, total
+  # In f32: a sum over hundreds of examples has no room in the 8 bits of a bfloat16.
+  start = jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+  total, _ = jax.lax.scan(one, start, (rows_of(x), rows_of(d)))
+  return d @ w.T, total.astype(w.dtype)
 
 
 matmul.defvjp(lambda measure, x, w: (x @ w, (x, w)), _matmul_bwd)

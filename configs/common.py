@@ -264,6 +264,7 @@ def images(arg: str, capacity: int = 500, **own) -> dict:
     'latent': {**replay, 'tap': 's2b1'},
     'remind': {**replay, 'tap': 's2b1', 'codebooks': 20},
     'ewc': {'coef': 10.0, 'labels': 'empirical'},
+    'si': {'skip': 'head/.*|.*/(scale|bias)' if 'cwr' in methods else ''},
     'lwf': {'outputs': outputs},
     'ebll': {'outputs': outputs},
     'dgr': {'draw': 10, 'outputs': outputs},

@@ -70,7 +70,10 @@ def get_config(arg: str = 'class') -> dict:
     'gdumb': {'capacity': CAPACITY},
     'agem': {'capacity': CAPACITY, 'draw': 128},
     'ewc': {'coef': 100.0},
-    'si': {'coef': 10.0 if base == 'task' and 'latent' not in methods else 1.0},
+    'si': {
+      'coef': 10.0 if base == 'task' and 'latent' not in methods else 1.0,
+      'skip': 'head/.*' if 'cwr' in methods else '',
+    },
     'mas': {'coef': 0.1},
     'ewcpp': {'coef': 10.0},
     'rwalk': {'coef': 10.0},

@@ -11,6 +11,8 @@ from cl_jax import fisher
 from cl_jax.masks import paths
 from cl_jax.models.bert import Config, bert
 from cl_jax.models.mlp import mlp
+from cl_jax.models.vit import Config as ViT
+from cl_jax.models.vit import vit
 from cl_jax.types import Batch, Forward
 
 pytestmark = pytest.mark.usefixtures('quickly')
@@ -41,6 +43,27 @@ def test_a_stack_of_transformer_layers(labels, sentences, monkeypatch):
   for path, rows in paths(diagonal()).items():
     # The bias of the keys moves no score, so its gradient is rounding alone: hence the absolute part.
     np.testing.assert_allclose(closed[path], rows, rtol=2e-4, atol=1e-9, err_msg=path)
+
+
+def test_a_vit_and_a_sum_over_many_examples_in_bfloat16():
+  """Stacks of norms and of weights alike; hundreds of small squares are not lost to 8 bits."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.random((1, 256, 4, 4, 1)), jnp.float32)
+  y = jnp.asarray(rng.integers(0, 3, (1, 256)), jnp.int32)
+  batches = Batch(x, y, jnp.ones((1, 256)), y)
+  first = jax.tree.map(lambda a: a[0], batches)
+  sums = []
+  for dtype in ('float32', 'bfloat16'):
+    model = vit(ViT(4, 2, 1, 8, 2, 2, 12), 3, init=0.4, dtype=dtype)
+    params, _ = model.init(jax.random.key(0), first)
+    backbone = params['backbone']
+    frozen = {k: backbone.pop(k) for k in [*backbone] if k != 'layers'}
+    fwd = Forward(model.apply, {'backbone': frozen}, {})
+    assert fisher.is_dense(fwd, params, first)
+    sums.append(fisher.diagonal(fwd, params, batches, jax.random.key(1), 'empirical'))
+  exact, rough = (paths(s['backbone']['layers']) for s in sums)
+  for path in (p for p in exact if p.endswith('/w')):
+    assert float(rough[path].sum() / exact[path].sum()) == pytest.approx(1, abs=0.01), path
 
 
 def test_what_enters_in_another_way_is_not_taken_for_dense(sentences):

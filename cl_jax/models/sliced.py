@@ -83,7 +83,7 @@ class Upper(NamedTuple):
 
 def depth(a: Any) -> int:
   """The layers of a leaf of a stack."""
-  return sum(map(depth, a)) if isinstance(a, Upper) else jnp.shape(a)[0]
+  return sum(map(depth, a)) if isinstance(a, Upper) else jax.tree.leaves(a)[0].shape[0]
 
 
 def segments(p: Tree) -> list[tuple[int, Tree]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.linalg import quadratic
+from cl_jax.masks import path_name, paths
 from cl_jax.types import Method, Tree
 
 
@@ -17,7 +20,9 @@ class SIState(NamedTuple):
   path: Tree  # omega, what each parameter has contributed to the current task's descent
 
 
-def si(coef: float = 0.1, xi: float = 0.1, path: str = 'task', clip: bool = True) -> Method:
+def si(
+  coef: float = 0.1, xi: float = 0.1, path: str = 'task', clip: bool = True, skip: str = ''
+) -> Method:
   """A quadratic penalty weighted by how much each parameter has lowered the loss along its path.
 
   L = L_task + coef * sum_i Omega_i (theta_i - theta*_i)^2
@@ -34,6 +39,8 @@ def si(coef: float = 0.1, xi: float = 0.1, path: str = 'task', clip: bool = True
       it (GMvandeVen/continual-learning).
     clip: the max(0, omega) of the official code, which the paper and GMvandeVen/continual-learning leave
       out.
+    skip: regular expression, matched against whole paths: parameters without importance, as AR1 leaves its
+      output layer and the norms (vlomonaco/ar1-pytorch); '' for none.
 
   Needs the boundary. State: 3 x parameters.
   """
@@ -41,6 +48,8 @@ def si(coef: float = 0.1, xi: float = 0.1, path: str = 'task', clip: bool = True
     raise ValueError(f"si path {path!r}: 'task' or 'total'")
 
   def init(key, params, batch, fwd):
+    if skip and not any(re.fullmatch(skip, p) for p in paths(params)):
+      raise UserError(f'si skip {skip!r} matches no parameter that is trained')
     zeros = jax.tree.map(jnp.zeros_like, params)
     return {}, SIState(params, zeros, zeros)
 
@@ -56,11 +65,13 @@ def si(coef: float = 0.1, xi: float = 0.1, path: str = 'task', clip: bool = True
     return params, s._replace(path=walked)
 
   def boundary(s, params, batches, fwd, key):
-    def add(omega, path_, anchor, p):
+    def add(where, omega, path_, anchor, p):
+      if skip and re.fullmatch(skip, path_name(where)):
+        return omega
       gain = jnp.maximum(path_, 0) if clip else path_
       return omega + gain / (jnp.square(p - anchor) + xi)
 
-    importance = jax.tree.map(add, s.importance, s.path, s.anchor, params)
+    importance = jax.tree.map_with_path(add, s.importance, s.path, s.anchor, params)
     return params, SIState(params, importance, jax.tree.map(jnp.zeros_like, s.path))
 
   return Method(init=init, loss=loss, after=after, boundary=boundary, needs=('boundary',))
