@@ -11,6 +11,7 @@ import numpy as np
 from cl_jax import compose, compression, methods, writers
 from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import task_head
+from cl_jax.methods.replay.agem import agem
 from cl_jax.types import Method, Stream, Tree, Wire
 from experiments import fields
 from experiments.capacity import SLOTS
@@ -73,7 +74,7 @@ def known(
     if name == 'classes':
       found[name] = stream.classes
     elif name == 'tasks':
-      found[name] = stream.tasks if free or _apart(values, stream) else p.default
+      found[name] = stream.tasks if free or _apart(factory, values, stream) else p.default
     elif name == 'task_classes':
       tells = free or 'task_test' in stream.told
       found[name] = stream.task_classes if tells else p.default
@@ -118,8 +119,9 @@ def by_task(counts: Sequence[int]) -> int | tuple[int, ...]:
   return counts[0] if len({*counts}) == 1 else (*counts,)
 
 
-def _apart(values: Mapping[str, Any], stream: Stream) -> bool:
+def _apart(factory: Callable, values: Mapping[str, Any], stream: Stream) -> bool:
   """Whether a memory has to keep tasks apart: some share labels, and would share slots."""
   labels = [c for own in stream.task_classes for c in own]
   shared = len({*labels}) < len(labels)
-  return shared and values.get('writer', 'ring') in writers.BY_TASK and 'task_train' in stream.told
+  told = 'boundary' if factory is agem else 'task_train'  # A-GEM counts them
+  return shared and values.get('writer', 'ring') in writers.BY_TASK and told in stream.told

@@ -141,6 +141,8 @@ RULES: dict[str, Rule] = {
   'chunk': least(1),
   'eval_every': least(0),
 }
+# Methods that compare or store what the network says of rows in training.
+ON_LOGITS = ('lwf', 'ebll', 'der', 'derpp', 'rehearsal', 'dgr', 'dreamnet', 'icarl')
 # Lists of regular expressions, or of pairs that begin with one.
 PATTERNS = ('compress.state', 'update.parts', 'freeze', 'optimizer.groups')
 # By the name of an argument, of optimisers and of methods alike. Others follow from their default: what
@@ -281,6 +283,17 @@ def _together(c: Mapping[str, Any]) -> None:
     raise UserError(
       f"config.head='current': {taught[0]} distils outputs of finished tasks, which that head leaves out in "
       f"training: take another head, or config.{taught[0]}.outputs='heads'"
+    )
+  by_task = c['head'] == 'task' or 'task_head' in c['methods']
+  if by_task and (found := [n for n in taught if n in ('lwf', 'ebll')]):
+    raise UserError(
+      f"config.head='task': {found[0]} distils outputs of finished tasks, which that head leaves out of a "
+      f"row of another: take another head, or config.{found[0]}.outputs='heads'"
+    )
+  if 'er_ace' in c['methods'] and (found := [n for n in c['methods'] if n in ON_LOGITS]):
+    raise UserError(
+      f'config.methods: {found[0]} learns from logits of a training step, of which er_ace keeps the classes '
+      'of the batch alone: take one of the two'
     )
   memory = c['compress']['memory']
   if memory and not any('capacity' in c[name] for name in c['methods']):

@@ -115,6 +115,11 @@ def test_arguments_of_model_and_optimiser_are_fields():
     ({'methods': ('lwf',), 'lwf': {'temperature': 0.0}}, r'temperature must be greater than 0'),
     ({'cache_features': True}, r'set config\.freeze'),
     ({'methods': ('lwf',), 'head': 'current'}, r"lwf distils .* config\.lwf\.outputs='heads'"),
+    (
+      {'methods': ('lwf',), 'head': 'task'},
+      r"lwf distils .* config\.lwf\.outputs='heads'",
+    ),
+    ({'methods': ('er_ace', 'derpp')}, 'derpp learns from logits of a training step'),
     ({'methods': ('dreamnet', 'current_head')}, r'dreamnet distils outputs of finished tasks'),
     ({'optimizer': {'reset': True}, 'told': ()}, r'config\.told does not tell'),
   ],

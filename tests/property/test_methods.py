@@ -24,6 +24,7 @@ from cl_jax.methods.closed_form.fecam import fecam
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
 from cl_jax.methods.closed_form.slda import slda
+from cl_jax.methods.heads.cwr import cwr
 from cl_jax.methods.heads.seen_head import seen_head
 from cl_jax.methods.heads.slca import roots, sample, slca
 from cl_jax.methods.heads.task_head import task_head
@@ -34,11 +35,13 @@ from cl_jax.methods.isolation.pnn import pnn
 from cl_jax.methods.lowrank.lora import lora
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
+from cl_jax.methods.regularisation.si import si
 from cl_jax.methods.replay.agem import AGEMState, agem
 from cl_jax.methods.replay.dgr import dgr
 from cl_jax.methods.replay.dreamnet import dreamnet
 from cl_jax.methods.replay.er import er
 from cl_jax.methods.replay.gdumb import gdumb
+from cl_jax.methods.replay.gem import gem
 from cl_jax.models.cnn import cnn
 from cl_jax.models.identity import identity
 from cl_jax.models.mlp import mlp
@@ -68,6 +71,56 @@ def test_agem_never_goes_against_the_reference(seed):
   empty = s._replace(memory=s.memory._replace(draw=batch._replace(w=jnp.zeros(5))))
   same, _ = method.grads(empty, {'p': a}, None, batch, lambda p, d: ((0.0, None), {'p': b}))
   assert np.array_equal(same['p'], a)  # nothing to refer to
+
+
+def test_agem_refers_to_finished_tasks_alone_where_their_labels_come_again():
+  """Nobody tells the task: rows of the one at hand go to rings of their own, counted by boundaries."""
+  learn = compiled(learner(mlp((), 2), optax.sgd(0.1), chain(agem=agem(24, 8, 2, tasks=3))))
+  blank = Batch(jnp.zeros((10, 1)), jnp.arange(10) % 2, jnp.ones(10), jnp.full(10, -1))
+  state = learn.init(jax.random.key(0), blank)
+  for task in range(3):
+    for _ in range(4):
+      drawn = state.method['agem'].memory.draw
+      assert bool(drawn.w.any()) == (task > 0) and not drawn.w[drawn.x[:, 0] >= task].any()
+      state, _ = learn.step(state, blank._replace(x=jnp.full((10, 1), float(task))))
+    state = learn.boundary(state, jax.tree.map(lambda a: a[None], blank))
+
+
+def test_passes_of_gem_are_those_of_its_last_task():
+  """A finished task's 25 rows take 2.5 passes of a batch of 10, and there are 19 then."""
+  learn = learner(mlp((), 2), optax.sgd(0.1), chain(gem=gem(20, 500)))
+  batch = Batch(
+    jnp.zeros((10, 3)), jnp.zeros(10, jnp.int32), jnp.ones(10), jnp.zeros(10, jnp.int32)
+  )
+  state = jax.eval_shape(learn.init, jax.random.key(0), batch)
+  counted = passes(
+    lambda scoped: learner(scoped, optax.sgd(0.1), chain(gem=gem(20, 500))),
+    mlp((), 2),
+    state,
+    batch,
+  )
+  assert counted['train_forward'] == counted['train_backward'] == 1 + 19 * 2.5
+
+
+def test_cwr_consolidates_what_si_leaves_free():
+  """AR1: the output layer has no importance, so nothing pulls it back from where it was put."""
+  method = chain(si=si(skip='head/.*'), cwr=cwr())
+  learn = compiled(learner(mlp((4,), 2), optax.sgd(0.1), method))
+  rng = np.random.default_rng(0)
+  batch = Batch(
+    jnp.asarray(rng.normal(size=(10, 3)), jnp.float32),
+    jnp.arange(10) % 2,
+    jnp.ones(10),
+    jnp.zeros(10),
+  )
+  state = learn.init(jax.random.key(0), batch)
+  for _ in range(3):
+    state, _ = learn.step(state, batch)
+  state = learn.boundary(state, jax.tree.map(lambda a: a[None], batch))
+  important = paths(state.method['si'].importance)
+  assert {p for p, a in important.items() if bool((a > 0).any())} == {'l0/w', 'l0/b'}
+  with pytest.raises(UserError, match='matches no parameter'):
+    learner(mlp((4,), 2), optax.sgd(0.1), si(skip='heads/.*')).init(jax.random.key(0), batch)
 
 
 def training(method):

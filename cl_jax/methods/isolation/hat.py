@@ -38,7 +38,8 @@ def hat(
   Serra et al., ICML 2018; official code joansj/hat. With e_l^t the embedding of task t at layer l:
 
   - gate a_l^t = sigmoid(s e_l^t) on the activations (eq. 1); s rises linearly from 1/smax to smax within
-    each epoch and is smax at test (eq. 3)
+    each epoch and is smax at test (eq. 3); where an epoch is a single step it stays at 1/smax, in the
+    official code too: such a task needs smaller batches
   - updates of weights are scaled by 1 - min(a<_{l,i}, a<_{l-1,j}), of biases by 1 - a<_{l,i} (eq. 2),
     where a< is the elementwise maximum over finished tasks
   - embedding gradients are multiplied by smax / s * (cosh(s e) + 1) / (cosh(e) + 1), s e clipped to +-50,

@@ -16,8 +16,10 @@ def partial(lowest: int = 1, stack: str = 'backbone/layers/.*') -> Method:
   """Trains the layers of a stack from `lowest` on; those below keep their weights, bit for bit.
 
   Layers are stacked in one array a weight, so that patterns of paths (`learner(frozen=...)`) cannot tell them
-  apart. What momentum, Adam or weight decay would do to the lower ones is undone after every step. Their
-  gradients are cut off, but computed: this saves no time and no bytes of optimiser state; 'last N' of
+  apart. What momentum, Adam or weight decay would do to the lower ones is undone after every step. The
+  gradient is cut off below layer `lowest`: for all weights of lower layers and for what lies before them
+  (embeddings, positions), whatever `stack` matches; of these, weight decay still moves those that it does not
+  match. Gradients are computed all the same: this saves no time and no bytes of optimiser state; 'last N' of
   `cl_jax.sparse` saves both.
 
   Args:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from cl_jax import memory
-from cl_jax.types import Method, Tree
+from cl_jax.types import Array, Method, Tree
 
 
 class AGEMState(NamedTuple):
   memory: memory.Memory
   finished: Tree  # the writer's state at the last boundary: which rows belong to finished tasks
+  task: Array | None = None  # i32[], finished tasks, where each has a ring of its own
 
 
 def agem(capacity: int = 500, draw: int = 256, classes: int = 10, tasks: int = 1) -> Method:
@@ -30,15 +31,17 @@ def agem(capacity: int = 500, draw: int = 256, classes: int = 10, tasks: int = 1
     capacity: slots in all.
     draw: rows of the reference batch.
     classes: number of classes.
-    tasks: > 1 keeps a ring per task and class (domain-incremental streams).
+    tasks: > 1 keeps a ring per task and class, counted by boundaries: where labels come again, rows of the
+      current task would take the places of those that may be drawn.
 
-  Needs the boundary (and the task in training where tasks > 1). State: capacity + 1 + draw rows as stored, 8
-  bytes per ring. One more forward and backward pass on `draw` rows per step.
+  Needs the boundary. State: capacity + 1 + draw rows as stored, 8 bytes per ring, with `tasks` 4 bytes. One
+  more forward and backward pass on `draw` rows per step.
   """
   write = memory.ring(capacity, classes, tasks)
 
   def init(key, params, batch, fwd):
-    return {}, AGEMState(memory.create(write, batch, draw), write.init(0))
+    task = jnp.int32(0) if tasks > 1 else None
+    return {}, AGEMState(memory.create(write, batch, draw), write.init(0), task)
 
   def grads(s, g, params, batch, grad_fn):
     ref = grad_fn(params, s.memory.draw)[1]
@@ -48,12 +51,15 @@ def agem(capacity: int = 500, draw: int = 256, classes: int = 10, tasks: int = 1
     return jax.tree.map(lambda a, r: a - scale * r, g, ref), s
 
   def after(s, params, step, key):
-    new = memory.write_then_draw(write, s.memory, step.batch, key, among=s.finished)
+    batch = step.batch
+    if s.task is not None:
+      batch = batch._replace(task=jnp.full_like(batch.task, jnp.minimum(s.task, tasks - 1)))
+    new = memory.write_then_draw(write, s.memory, batch, key, among=s.finished)
     return params, s._replace(memory=new)
 
   def boundary(s, params, batches, fwd, key):
     done = s.memory.aux
-    return params, AGEMState(memory.draw_again(write, s.memory, key, done), done)
+    task = None if s.task is None else s.task + 1
+    return params, AGEMState(memory.draw_again(write, s.memory, key, done), done, task)
 
-  needs = ('boundary', 'task_train') if tasks > 1 else ('boundary',)
-  return Method(init=init, grads=grads, after=after, boundary=boundary, needs=needs)
+  return Method(init=init, grads=grads, after=after, boundary=boundary, needs=('boundary',))

@@ -35,7 +35,7 @@ def gem(tasks: int, capacity: int = 500, margin: float = 0.5, eps: float = 1e-3)
     eps: added to the diagonal.
 
   Needs the boundary. State: capacity + 1 rows as stored, 4 bytes per task, 4 bytes. One more forward and
-  backward pass over a task's memory for each finished task per step.
+  backward pass over a task's memory for each finished task per step; what is counted is the last task's step.
   """
   m = capacity // tasks
   if m < 1:
@@ -52,13 +52,16 @@ def gem(tasks: int, capacity: int = 500, margin: float = 0.5, eps: float = 1e-3)
       return jax.tree.map(lambda all, new: all.at[k].set(new), G, grad_fn(params, rows)[1])
 
     G = jax.tree.map(lambda a: jnp.zeros((tasks, *a.shape), a.dtype), g)
-    G = jax.lax.fori_loop(0, jnp.minimum(s.task, tasks), one, G)
+    # As many rounds as tasks, of which those of unfinished ones do nothing: a time that can be stated.
+    G = jax.lax.fori_loop(
+      0, tasks - 1, lambda k, G: jax.lax.cond(k < s.task, one, lambda k, G: G, k, G), G
+    )
     flat = [a.reshape(tasks, -1) for a in jax.tree.leaves(G)]
     gram = sum(a @ a.T for a in flat) + eps * jnp.eye(tasks, dtype=flat[0].dtype)
     dots = jnp.asarray(
       sum(a @ b.reshape(-1) for a, b in zip(flat, jax.tree.leaves(g), strict=True))
     )
-    past = jnp.arange(tasks) < s.task
+    past = jnp.arange(tasks) < jnp.minimum(s.task, tasks - 1)
     v = nonnegative_quadratic(gram, dots, margin, past)
     v = jnp.where(jnp.any(past & (dots < 0)), v, 0)
     return jax.tree.map(lambda a, b: a + jnp.tensordot(v, b, 1), g, G), s
