@@ -31,7 +31,7 @@ and methods. Accuracy measured with 5 seeds (mean and 95 % interval, per cent):
   rehearsal    97.5 +-  2.3  85.9 +-  3.1  76.1 +-  2.1
     partial    97.6 +-  1.8  85.2 +-  7.4  76.4 +-  4.1
   latent       97.4 +-  2.1  84.5 +-  4.2  73.7 +-  2.9
-  latent,si,cwr 97.2 +- 2.0  84.1 +-  4.7  74.1 +-  1.2
+  latent,si,cwr 97.2 +- 2.1  84.5 +-  3.8  74.5 +-  1.6
   remind       97.0 +-  2.4  68.9 +-  8.0  70.3 +-  2.8
   dgr          96.2 +-  2.4  72.6 +-  9.8  43.7 +-  4.9
   dreamnet     96.0 +-  4.9  72.2 +-  8.9  37.2 +- 11.4
