@@ -37,7 +37,7 @@ PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --du
 test: $(VENV)/.test ## the suite but for `long`; make test ONLY=er runs the tests whose name holds "er"
 	$(PYTEST) $(if $(ONLY),-k '$(ONLY)',-m 'not long') $(ARGS)
 
-long: $(VENV)/.test ## the rest of the suite: every method where `test` takes one of every kind, kills, notebooks
+long: $(VENV)/.test ## the rest of the suite: what takes long by itself, kills, every method where `test` takes a few
 	$(PYTEST) -m long $(if $(ONLY),-k '$(ONLY)') $(ARGS)
 
 lint: $(VENV)/.test ## ruff (rules and format), pyright, licences of data and dependencies

@@ -83,6 +83,7 @@ def test_stages_that_chains_share_come_once():
   ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_stage_is_measured_and_a_stopped_command_goes_on(root, tmp_path, monkeypatch, capsys):
   place, real, count = tmp_path / 'run', run.run, []
 

@@ -215,6 +215,7 @@ def test_sentences_are_cut_to_what_they_need():
   assert {s[0] for s in shapes} == {features.BATCH} and min(s[1] for s in shapes) < 32
 
 
+@pytest.mark.long
 def test_minilm_features_of_clinc150_are_learnt_by_slda(call, tmp_path):
   """The pretrained path, end to end on a few sentences: weights, tokenizer, features, results."""
   try:

@@ -94,6 +94,7 @@ def test_killed_at_random_moments(tiny, tmp_path, uninterrupted):
   kill_and_resume(tiny, tmp_path, wanted, seconds, int(os.environ.get('CL_JAX_KILLS', '3')))
 
 
+@pytest.mark.long
 def test_three_seeds_go_on_with_another_number_of_devices(tiny, tmp_path):
   """Two devices have a place too many for three runs; what is saved has the runs alone."""
   for number in ('2', '1', '2'):
@@ -113,6 +114,7 @@ def test_killed_at_thirty_random_moments(tiny, tmp_path, uninterrupted):
   assert resumed >= 5
 
 
+@pytest.mark.long
 def test_seeds_on_two_devices_equal_seeds_on_one(tiny, tmp_path, uninterrupted):
   wanted, _ = uninterrupted
   environment = {**os.environ, **QUICKLY, 'JAX_NUM_CPU_DEVICES': '1'}

@@ -157,6 +157,7 @@ def test_a_killed_worker_and_a_killed_launcher_change_nothing(undisturbed, longe
   assert deterministic(place) == deterministic(undisturbed)
 
 
+@pytest.mark.long
 def test_a_launcher_that_is_asked_to_stop_lets_its_jobs_save(longer, tmp_path, undisturbed, call):
   place, log = tmp_path / 'stopped', tmp_path / 'log.txt'
   grid = "--config.sweep={'optimizer.lr': (0.03, 0.02, 0.01), 'er.capacity': (30,)}"

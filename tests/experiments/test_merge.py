@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 
 from cl_jax.models import vit
 from experiments import build, config, run, weights
 
 
+@pytest.mark.long
 def test_a_vit_with_lora_is_written_and_read_by_a_configuration(tmp_path, capsys):
   """Adapters are in the weights that they adapt and in no other; the head stays behind."""
   words = {

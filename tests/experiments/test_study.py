@@ -104,6 +104,7 @@ def test_cka_is_one_up_to_rotation_and_scale_and_falls_with_noise():
   assert study.cka(a, b) == pytest.approx((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
 
 
+@pytest.mark.long
 def test_a_study_runs_resumes_and_draws(tmp_path, monkeypatch, capfd):
   file = tmp_path / 'study_tiny.py'
   file.write_text(TINY)

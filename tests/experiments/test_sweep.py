@@ -131,6 +131,7 @@ def test_the_program_of_a_group_is_compiled_once(call, tiny, tmp_path, monkeypat
   assert real is loop.run_chunks
 
 
+@pytest.mark.long
 def test_widths_of_a_device(call, tiny, swept, tmp_path, monkeypatch):
   before = {(c['config_sha256'], c['seed']): c for c in lines(swept)}
   monkeypatch.setenv('CL_JAX_CACHE', str(tmp_path / 'cache'))

@@ -200,6 +200,7 @@ def test_what_a_tap_puts_before_is_attended_to():
     assert jnp.abs(changed - plain)[:, 2:].max(-1).min() > 1e-4
 
 
+@pytest.mark.long
 def test_frozen_weights_in_few_bits():
   """Close to the weights, a half, a quarter and an eighth of their bytes, and LoRA trains above them."""
   config = TINY._replace(d=64, ffn=128)

@@ -128,6 +128,7 @@ def test_class_balanced_evens_out_an_uneven_stream():
   assert share['reservoir'][2] <= 5
 
 
+@pytest.mark.long
 @given(total=st.integers(0, 40), n=st.integers(1, 12), seed=st.integers(0, 10_000))
 def test_distinct(total, n, seed):
   i, w = memory.distinct(jax.random.key(seed), n, jnp.int32(total))

@@ -92,6 +92,7 @@ def test_clinc150_tokens():
 # TensorFlow Datasets.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('name', 'options', 'shape', 'test_count', 'classes'),
   [
