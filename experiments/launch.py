@@ -80,6 +80,11 @@ def command(argv: list[str]) -> int:
   with cli.network(options.offline), workdir.claimed(options.workdir) as place:
     if fresh:
       place.chmod(0o700)
+    if (place / results.FILE).exists() and not (place / FILE).exists():
+      raise UserError(
+        f'{place} has results of experiments.sweep or run, which those of the jobs would replace: name '
+        'another --workdir'
+      )
     workdir.remember(place, {**options.config, 'sweep': options.sweep})
     about, all_jobs = prepared(options, wish, cells, place, shown)
     wanted = {c.sha256 for c in cells}

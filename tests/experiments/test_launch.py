@@ -246,6 +246,15 @@ def test_another_configuration_is_refused_and_a_grid_may_grow(
   (undisturbed / 'launch.json').write_text(before)
 
 
+def test_results_of_a_sweep_are_not_replaced(call, tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(launch, 'follow', lambda launch, todo: None)
+  (tmp_path / 'results.jsonl').write_text('{"config_sha256": "a", "seed": 0}\n')
+  done = call(launch.main, *words(tiny, tmp_path))
+  assert done.code == 2 and 'has results of experiments.sweep or run' in done.line
+  assert (tmp_path / 'results.jsonl').read_text() == '{"config_sha256": "a", "seed": 0}\n'
+  assert not (tmp_path / 'jobs').exists() and not (tmp_path / 'config.json').exists()
+
+
 def test_a_job_that_crashes_is_tried_again_and_then_listed(call, tiny, tmp_path, monkeypatch):
   crash = "print('boom', flush=True); import os; os._exit(7)"
   monkeypatch.setattr(launch_jobs, 'command', lambda job: (sys.executable, '-c', crash))
