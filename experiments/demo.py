@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from cl_jax import durable, report
 from cl_jax.errors import UserError
 from cl_jax.models import pretrained
 from configs import demo as study
-from experiments import cli, results, run, show, workdir
+from experiments import cli, probe, results, run, show, workdir
 from experiments.answer import answer
 from experiments.options import parse
 from experiments.pool import Work, default_workers, processes
-from experiments.probe import probe
 
 PROGRAM = 'experiments.demo'
 
@@ -68,9 +67,20 @@ def one(argv: list[str]) -> int:
   with workdir.claimed(options.workdir) as place:
     workdir.remember(place, options.config)
     run.run(options, place, shown)
-    if not options.config['methods'] and options.config['scenario'] == 'class':
-      probe(options.config, place, shown.say)
+    if probed(options.config):
+      probe.probe(options.config, place, shown.say)
   return 0
+
+
+def probed(config: Mapping[str, Any]) -> bool:
+  """Whether the features are looked at after the run: of fine-tuning, domain after domain."""
+  return not config['methods'] and config['scenario'] == 'class'
+
+
+def finished(w: Work) -> bool:
+  """Whether nothing of it is left to do, the probe included."""
+  config = parse([*w.argv], run.PROGRAM, run.ABOUT).config
+  return w.finished() and (not probed(config) or (w.folder / probe.FILE).exists())
 
 
 def plan(options: argparse.Namespace, folder: Path) -> list[Work]:
@@ -112,7 +122,7 @@ def demo(work: list[Work], folder: Path, workers: int, quick: bool) -> int:
     print(f'{show.clock(time.monotonic() - begin):>6}  {line}', flush=True)
 
   folder.mkdir(parents=True, exist_ok=True)
-  todo = [w for w in work if not w.finished()]
+  todo = [w for w in work if not finished(w)]
   print(f'Does a foundation model forget? {len(todo)} of {len(work)} runs to do, into {folder}')
   for w in work:
     if w not in todo:

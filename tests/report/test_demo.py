@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from cl_jax.report.lines import sections
 from cl_jax.streams import builtin, text
 from configs import demo as study
-from experiments import config, demo, pool
+from experiments import config, demo, options, pool
 from experiments.answer import QUICK, answer, sentences
 from tests.compiling import QUICKLY
 
@@ -147,6 +148,25 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tiny, tmp_path):
   ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stdout + ran.stderr
   assert 'going on from' in log.read_text()
+
+
+def test_a_probe_that_was_cut_off_is_made_up_for(tiny, tmp_path, monkeypatch):
+  words = command(tiny, tmp_path, '--only=joint,naive')[3:]
+  for w in planned(words):
+    resolved = options.parse([*w.argv], 'experiments.run', '').config
+    line = {'config': resolved, 'config_sha256': config.sha256(resolved), 'seed': 0}
+    w.folder.mkdir()
+    (w.folder / 'results.jsonl').write_text(json.dumps(line) + '\n')
+  started = []
+  monkeypatch.setattr(
+    demo, 'processes', lambda todo, *rest: started.extend(todo) or contextlib.nullcontext(iter(()))
+  )
+  monkeypatch.setattr(demo, 'outcome', lambda w: '')
+  monkeypatch.setattr(demo, 'finish', lambda *args: None)
+  assert demo.main(words) == 0 and [w.name for w in started] == ['naive-0']
+  (tmp_path / 'naive-0/probe.json').write_text('{"ncm": 0.5}\n')
+  started.clear()
+  assert demo.main(words) == 0 and not started
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_reported(done, tiny, tmp_path, capsys):
