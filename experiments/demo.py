@@ -23,6 +23,7 @@ from cl_jax.models import pretrained
 from configs import demo as study
 from experiments import cli, probe, results, run, show, workdir
 from experiments.answer import answer
+from experiments.config import tuples
 from experiments.options import parse
 from experiments.pool import Work, default_workers, processes
 
@@ -122,6 +123,7 @@ def demo(work: list[Work], folder: Path, workers: int, quick: bool) -> int:
     print(f'{show.clock(time.monotonic() - begin):>6}  {line}', flush=True)
 
   folder.mkdir(parents=True, exist_ok=True)
+  gathered(work, folder)  # what cannot go together is refused before anything runs
   todo = [w for w in work if not finished(w)]
   print(f'Does a foundation model forget? {len(todo)} of {len(work)} runs to do, into {folder}')
   for w in work:
@@ -141,10 +143,27 @@ def demo(work: list[Work], folder: Path, workers: int, quick: bool) -> int:
   if stopped:
     print(f'{PROGRAM}: stopped; the same command goes on from here', file=sys.stderr)
     return 130
-  lines = [line for w in work if w.name not in failed for line in results.read(w.folder)]
-  if lines:
+  if lines := gathered(work, folder):
     finish(lines, folder, quick, say)
   return max(failed.values(), default=0)
+
+
+def gathered(work: Sequence[Work], folder: Path) -> list[dict[str, Any]]:
+  """The lines of all methods and seeds that are there, those that were not asked for now included.
+
+  Raises:
+    UserError: some are of other sentences or of another network.
+  """
+  own = parse([*work[0].argv], run.PROGRAM, run.ABOUT).config
+  unfinished, found = [w.folder for w in work if not w.finished()], []
+  for place in sorted(p for p in folder.iterdir() if p.is_dir()):
+    lines = results.read(place)
+    if any(tuples(line['config'][k]) != own[k] for line in lines for k in ('data', 'model')):
+      raise UserError(
+        f'{place} has results with another --quick or --model: name another --workdir'
+      )
+    found += [] if place in unfinished else lines
+  return found
 
 
 def finish(

@@ -117,6 +117,7 @@ def test_repeated_it_runs_nothing_again(done, tiny, capsys):
   begin = time.monotonic()
   assert demo.main(command(tiny, folder, ONLY)[3:]) == 0
   assert '0 of 5 runs to do' in capsys.readouterr().out and time.monotonic() - begin < 60
+  assert demo.main(command(tiny, folder, '--only=ncm')[3:]) == 0
   assert (folder / 'results.jsonl').read_bytes() == before
 
 
@@ -150,23 +151,43 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tiny, tmp_path):
   assert 'going on from' in log.read_text()
 
 
-def test_a_probe_that_was_cut_off_is_made_up_for(tiny, tmp_path, monkeypatch):
-  words = command(tiny, tmp_path, '--only=joint,naive')[3:]
-  for w in planned(words):
+@pytest.fixture
+def before(tiny, tmp_path, monkeypatch):
+  """(command line of a demo whose results are there, its runs, those that are started, lines reported)."""
+  words, started, reported = command(tiny, tmp_path, '--only=joint,naive')[3:], [], []
+  work = planned(words)
+  for w in work:
     resolved = options.parse([*w.argv], 'experiments.run', '').config
     line = {'config': resolved, 'config_sha256': config.sha256(resolved), 'seed': 0}
     w.folder.mkdir()
     (w.folder / 'results.jsonl').write_text(json.dumps(line) + '\n')
-  started = []
   monkeypatch.setattr(
     demo, 'processes', lambda todo, *rest: started.extend(todo) or contextlib.nullcontext(iter(()))
   )
   monkeypatch.setattr(demo, 'outcome', lambda w: '')
-  monkeypatch.setattr(demo, 'finish', lambda *args: None)
+  monkeypatch.setattr(demo, 'finish', lambda lines, *rest: reported.extend(lines))
+  return words, work, started, reported
+
+
+def test_a_probe_that_was_cut_off_is_made_up_for(before):
+  words, work, started, _ = before
   assert demo.main(words) == 0 and [w.name for w in started] == ['naive-0']
-  (tmp_path / 'naive-0/probe.json').write_text('{"ncm": 0.5}\n')
+  (work[1].folder / 'probe.json').write_text('{"ncm": 0.5}\n')
   started.clear()
   assert demo.main(words) == 0 and not started
+
+
+def test_what_was_not_asked_for_again_stays_in_the_report(before, capsys):
+  words, _, started, reported = before
+  assert demo.main([*words, '--only=joint']) == 0 and not started
+  assert [line['config']['scenario'] for line in reported] == ['joint', 'class']
+  reported.clear()
+  assert demo.main([*words, '--only=ncm']) == 0 and [w.name for w in started] == ['ncm']
+  assert len(reported) == 2
+  words.remove('--quick')
+  assert demo.main(words) == 2 and len(started) == 1
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and 'joint-0 has results with another --quick or --model' in error
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_reported(done, tiny, tmp_path, capsys):
