@@ -1,9 +1,9 @@
 """Tables across runs: `python -m experiments.compare DIR... [--out DIR]`.
 
-Every DIR holds a results.jsonl. Runs of one configuration are one row, with the mean over seeds and its 95 %
-interval. What was learnt under another dataset, scenario or protocol, and methods that are told the task at
-test time, are never in one ranking: each gets a table of its own. With --out the tables are also written
-as compare.md, beside report.html and figures of all runs together.
+Every DIR holds a results.jsonl; what has none is named and left out. Runs of one configuration are one row,
+with the mean over seeds and its 95 % interval. What was learnt under another dataset, scenario or protocol,
+and methods that are told the task at test time, are never in one ranking: each gets a table of its own. With
+--out the tables are also written as compare.md, beside report.html and figures of all runs together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(dirs: Sequence[Path], out: Path | None, costs: bool) -> int:
-  lines, problems = gather(dirs)
+  usable = [d for d in dirs if (d / 'results.jsonl').is_file()]
+  missing = ', '.join(str(d) for d in dirs if d not in usable)
+  if not usable:
+    raise UserError(f'no results.jsonl in {missing}: name the --workdir of runs that have finished')
+  if missing:  # a pattern like DIR/* also finds what --out has written
+    print(f'left out, without results.jsonl: {missing}', file=sys.stderr)
+  lines, problems = gather(usable)
   for p in problems:
     print(f'{p.path}, line {p.number} left out: {p.why}', file=sys.stderr)
   if not lines:
@@ -66,11 +72,6 @@ def command(dirs: Sequence[Path], out: Path | None, costs: bool) -> int:
 
 def gather(dirs: Sequence[Path]) -> tuple[list[Line], list[Problem]]:
   """The lines of all directories; a run that is in several of them counts once."""
-  missing = [str(d) for d in dirs if not (d / 'results.jsonl').is_file()]
-  if missing:
-    raise UserError(
-      f'no results.jsonl in {", ".join(missing)}: name the --workdir of runs that have finished'
-    )
   kept: dict[tuple[str, int], Line] = {}
   problems: list[Problem] = []
   for folder in dirs:

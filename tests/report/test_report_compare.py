@@ -42,10 +42,23 @@ def test_out_gets_markdown_and_a_report(put, make, tmp_path, capsys):
   assert 'compare.md' in capsys.readouterr().out
 
 
-def test_missing_directories_are_one_clear_line(put, make, tmp_path, capsys):
-  assert compare.main([str(put(make())), str(tmp_path / 'no'), str(tmp_path / 'nor')]) == 2
+def test_what_has_no_results_is_named_and_left_out(put, make, tmp_path, capsys):
+  put(make('er'))
+  (tmp_path / 'tuned/er').mkdir(parents=True)
+  for _ in range(2):  # the second time what the first one has written is among them
+    assert compare.main([*map(str, sorted(tmp_path.iterdir())), '--out', str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count('\n') == 1 and str(tmp_path / 'tuned') in shown.err and 'er' in shown.out
+  for name in ('compare.md', 'report.html', 'figures'):
+    assert str(tmp_path / name) in shown.err
+
+
+@pytest.mark.parametrize('names', [('no',), ('no', 'nor')])
+def test_missing_directories_are_one_clear_line(names, tmp_path, capsys):
+  assert compare.main([str(tmp_path / name) for name in names]) == 2
   error = capsys.readouterr().err
-  assert error.count('\n') == 1 and 'no, ' in error and 'nor: name the --workdir' in error
+  assert error.count('\n') == 1 and f'{names[-1]}: name the --workdir' in error
+  assert all(str(tmp_path / name) in error for name in names)
 
 
 def test_damaged_lines_go_to_stderr_and_the_rest_is_shown(put, make, capsys):
