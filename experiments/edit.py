@@ -233,7 +233,6 @@ def converging(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence
   cli.devices(1)
   words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
   with workdir.claimed(folder) as place:
-    workdir.remember(place, chosen)
     return edit_moments.converge(chosen, data, place, words, show.make().say)
 
 

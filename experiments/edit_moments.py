@@ -15,7 +15,15 @@ from cl_jax.editing import evaluate, memit, statistics, write
 from cl_jax.editing.statistics import Collected
 from cl_jax.editing.target import Recipe, optimise
 from cl_jax.errors import UserError
-from experiments import edit_config, edit_exam, edit_measures, edit_subject, results
+from experiments import (
+  config,
+  edit_config,
+  edit_exam,
+  edit_measures,
+  edit_subject,
+  results,
+  workdir,
+)
 
 FILE = 'moments.json'
 HALVINGS = 6  # the first point has a 64th of the text
@@ -33,18 +41,23 @@ def converge(
   differs from the other half by, which for independent halves is the error of all of it.
 
   Raises:
-    UserError: another editor than MEMIT, a sketch, or too short a text.
+    UserError: another editor than MEMIT, a sketch, too short a text, or results of another configuration.
   """
   if chosen['editor'] != 'memit':
     raise UserError(f'--moments is about what memit writes; config.editor is {chosen["editor"]!r}')
   if chosen['moments']['sketch']:
     raise UserError('--moments compares whole sums: leave config.moments.sketch at 0')
   path, parts = folder / FILE, folder / 'parts'
-  there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {'config': None}
-  if there['config'] == json.loads(json.dumps(chosen)):  # finished, but for what a kill has left
+  if path.exists():  # finished, but for what a kill has left
+    there: dict[str, Any] = json.loads(path.read_text())
+    if differing := config.difference(there['config'], chosen):
+      raise UserError(
+        f'{path} is of another configuration ({differing[0]}; there / here): name another --workdir'
+      )
     shutil.rmtree(parts, ignore_errors=True)
     print('\n'.join((*map(said, there['points']), str(path))))
     return 0
+  workdir.remember(folder, chosen)
   subject = edit_subject.opened(chosen['model'])
   seed, own = chosen['seeds'][0], chosen['memit']
   layers = edit_config.layers(chosen)

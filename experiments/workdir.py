@@ -72,7 +72,8 @@ def remember(workdir: Path, resolved: Mapping[str, Any]) -> None:
     differing = config.difference(one, other)
     if ('sweep' in there) != ('sweep' in resolved):
       differing = ['one is a sweep']
-    used = any((workdir / name).exists() for name in ('checkpoints', 'jobs', results.FILE))
+    kept = ('checkpoints', 'jobs', 'moments.json', results.FILE)
+    used = any((workdir / name).exists() for name in kept)
     if differing and used:
       more = f' and {len(differing) - 1} more' if len(differing) > 1 else ''
       raise UserError(

@@ -234,7 +234,16 @@ def test_moments_of_ever_more_text_and_what_is_written_with_them(
     patch.setattr(edit_subject, 'opened', lambda name: 1 / 0)
     assert edit.main(argv) == 0
   assert '192 tokens: E[kk^T] off by 0.000' in capsys.readouterr().out
-  assert edit.main([*argv, '--config.moments.tokens=96']) == 2
+  before = (tmp_path / 'moments.json').read_bytes()
+  other = [*argv, '--config.memit.coef=0.25']
+  assert edit.main(other) == 2
+  assert 'another configuration (memit.coef: 0.5 / 0.25; there' in capsys.readouterr().err
+  assert edit.main([w for w in other if w != '--moments']) == 2  # nor another command in its place
+  (tmp_path / 'config.json').unlink()
+  assert edit.main(other) == 2 and edit.main(argv) == 0
+  assert (tmp_path / 'moments.json').read_bytes() == before
+  assert edit.main([*argv, '--config.moments.tokens=96', f'--workdir={tmp_path}/short']) == 2
+  assert 'fewer than the 64 that can be halved' in capsys.readouterr().err
   assert edit.main(['--moments', '--config=configs/edit_counterfact.py:rome,3', f'--workdir={tmp_path}/x',
                     f'--data_dir={root}', f'--config.model={root}/model']) == 2  # fmt: skip
   assert "what memit writes; config.editor is 'rome'" in capsys.readouterr().err
