@@ -36,8 +36,9 @@ class Launch(NamedTuple):
   @property
   def limit(self) -> int:
     """Jobs at a time."""
-    own = self.wish.jobs
-    return own or (pool.default_workers() if self.wish.executor == 'local' else sys.maxsize)
+    if self.wish.jobs or self.wish.executor != 'local':
+      return self.wish.jobs or sys.maxsize
+    return min(pool.default_workers(), max(1, len(pool.cores()) // (self.wish.cpus or 1)))
 
   def argv(self, job: Job) -> list[str]:
     """The command line of the job."""

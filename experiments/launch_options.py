@@ -21,7 +21,8 @@ on) or for a larger grid repeat the command; what is finished is not run again. 
   python -m experiments.launch --status=runs/grid
 Without a sweep there is one job. Beside the options of experiments.sweep, which follow:
   --executor=local|slurm   processes on this machine, or jobs in Slurm through submitit (local)
-  --jobs=N                 at most so many at a time (local: one a core, one with an accelerator; slurm: any)
+  --jobs=N                 at most so many at a time (local: one a core, with --cpus as many as have so many
+                           each, with an accelerator one; slurm: any)
   --cells=N                at most so many cells in a job (all that one compiled program serves)
   --retries=N              after a crash (2)
   --cpus=N                 of each job (local: the cores shared out; slurm: 1 a process)

@@ -6,10 +6,21 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from experiments import config, launch_jobs, launch_part, launch_plan, launch_slurm, sweep
+from experiments import (
+  config,
+  launch_jobs,
+  launch_options,
+  launch_part,
+  launch_plan,
+  launch_slurm,
+  pool,
+  sweep,
+)
+from experiments.launch_follow import Launch
 
 
 def test_a_job_is_a_grid_of_exactly_its_cells(tiny):
@@ -43,6 +54,28 @@ def test_time_comes_from_finished_runs():
   assert launch_part.seconds(part, []) == launch_part.START + 4e12 / launch_part.SPEED
   line = {'flops_per_step': 1e9, 'steps': 100, 'wall_s': 50.0}
   assert launch_part.seconds(part, [line]) == pytest.approx(4e12 * 50 / 1e11)
+
+
+@pytest.mark.parametrize(
+  ('words', 'most'),
+  [((), 4), (('--cpus=1',), 4), (('--cpus=2',), 2), (('--cpus=3',), 1), (('--cpus=9',), 1),
+   (('--cpus=2', '--jobs=3'), 3), (('--executor=slurm', '--cpus=2'), sys.maxsize)],
+)  # fmt: skip
+def test_a_job_on_this_machine_gets_the_cores_that_it_was_promised(words, most, monkeypatch):
+  monkeypatch.setattr(pool, 'cores', lambda: frozenset(range(4)))
+  monkeypatch.setattr(pool, 'accelerated', lambda: False)
+  wish, _ = launch_options.wishes(words)
+  own = Launch(Path(), '', [], wish, None, print)  # pyright: ignore[reportArgumentType]
+  assert own.limit == most
+  if wish.cpus and not wish.jobs and wish.executor == 'local':
+    assert min(map(len, pool.shares(pool.cores(), own.limit))) >= min(wish.cpus, 4)
+
+
+def test_with_an_accelerator_it_is_one_job_whatever_its_cores(monkeypatch):
+  monkeypatch.setattr(pool, 'cores', lambda: frozenset(range(4)))
+  monkeypatch.setattr(pool, 'default_workers', lambda: 1)
+  wish, _ = launch_options.wishes(['--cpus=2'])
+  assert Launch(Path(), '', [], wish, None, print).limit == 1  # pyright: ignore[reportArgumentType]
 
 
 # --- what becomes of a job --------------------------------------------------------------------------
