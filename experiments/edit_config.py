@@ -129,10 +129,12 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
     if resolved['evaluate'][name] < least:
       got = resolved['evaluate'][name]
       raise UserError(f'config.evaluate.{name} must be at least {least}; got {got}')
-  if resolved['moments']['sketch'] < 0:
-    raise UserError(
-      f'config.moments.sketch must be at least 0; got {resolved["moments"]["sketch"]}'
-    )
+  # A block holds a token and one to predict from it.
+  for part, name, least in (
+    ('evaluate', 'block', 2), ('moments', 'block', 1), ('moments', 'tokens', 1), ('moments', 'sketch', 0)
+  ):  # fmt: skip
+    if resolved[part][name] < least:
+      raise UserError(f'config.{part}.{name} must be at least {least}; got {resolved[part][name]}')
   if resolved['batch'] > resolved['edits']:
     raise UserError(
       f'config.batch={resolved["batch"]} is more than config.edits={resolved["edits"]}'

@@ -53,14 +53,23 @@ def forgetting(R: np.ndarray, facts: np.ndarray) -> float | None:
   return float(np.average(lost, weights=facts[:-1]))
 
 
-def perplexities(chosen, subject: Subject, data: Path, backbone, state, editor: Editor) -> dict:
-  """{corpus: [before, after]}: what happened to text that has nothing to do with the edits."""
-  about, found = chosen['evaluate'], {}
-  if chosen['apart']:
-    return found
-  for name in about['texts']:
-    file = data / 'text/corpora' / name / 'test.txt'
-    blocks = corpora.blocks(file, subject.file, about['block'])[: about['blocks']]
+def texts(chosen, subject: Subject, data: Path) -> dict[str, np.ndarray]:
+  """{corpus: blocks of its test text} whose perplexity is to be measured; {} where edits are apart."""
+  about = chosen['evaluate']
+  names = () if chosen['apart'] else about['texts']
+  files = {name: data / 'text/corpora' / name / 'test.txt' for name in names}
+  return {
+    name: corpora.blocks(file, subject.file, about['block'])[: about['blocks']]
+    for name, file in files.items()
+  }
+
+
+def perplexities(
+  asked: Mapping[str, np.ndarray], subject: Subject, backbone, state, editor: Editor
+) -> dict[str, list[float]]:
+  """{corpus: [before, after]}: what happened to `texts`, which have nothing to do with the edits."""
+  found = {}
+  for name, blocks in asked.items():
     pair = [evaluate.perplexity(subject.config, subject.backbone, blocks)]
     pair.append(evaluate.perplexity(subject.config, backbone, blocks, state, editor.tap))
     found[name] = [round(v, 4) for v in pair]

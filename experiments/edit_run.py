@@ -23,7 +23,7 @@ from cl_jax.models import decoder
 from cl_jax.types import Tree
 from experiments import config, edit_config, edit_file, edit_state, results
 from experiments.edit_exam import Exam, prepare
-from experiments.edit_measures import matrix, perplexities, rounded, said, written
+from experiments.edit_measures import matrix, perplexities, rounded, said, texts, written
 from experiments.edit_rounds import Watched
 from experiments.edit_subject import Subject, editor_of
 from experiments.watch import Clock, Interrupted, Stop
@@ -57,6 +57,8 @@ def run(
   """One seed: the line of results.jsonl, without its command."""
   clock = Clock()
   edit_file.writable(chosen, subject, place.model, place.edits)
+  # A mistake in their names is found now, not after all edits.
+  blocks = texts(chosen, subject, place.data)
   exam = prepare(chosen, subject, place.data, seed, tell)
   saved, backbone, editor = progress(chosen, subject, exam, seed, place, tell, clock)
   about = saved.about
@@ -81,7 +83,7 @@ def run(
       for name, values in evaluate.by_edit(exam.asked, after).items()
     },
     **matrix(about, exam),
-    'perplexity': perplexities(chosen, subject, place.data, backbone, saved.state, editor),
+    'perplexity': perplexities(blocks, subject, backbone, saved.state, editor),
     **written(chosen, subject, exam, backbone, saved.state, editor, seed),
     'seconds_per_edit': round((about['edit_s'] - about['compile_s']) / len(exam.edits), 4),
     'compile_s': round(about['compile_s'], 3),

@@ -327,12 +327,9 @@ def measured(bench: Bench, exam: edit_exam.Exam, prefix: Prefix) -> dict[str, An
 
 def perplexities(bench: Bench, subject: edit_subject.Subject) -> dict[str, float]:
   """{corpus: perplexity} on test text."""
-  about, found = bench.chosen['evaluate'], {}
-  for name in about['texts']:
-    file = bench.data / 'text/corpora' / name / 'test.txt'
-    blocks = corpora.blocks(file, subject.file, about['block'])[: about['blocks']]
-    found[name] = round(evaluate.perplexity(subject.config, subject.backbone, blocks), 4)
-  return found
+  asked = edit_measures.texts(bench.chosen, subject, bench.data)
+  ask = lambda blocks: evaluate.perplexity(subject.config, subject.backbone, blocks)  # noqa: E731
+  return {name: round(ask(blocks), 4) for name, blocks in asked.items()}
 
 
 def summary(line: Mapping[str, Any]) -> str:

@@ -554,6 +554,9 @@ def test_facts_that_the_model_says_are_known(root, monkeypatch):
     (('--config=configs/edit_counterfact.py:alphedit,4',), "'alphedit' is no word"),
     (('--config.length=3',), 'none of 4 edits'),
     (('--config.moments.sketch=-1',), 'at least 0'),
+    (('--config.moments.block=0',), 'config.moments.block must be at least 1; got 0'),
+    (('--config.moments.tokens=0',), 'config.moments.tokens must be at least 1; got 0'),
+    (('--config.evaluate.block=1',), 'config.evaluate.block must be at least 2; got 1'),
     (('--config.moments.sketch=25',), 'between 0 and 24'),
   ],
 )
@@ -561,6 +564,20 @@ def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
   assert go(root, tmp_path / 'x', *words) == 2
   (line,) = [r for r in capsys.readouterr().err.splitlines() if r.startswith('experiments.edit:')]
   assert said in line
+
+
+def test_texts_are_looked_up_before_anything_is_edited(root, tmp_path, monkeypatch, capsys):
+  """A mistake in their names is put right in the same place; where edits are apart, none is asked for."""
+  with monkeypatch.context() as patch:
+    patch.setattr(edit_run, 'prepare', lambda *args: pytest.fail('something was computed'))
+    assert go(root, tmp_path, '--config.evaluate.texts=wiki,maths') == 2
+  line = capsys.readouterr().err
+  assert 'no corpus at' in line and 'maths' in line and 'there are math, wiki' in line
+  assert go(root, tmp_path, '--config.evaluate.texts=wiki', '--config.evaluate.written=0') == 0
+  (line,) = results.read(tmp_path)
+  assert [*line['perplexity']] == ['wiki']
+  chosen = {**line['config'], 'apart': True, 'evaluate': {'texts': ('maths',)}}
+  assert edit_measures.texts(chosen, edit_subject.opened(f'{root}/model'), root) == {}
 
 
 @pytest.mark.parametrize('prompt, subject, target, said', [
