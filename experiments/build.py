@@ -127,7 +127,7 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     total = lambda c: budget.state_bytes(  # noqa: E731
       jax.eval_shape(assemble(hp, weights, own=c).init, jax.random.key(0), first)
     )['total']
-    return total(own) - total(without_methods(config))
+    return total(own) - total(capacity.without_methods(config))
 
   sized = capacity.fitted(config, added)
   slots = {m: sized[m]['capacity'] for m in config['methods'] if sized[m] != config[m]}
@@ -159,12 +159,6 @@ def never_free(config: Mapping[str, Any], stream: Stream) -> int:
   else:
     gathers = given if isinstance(given, tuple) else [given] * len(stream.index)
   return sum(n <= warm for n, warm in zip(steps_of(stream), gathers, strict=True))
-
-
-def without_methods(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Plain fine-tuning, without codes for memories and states that it does not have."""
-  plain = {**config.get('compress', {}), 'memory': '', 'state': ()}
-  return {**config, 'methods': (), 'compress': plain}
 
 
 def begun(stream: Stream, tasks: int | None) -> Stream:

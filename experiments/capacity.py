@@ -64,3 +64,9 @@ def fitted(config: Mapping[str, Any], added: Callable[[Mapping[str, Any]], int])
     middle = (low + high) // 2
     low, high = (middle, high) if (size(middle) or 0) <= budget else (low, middle)
   return with_slots(low)
+
+
+def without_methods(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Plain fine-tuning, without codes for memories and states that it does not have."""
+  plain = {**config.get('compress', {}), 'memory': '', 'state': ()}
+  return {**config, 'methods': (), 'compress': plain}

@@ -26,7 +26,18 @@ from cl_jax.streams.take import take
 from cl_jax.sweep import MAPPED, SHARED, map_runs
 from cl_jax.types import Learner, State, Stream, Tree
 from configs.common import SEPARATE
-from experiments import build, cli, config, engine, results, scalars, show, tables, workdir
+from experiments import (
+  build,
+  capacity,
+  cli,
+  config,
+  engine,
+  results,
+  scalars,
+  show,
+  tables,
+  workdir,
+)
 from experiments.build import hyper
 from experiments.job import all_finite
 from experiments.options import Options, parse
@@ -287,7 +298,7 @@ def plain_of(own: Mapping[str, Any], setup: build.Setup) -> dict[str, Any]:
   groups = own['optimizer']['groups']
   of = {next((g for g in groups if masks.matches(g[0], path)), None) for path in trained}
   reached = tuple(g for g in groups if g in of)
-  return build.without_methods(own) | {'optimizer': {**own['optimizer'], 'groups': reached}}
+  return capacity.without_methods(own) | {'optimizer': {**own['optimizer'], 'groups': reached}}
 
 
 def attempt(make, epochs: int, patience: Patience | None, hp, state, stream: Stream, t, weights):

@@ -103,7 +103,7 @@ def state_fits(
   """'config.FIELD=VALUE' of each field that alone brings the state below the limit."""
   found = []
   if (own := slots_within(config, frozen, make, limit)) is not None:
-    found.append(' with '.join(slots(own)))
+    found.append(slots(config, own, make))
   for bits, size in rounded(config, frozen).items():
     if total - budget.tree_bytes(frozen) + size <= limit:
       return [*found, f'config.frozen_bits={bits}']
@@ -143,12 +143,16 @@ def slots_within(
     return None
 
 
-def slots(own: Mapping[str, Any]) -> list[str]:
-  return [
+def slots(config: Mapping[str, Any], own: Mapping[str, Any], make: Make) -> str:
+  """The fields that give `own` its slots: `budget_bytes`, where that one decides, or each capacity."""
+  if config['budget_bytes'] is not None:
+    size = lambda c: budget.state_bytes(make(c).state)['total']  # noqa: E731
+    return f'config.budget_bytes={size(own) - size(capacity.without_methods(own))}'
+  return ' with '.join(
     f'config.{name}.{capacity.SLOTS}={own[name][capacity.SLOTS]}'
     for name in own['methods']
     if capacity.SLOTS in own[name]
-  ]
+  )
 
 
 def macs_fit(config: Mapping[str, Any], make: Make, limit: int) -> list[str]:
@@ -175,7 +179,7 @@ def peak_fits(config: Mapping[str, Any], make: Make, limit: int, peak: int) -> l
   )  # a step that is given the state to overwrite holds it once
   own = slots_within(config, None, make, kept - (peak - limit))
   if own is not None and make(own).peak().peak <= limit:
-    return [' with '.join(slots(own))]
+    return [slots(config, own, make)]
   return []
 
 

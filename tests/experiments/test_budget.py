@@ -221,6 +221,20 @@ def test_what_would_fit_below_all_batches_and_slots():
       prepared(**{name: 100})
 
 
+def test_slots_that_a_budget_of_bytes_gives_become_fewer_by_that_budget():
+  """A capacity beside it would change nothing."""
+  raw = {**RAW, 'budget_bytes': 60_000}
+  total = results.costs(prepared(raw))['state_bytes']['total']
+  with pytest.raises(UserError, match=r'; config\.budget_bytes=\d+ would fit$') as caught:
+    prepared(raw, state_bytes=total - 20_000)
+  n = int(re.search(r'config\.budget_bytes=(\d+)', str(caught.value))[1])  # pyright: ignore
+  assert 39_000 < n <= 40_000
+  setup = prepared({**raw, 'budget_bytes': n}, state_bytes=total - 20_000)
+  more = {**RAW, 'er': {'capacity': setup.slots['er'] + 1, 'draw': 6}}
+  with pytest.raises(UserError, match=f'config.er.capacity={setup.slots["er"]} would fit'):
+    prepared(more, state_bytes=total - 20_000)
+
+
 def test_frozen_weights_count_and_may_be_rounded(tmp_path):
   saved_vit(tmp_path)
   raw = {
