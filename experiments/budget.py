@@ -95,7 +95,7 @@ def figures(
   made, cost = build.programs(setup), results.costs(setup)
   work = {name: Work.of(getattr(made, name), made) for name in ('step', 'predict')}
   peak = made.peak()
-  saved = savings.against(own, made, peak, data_dir)
+  saved = savings.against(build.slotted(setup), made, peak, data_dir)
   tasks = setup.streams[0].tasks
   reached = {
     'state_bytes': cost['state_bytes']['total'],

@@ -13,10 +13,13 @@ ROLES = ('trainable', 'optimiser', 'methods')
 
 
 def full(config: Mapping[str, Any]) -> dict[str, Any] | None:
-  """The configuration that trains everything in one piece; None where this one does."""
+  """The configuration that trains everything in one piece; None where this one does.
+
+  Its slots are those of `config`: the same budget of bytes would give another number, or not be enough.
+  """
   if not rules(config) and config.get('micro_batches', 1) == 1:
     return None
-  return {**config, 'update': FULL, 'micro_batches': 1}
+  return {**config, 'update': FULL, 'micro_batches': 1, 'budget_bytes': None}
 
 
 def figures(made: limits.Programs, peak: budget.Peak) -> dict[str, Any]:
@@ -35,7 +38,11 @@ def figures(made: limits.Programs, peak: budget.Peak) -> dict[str, Any]:
 def against(
   config: Mapping[str, Any], made: limits.Programs, peak: budget.Peak, data_dir: str | None
 ) -> dict[str, Any] | None:
-  """{'own', 'full'}: the figures of both learners, or None where they are the same one."""
+  """{'own', 'full'}: the figures of both learners, or None where they are the same one.
+
+  Args:
+    config: with the capacities that `made` is built with.
+  """
   dense = full(config)
   if dense is None:
     return None

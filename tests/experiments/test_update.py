@@ -144,6 +144,17 @@ def test_the_budget_tells_what_is_saved():
   assert savings.full(config.resolve(RAW)) is None
 
 
+def test_what_is_compared_has_the_slots_that_a_budget_of_bytes_gives():
+  """A penalty's two copies of what is trained grow by all weights; the memory beside them stays as it is."""
+  given = {**RAW, 'update': {'parts': (('l[01]/.*', 'none'), ('head/.*', 'all'))}}
+  for methods, budget_bytes in ((('er', 'ewc'), 60_000), (('ewc',), 2000)):
+    own = {'methods': methods, 'budget_bytes': budget_bytes}
+    about = budget.figures(config.resolve({**given, **own}), ['45nm-cache'])
+    few, full = (about['savings'][k] for k in ('own', 'full'))
+    assert few['methods'] <= budget_bytes < full['methods']
+    assert full['methods'] - few['methods'] == 2 * (full['trainable'] - few['trainable'])
+
+
 def test_a_run_without_them_is_the_run_it_was():
   resolved = config.resolve(RAW)
   younger = ('budget', 'update', 'micro_batches', 'compress')
