@@ -72,17 +72,21 @@ def figures(section: Section) -> Iterator[Figure]:
   # Nats have no place on axes of per cent; the table has them.
   likelihood = groups[0].first.get('metric') == LIKELIHOOD
   if stepwise and not likelihood:
+    square = points(groups) == groups[0].first['tasks']
+    what = 'the tasks seen so far, after each task' if square else 'all tasks, at each evaluation'
     yield Figure(
       'accuracy',
-      'Accuracy on the tasks seen so far, after each task (mean over seeds; bands are 95 % '
+      f'Accuracy on {what} (mean over seeds; bands are 95 % '
       f'intervals). Diamonds are bounds, dashed lines oracles.{rest}',
-      f'Line chart of accuracy over tasks; at the end: {ends}.',
+      f'Line chart of accuracy over {"tasks" if square else "evaluations"}; at the end: {ends}.',
       lambda theme: over_time(groups, theme),
     )
+    when = 'after learning each task' if square else 'at each evaluation'
+    fades = 'fades below the diagonal' if square else 'fades downwards'
     yield Figure(
       'matrices',
-      'Accuracy on every task (column) after learning each task (row), mean over seeds. Forgetting '
-      f'is what fades below the diagonal.{rest}',
+      f'Accuracy on every task (column) {when} (row), mean over seeds. Forgetting '
+      f'is what {fades}.{rest}',
       f'Heat maps of the accuracy matrices of {", ".join(g.label for g in stepwise)}.',
       lambda theme: heat_maps(stepwise, theme),
     )
@@ -115,11 +119,16 @@ def figures(section: Section) -> Iterator[Figure]:
     )
 
 
+def points(groups: Sequence[Group]) -> int:
+  """How many evaluations there are; blurry streams may have others than one a task."""
+  return max(len(g.R()) for g in groups)
+
+
 def over_time(groups: Sequence[Group], theme: Theme) -> bytes:
   with canvas(theme, 7.6, 4.4) as (fig, png):
     ax = fig.subplots()
-    tasks = groups[0].first['tasks']
-    ends, bounds = [], []
+    n, ends, bounds = points(groups), [], []
+    square = n == groups[0].first['tasks']
     for i, g in enumerate(groups):
       style = look(i, theme)
       runs = np.array([seen_so_far(matrix(line)) for line in g.lines])
@@ -137,21 +146,29 @@ def over_time(groups: Sequence[Group], theme: Theme) -> bytes:
       ends.append((value, f'{named(g)} {value:.0f}', style['color']))
     for value, colour in bounds:
       ax.axhline(100 * value, color=colour, linewidth=0.8, linestyle=(0, (1, 3)))
-      ax.plot([tasks], [100 * value], marker='D', markersize=5, color=colour, clip_on=False)
-    ax.set(ylabel='accuracy on tasks seen so far, %', ylim=(0, 102))
+      ax.plot([n], [100 * value], marker='D', markersize=5, color=colour, clip_on=False)
+    which = 'tasks seen so far' if square else 'all tasks'
+    ax.set(ylabel=f'accuracy on {which}, %', ylim=(0, 102))
     # 4.4 percentage points is what a line of text takes.
-    label_ends(ax, tasks, ends, place.apart([e[0] for e in ends], 4.4, (1, 101)))
+    heights = place.apart([e[0] for e in ends], 4.4, (1, 101))
+    label_ends(ax, n, ends, heights, 'tasks learnt' if square else 'evaluations')
     return png()
 
 
-def label_ends(ax, tasks: int, ends: Sequence[tuple[float, str, str]], heights: Sequence[float]):
-  """The axis of tasks, and beside it the lines' names: `ends` are (value, text, colour)."""
-  ax.set(xlabel='tasks learnt', xlim=(0.8, tasks + 0.15))
-  ax.set_xticks(range(1, tasks + 1) if tasks <= 20 else np.linspace(1, tasks, 11).astype(int))
+def label_ends(
+  ax,
+  n: int,
+  ends: Sequence[tuple[float, str, str]],
+  heights: Sequence[float],
+  name: str = 'tasks learnt',
+):
+  """The axis of n points, and beside it the lines' names: `ends` are (value, text, colour)."""
+  ax.set(xlabel=name, xlim=(0.8, n + 0.15))
+  ax.set_xticks(range(1, n + 1) if n <= 20 else np.linspace(1, n, 11).astype(int))
   for y, (value, label, colour) in zip(heights, ends, strict=True):
     ax.annotate(
       label,
-      (tasks, value),
+      (n, value),
       (1.02, y),
       textcoords=('axes fraction', 'data'),
       color=colour,
@@ -191,7 +208,9 @@ def heat_maps(groups: Sequence[Group], theme: Theme) -> bytes:
       for side in ax.spines.values():
         side.set_visible(False)
       if i % columns == 0:
-        ax.set_ylabel('after learning task', fontsize=8)
+        ax.set_ylabel(
+          'after learning task' if R.shape[0] == R.shape[1] else 'evaluation', fontsize=8
+        )
       if i + columns >= len(groups):
         ax.set_xlabel('accuracy on task', fontsize=8)
     bar = fig.colorbar(images[0], ax=axes, shrink=0.8, pad=0.02, aspect=25)

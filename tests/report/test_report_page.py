@@ -5,13 +5,14 @@ from __future__ import annotations
 import html.parser
 import re
 import struct
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from cl_jax import metrics
 from cl_jax.errors import UserError
-from cl_jax.report import write
+from cl_jax.report import figures, write
 from cl_jax.report.figures import named
 from cl_jax.report.lines import read, sections
 from cl_jax.report.tables import percent, scaled, tables
@@ -191,6 +192,30 @@ def test_a_curve_inside_the_tasks_is_drawn_where_there_is_one(put, make):
   page = Rows(write(folder).read_text())
   assert (folder / 'figures' / 'clinc150-class-stability.png').stat().st_size > 5000
   assert any('during training of er' in i['alt'] for i in page.images)
+
+
+@pytest.mark.parametrize('segments', [4, 2, 9])
+def test_the_axis_of_accuracy_ends_with_the_last_evaluation(put, make, monkeypatch, segments):
+  """Of a blurry stream, which may be evaluated more or less often than it has tasks; its lines are whole."""
+  drawn, canvas = {}, figures.canvas
+
+  @contextmanager
+  def kept(*args):
+    with canvas(*args) as (fig, png):
+      yield fig, png
+      drawn[fig.axes[0].get_ylabel()] = fig.axes[0]
+
+  monkeypatch.setattr(figures, 'canvas', kept)
+  R = np.random.default_rng(0).random((segments, 4)).round(3)
+  text = write(put(make('er', R=R, scenario='blurry', config={'base': 'class'}))).read_text()
+  square = segments == 4
+  ax = drawn[f'accuracy on {"tasks seen so far" if square else "all tasks"}, %']
+  assert ax.get_xlabel() == ('tasks learnt' if square else 'evaluations')
+  assert ax.get_xlim() == (0.8, segments + 0.15)
+  assert ax.get_xticks().tolist() == ax.lines[0].get_xdata().tolist() == [*range(1, segments + 1)]
+  (leader,) = ax.texts
+  assert leader.xy == (segments, pytest.approx(100 * R[-1].mean()))
+  assert ('after each task' in text) == square == ('at each evaluation' not in text)
 
 
 def test_names_from_the_lines_cannot_break_the_page(put, make):
