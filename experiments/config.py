@@ -62,7 +62,17 @@ def _run(file: Path, path: str, arg: str) -> Any:
     raise UserError(f'--config: {path} cannot be read ({type(error).__name__}: {error})') from error
   if not callable(getattr(module, 'get_config', None)):
     raise UserError(f"--config: {path} has no function get_config(arg='')")
-  return module.get_config(arg) if arg else module.get_config()
+  try:
+    return module.get_config(arg) if arg else module.get_config()
+  except (LookupError, ValueError) as error:  # most often a word that is looked up in a table
+    source = f'{path}:{arg}' if arg else path
+    near = difflib.get_close_matches(arg, getattr(module, 'CELLS', ()), 2, 0.5)
+    hint = 'its docstring should say what words there are; ' if arg else ''
+    hint = f'did you mean {" or ".join(f"{path}:{n}" for n in near)}? ' if near else hint
+    raise UserError(
+      f'--config: {source} gives no configuration ({type(error).__name__}: {error}); '
+      f'{hint}--debug shows where it fails'
+    ) from error
 
 
 def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from cl_jax import methods
 from cl_jax.errors import UserError
 from configs import common
-from experiments import config, options
+from experiments import config, options, run
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
 
 def resolve(**raw):
@@ -193,6 +196,26 @@ def test_configuration_files_that_cannot_be_used(tmp_path):
   (tmp_path / 'c.txt').write_text('')
   with pytest.raises(UserError, match=r'neither \.py nor \.json'):
     config.load(str(tmp_path / 'c.txt'))
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('compression.py:erx', r"compression\.py:erx .*KeyError: 'erx'.* did you mean \S+compression\.py:er\?"),
+    ('compression.py:naive', r'compression\.py:naive .*IndexError'),
+    ('edge_sparse.py:chanels', r'did you mean \S+edge_sparse\.py:channels or \S+channels,'),
+    ('study_encoder.py:lora,naive,2x', r'did you mean \S+study_encoder\.py:lora,naive or '),
+  ],
+)  # fmt: skip
+def test_words_that_a_configuration_does_not_know(call, source, message):
+  """Are one line that names them, with the cells that come near; --debug shows the line of the file."""
+  words = (f'--config={CONFIGS}/{source}', '--workdir=x')
+  done = call(run.main, *words)
+  assert done.code == 2 and re.search(message, done.line)
+  assert '--debug' in done.line and 'get_config' not in done.err
+  assert re.search(
+    rf'{source.partition(":")[0]}", line \d+, in get_config', call(run.main, *words, '--debug').err
+  )
 
 
 def test_arguments_that_weights_come_with(tmp_path):
