@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from tools import device, edit, figures, licences, method_table, pages, pictures, study
+from tools import device, edit, edit_stages, figures, licences, method_table, pages, pictures, study
 
 NOTICE = """x
 
@@ -103,6 +104,18 @@ def test_every_commit_of_the_lines_is_named_once():
   lines = [{'commit': c * 40} for c in 'abba']
   assert pages.commits(lines) == 'commits aaaaaaa, bbbbbbb'
   assert pages.commits(lines[1:3]) == 'commit bbbbbbb'
+
+
+def test_every_command_of_the_lines_is_named_once(tmp_path, monkeypatch):
+  """Chains of stages may come from several, as by --only."""
+  lines = [{'command': f'python -m {c}'} for c in 'abba']
+  assert pages.commands(lines) == 'Commands: `python -m a`, `python -m b`'
+  assert pages.commands(lines[1:3]) == 'Command: `python -m b`'
+  rows = edit_stages.STAGES.read_text().splitlines()[:2]
+  made = [{**json.loads(row), **line} for row, line in zip(rows, lines, strict=False)]
+  monkeypatch.setattr(edit_stages, 'STAGES', tmp_path / 'results.jsonl')
+  edit_stages.STAGES.write_text('\n'.join(map(json.dumps, made)))
+  assert f'. {pages.commands(lines)}. Configuration' in edit_stages.staged()
 
 
 def test_results_become_tables_and_pictures(tmp_path):

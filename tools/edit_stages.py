@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_jax.report.tables import NONE, percent, spread
 from tools.figures import FAINT, RESULTS, markdown
-from tools.pages import commits, lines_of
+from tools.pages import commands, commits, lines_of
 from tools.pictures import drawn
 from tools.pictures import shown as picture
 
@@ -62,7 +62,7 @@ def staged() -> str:
     'of test text.',
     markdown(head, rows),
     f'On {first["device"]}; jax {first["versions"].get("jax")}; {minutes:.0f} minutes; {commits(lines)}. '
-    f'Command: `{first["command"]}`. Configuration: [configs/edit_stages.py](../configs/edit_stages.py).',
+    f'{commands(lines)}. Configuration: [configs/edit_stages.py](../configs/edit_stages.py).',
   ))  # fmt: skip
 
 

@@ -20,6 +20,12 @@ def commits(lines: Iterable[Mapping[str, Any]]) -> str:
   return f'commit{"s" if len(found) > 1 else ""} {", ".join(found)}'
 
 
+def commands(lines: Iterable[Mapping[str, Any]]) -> str:
+  """'Commands: `python -m a`, `python -m b`': those of all the lines, in their order."""
+  found = dict.fromkeys(f'`{line["command"]}`' for line in lines)
+  return f'Command{"s" if len(found) > 1 else ""}: {", ".join(found)}'
+
+
 def marks(maker: str) -> tuple[str, str]:
   """The comments around what `maker` writes."""
   return f'<!-- made by {maker}: -->', f'<!-- :made by {maker} -->'
