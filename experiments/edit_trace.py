@@ -35,7 +35,8 @@ def trace(
 ) -> int:
   """Traces n facts of known_1000.jsonl that the model knows and draws the average; goes on when repeated.
 
-  Facts are taken in the order of the file, of prompts of at most `LONGEST` tokens.
+  Facts are taken in the order of the file, of prompts of at most `LONGEST` tokens. Where more have been
+  traced before, they stay in the file, and the average is that of the first n.
   """
   folder.mkdir(parents=True, exist_ok=True)
   file = folder / FILE
@@ -71,7 +72,7 @@ def trace(
       f'{len(found)}/{len(facts)}  {record["prompt"]}  p {float(one.clean):.3f} -> {float(one.corrupted):.3f}'
     )
   prompts, traces = read(file)
-  average = tracing.average(prompts, traces)
+  average = tracing.average(prompts[:n], traces[:n])
   print(
     'layers for MEMIT, by the largest effect of 5 at the last subject token: '
     f'{tracing.layers_of(average, lowest=WINDOW // 2)}'

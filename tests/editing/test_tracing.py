@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from cl_jax.editing.tracing import Average, Prompt
 from cl_jax.errors import UserError
 from cl_jax.models import causal
 from cl_jax.models.causal import Config
+from experiments import edit_trace
 
 pytestmark = pytest.mark.usefixtures('quickly')
 
@@ -244,3 +248,25 @@ def test_layers_are_where_mlps_matter_most_at_the_last_subject_token():
   assert tracing.layers_of(found, 3, lowest=3) == (3, 4, 5)
   with pytest.raises(UserError, match='6 layers cannot be chosen among 5'):
     tracing.layers_of(found, 6, lowest=3)
+
+
+def test_fewer_facts_than_were_traced_before_are_averaged_and_drawn_alone(
+  tmp_path, monkeypatch, capsys
+):
+  """As where no others had been traced."""
+  draw = np.random.default_rng(0).uniform(0.1, 0.9, (4, 3, 12, 6))
+  keys = ('prompt', 'subject', 'attribute')
+  facts = [({'known_id': i} | dict.fromkeys(keys, 'x'), PROMPT) for i in range(4)]
+  subject: Any = SimpleNamespace(
+    config=None, backbone={}, tokenizer=SimpleNamespace(decode=lambda ids: str(ids[0]))
+  )
+  left = [Trace(np.int32(5), np.float32(0.9), np.float32(0.1), maps) for maps in [*draw, *draw[:2]]]
+  monkeypatch.setattr(edit_trace, 'known', lambda subject, data, n, tell: (1.0, facts[:n], 9))
+  monkeypatch.setattr(tracing, 'traces', lambda *args, **options: [left.pop(0)])
+  said = []
+  for name, n in (('long', 4), ('long', 2), ('short', 2)):
+    edit_trace.trace(subject, 'model', tmp_path, n, tmp_path / name, 'command', lambda line: None)
+    text = capsys.readouterr().out.replace(name, '')
+    said.append((text, (tmp_path / name / 'average.png').read_bytes()))
+  assert said[0] != said[1] == said[2]
+  assert len(edit_trace.read(tmp_path / 'long' / edit_trace.FILE)[0]) == 4, 'all are kept'
