@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cl_jax.errors import UserError
-from experiments import build, config, show, study
+from experiments import build, config, show, study, workdir
 
-FILE = 'launch.json'
+FILE = workdir.LAUNCH
 PROCESS = 5e8  # bytes of a process that holds the libraries and nothing else
 SPEED, START = 5e9, 20.0  # FLOP/s of a core, seconds of a start: assumed until a run has finished
 

@@ -44,6 +44,11 @@ def command(argv: list[str]) -> int:
     workdir.claimed(options.workdir) as place,
     scalars.opened(options.writers, place) as out,
   ):
+    if (place / workdir.LAUNCH).exists():
+      raise UserError(
+        f'{place} belongs to experiments.launch, which would replace what is added here: name another '
+        '--workdir'
+      )
     try:
       workdir.remember(place, {**options.config, 'sweep': options.sweep})
       run(options, cells, place, shown, out)

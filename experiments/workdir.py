@@ -14,6 +14,8 @@ from cl_jax.errors import UserError
 from experiments import config, results
 from experiments.show import Show
 
+LAUNCH = 'launch.json'  # in a directory that experiments.launch fills
+
 
 @contextmanager
 def claimed(workdir: Path, name: str = '.lock') -> Iterator[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import launch, launch_jobs, launch_slurm, launch_status
+from experiments import launch, launch_jobs, launch_slurm, launch_status, sweep
 from experiments.launch_part import Part
 from tests.compiling import QUICKLY
 from tests.experiments.conftest import TINY, lines
@@ -253,6 +253,10 @@ def test_results_of_a_sweep_are_not_replaced(call, tiny, tmp_path, monkeypatch):
   assert done.code == 2 and 'has results of experiments.sweep or run' in done.line
   assert (tmp_path / 'results.jsonl').read_text() == '{"config_sha256": "a", "seed": 0}\n'
   assert not (tmp_path / 'jobs').exists() and not (tmp_path / 'config.json').exists()
+  (tmp_path / 'launch.json').write_text('{}')  # nor does a sweep add what a launch would drop
+  argv = [w for w in words(tiny, tmp_path) if not w.startswith('--cpus')]
+  done = call(sweep.main, *argv)
+  assert done.code == 2 and 'belongs to experiments.launch' in done.line
 
 
 def test_a_job_that_crashes_is_tried_again_and_then_listed(call, tiny, tmp_path, monkeypatch):
