@@ -89,6 +89,7 @@ def kill_and_resume(tiny: Path, tmp_path: Path, wanted, seconds: float, kills: i
     run += 1
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(tiny, tmp_path, uninterrupted):
   wanted, seconds = uninterrupted
   kill_and_resume(tiny, tmp_path, wanted, seconds, int(os.environ.get('CL_JAX_KILLS', '3')))
