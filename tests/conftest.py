@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from cl_jax.types import Batch, Stream  # noqa: E402
+from tests.compiling import QUICKLY  # noqa: E402
 
 hypothesis.settings.register_profile('here', deadline=None, max_examples=40)
 hypothesis.settings.register_profile(
@@ -104,6 +105,15 @@ def quickly():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', old)
+
+
+@pytest.fixture(scope='module')
+def started_quickly():
+  """As `quickly`, of the processes that a module's tests start."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in QUICKLY.items():
+      patch.setenv(name, value)
+    yield
 
 
 @pytest.fixture(scope='session')

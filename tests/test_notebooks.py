@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiling import QUICKLY
-
 jupytext = pytest.importorskip('jupytext', reason="notebooks need: pip install 'cl_jax[notebooks]'")
 nbclient = pytest.importorskip('nbclient', reason="notebooks need: pip install 'cl_jax[notebooks]'")
 
@@ -26,12 +24,11 @@ def test_the_notebooks_are_those_that_are_tested():
   assert {p.stem for p in (ROOT / 'notebooks').glob('*.py')} == SAYS.keys()
 
 
+@pytest.mark.usefixtures('started_quickly')
 @pytest.mark.parametrize(
   'name', [n if n == 'first_run' else pytest.param(n, marks=pytest.mark.long) for n in SAYS]
 )
 def test_notebook_runs(name, tmp_path, monkeypatch):
-  for variable, value in QUICKLY.items():
-    monkeypatch.setenv(variable, value)
   monkeypatch.setenv('CL_JAX_SMOKE', '1')
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')

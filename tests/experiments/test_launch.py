@@ -16,13 +16,14 @@ import pytest
 
 from experiments import launch, launch_jobs, launch_slurm, launch_status, sweep
 from experiments.launch_part import Part
-from tests.compiling import QUICKLY
 from tests.experiments.conftest import TINY, lines
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = "{'optimizer.lr': (0.03, 0.02, 0.01), 'er.capacity': (30, 40)}"
 DIFFER = ('wall_s', 'compile_s', 'peak_rss_bytes', 'started', 'command')
 PATIENCE = 240.0
+
+pytestmark = pytest.mark.usefixtures('started_quickly')
 
 
 def deterministic(place: Path) -> list[str]:
@@ -69,15 +70,6 @@ def worker(folder: Path, text: str = '') -> int:
 
 def failures(folder: Path) -> int:
   return (launch_jobs.document(folder / 'state.json') or {}).get('failures', 0)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quickly():
-  """Of the processes that are started."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in QUICKLY.items():
-      patch.setenv(name, value)
-    yield
 
 
 @pytest.fixture(scope='module')

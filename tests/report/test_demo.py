@@ -19,7 +19,6 @@ from cl_jax.streams import builtin, text
 from configs import demo as study
 from experiments import config, demo, options, pool
 from experiments.answer import QUICK, answer, sentences
-from tests.compiling import QUICKLY
 
 ROOT = Path(demo.__file__).resolve().parents[1]
 D, FFN, DEPTH, WORDS = 8, 12, 2, 300
@@ -27,14 +26,7 @@ D, FFN, DEPTH, WORDS = 8, 12, 2, 300
 METHODS = ('ncm', 'joint', 'ewc', 'lwf', 'lora')
 ONLY = f'--only={",".join(METHODS)}'
 
-
-@pytest.fixture(autouse=True, scope='module')
-def quickly():
-  """Of the processes that are started; this one has begun."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in QUICKLY.items():
-      patch.setenv(name, value)
-    yield
+pytestmark = pytest.mark.usefixtures('started_quickly')
 
 
 @pytest.fixture(scope='module')
