@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from cl_jax.errors import UserError
 from cl_jax.streams.records import in_files
@@ -348,9 +349,9 @@ def looks(learner: Learner, state: State, batches: Batch) -> bool:
   A boundary that knew only how many there are, by a shape, would be taken for one that does not look.
   """
   jaxpr = jax.make_jaxpr(learner.boundary)(state, batches).jaxpr
-  given = jaxpr.invars[-len(jax.tree.leaves(batches)) :]
-  used = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
-  return any(v is g for g in given for v in used)
+  # What is computed of them and thrown away, as codes of a memory that writes nothing, does not count.
+  _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return any(used[-len(jax.tree.leaves(batches)) :])
 
 
 def host_feed(stream: Stream) -> Callable:

@@ -76,7 +76,8 @@ def prepare(
 
   Returns:
     One setup for all seeds; one per seed where the methods fix the labels or the steps of each task in the
-    program and these differ by seed, and where the examples stay in files.
+    program and these differ by seed, where seeds have different numbers of examples, and where examples stay
+    in files.
   """
   config = dict(config)
   per_seed = streams(config, data_dir)
@@ -93,6 +94,7 @@ def prepare(
       '(config.inflora.warm), and train no adapter'
     )
   apart = len(counts) > 1 or (told and len({s.task_classes for s in per_seed}) > 1)
+  apart = apart or len({len(s.y) for s in per_seed}) > 1
   if apart or in_files(per_seed[0].x):
     parts = [((seed,), [s]) for seed, s in zip(config['seeds'], per_seed, strict=True)]
   else:

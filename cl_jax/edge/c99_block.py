@@ -42,7 +42,8 @@ class Block:
       found: dict[Value, bool] = {}
       self.fusion._walk(v, False, frozenset(), found, set())
       self.last.update(dict.fromkeys(found, END))
-    self.mine = {a for a in region.args if e.places[a].owned}
+    # A condition, which has no ties, reads what the body reads after it.
+    self.mine = set() if ties is None else {a for a in region.args if e.places[a].owned}
     self.occupant: dict[Place, Value] = {e.places[a]: a for a in region.args}
     for now, kernel in enumerate(self.fusion.kernels):
       self.now, self.kernel = now, kernel
@@ -78,7 +79,12 @@ class Block:
         out is v
         and tie.dtype == v.dtype
         and (
-          held is None or (held in self.mine and self._over(held, there and reads.get(held, True)))
+          held is None
+          or (
+            held in self.mine
+            and held not in self.kernel.values
+            and self._over(held, there and reads.get(held, True))
+          )
         )
       ):
         chosen = tie

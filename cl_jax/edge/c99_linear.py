@@ -123,6 +123,8 @@ def dot_general(b: Block, op: Op, root: Scope) -> None:
   (_, pa, oa, sa, fa, ka, rows, depth), (_, pb, ob, sb, fb, kb, columns, _) = sides
   kinds = [v.dtype for v in (result, left, right)]
   real = result.dtype == 'f32'
+  if 'i1' in kinds:  # which is any or not, where this counts
+    raise refused(op, ' of i1')
   if real and kinds != ['f32'] * 3:
     raise refused(op, f' of {left.dtype} and {right.dtype}')
   name = '_'.join(dict.fromkeys(kinds))

@@ -200,7 +200,13 @@ def difference(
   ends: tuple[str, ...] = (),
 ) -> tuple[list[str], list[str], dict[str, str]]:
   """(names that are not there, names that have no use, {our name: the file's}); see `exactly`."""
-  names = {_modern(name.removeprefix(prefix)): name for name in source.shapes}
+  names: dict[str, str] = {}
+  for name in source.shapes:
+    own = _modern(name.removeprefix(prefix))
+    if names.setdefault(own, name) != name:
+      raise UserError(
+        f'{source.file} has {names[own]!r} and {name!r}, which are the same tensor: leave one'
+      )
   missing = [name for name in wanted if name not in names]
   left = sorted(names.keys() - wanted.keys())
   unused = [n for n in left if not n.startswith(ignored) and not n.endswith(ends)]

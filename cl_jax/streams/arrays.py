@@ -109,7 +109,8 @@ def check_pair(train: Arrays, test: Arrays, where: str = 'data') -> None:
     first = int(empty[0])
     raise UserError(
       f'{where}: {len(empty)} of {len(train.names)} classes have no training example '
-      f'(the first is {first}, {train.names[first]!r}); drop them with compact()'
+      f'(the first is {first}, {train.names[first]!r}); number the labels from 0 without gaps, or drop these '
+      'with streams.arrays.compact()'
     )
 
 

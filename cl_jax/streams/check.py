@@ -93,6 +93,10 @@ def _test(stream: Stream) -> None:
   _that(len(shape) == 3 and shape[0] == tasks, f'test.y must be [{tasks}, E, B]; got {list(shape)}')
   for name in ('w', 'task'):
     _that(np.shape(getattr(test, name)) == shape, f'test.{name} must be shaped like test.y')
+  _that(
+    jax.tree.structure(test.x) == jax.tree.structure(stream.x),
+    'test.x has another structure than x',
+  )
   for leaf, data in zip(jax.tree.leaves(test.x), jax.tree.leaves(stream.x), strict=True):
     _that(
       leaf.shape == (*shape, *data.shape[1:]) and leaf.dtype == data.dtype,

@@ -100,9 +100,10 @@ def _joined(names: list[str], data_dir, image) -> tuple[Arrays, Arrays]:
   pairs = [dataset(n, data_dir, **({} if n in plain else {'image': image})) for n in names]
   shapes = {n: pair[0].x.shape[1:] for n, pair in zip(names, pairs, strict=True)}
   if len(set(shapes.values())) > 1:
+    fixed = ', '.join(n for n in names if n in plain)
     raise UserError(
       f'{"+".join(names)}: images of different shapes {shapes}; bring them to one by image='
-      '(height, width, channels)'
+      f'(height, width, channels){f", but for {fixed}, which stay as they are" if fixed else ""}'
     )
   kinds = {n: str(pair[0].x.dtype) for n, pair in zip(names, pairs, strict=True)}
   if len(set(kinds.values())) > 1:
@@ -174,9 +175,13 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
     if not np.issubdtype(parts[f'y_{s}'].dtype, np.integer):
       raise UserError(f'{path} {s}: labels must be integers, not {parts[f"y_{s}"].dtype}')
   if not names:
-    names = tuple(
-      map(str, range(1 + max(int(parts[f'y_{s}'].max(initial=0)) for s in ('train', 'test'))))
-    )
+    top = max(int(parts[f'y_{s}'].max(initial=0)) for s in ('train', 'test'))
+    if top >= len(parts['y_train']):  # before as many names are made
+      raise UserError(
+        f'{path}: label {top} of {len(parts["y_train"])} training examples: number the labels from 0 without '
+        "gaps, or give 'names'"
+      )
+    names = tuple(map(str, range(1 + top)))
   domain_names = tuple(map(str, parts['domain_names'])) if 'domain_names' in parts else ()
   train, test = (
     arrays(

@@ -84,14 +84,15 @@ def choose(
   if select.validation:
     held[held_out(y, select.validation, select.seed, 'validation', task)[1]] = True
   pools, tests = [], []
+  other = 'use fewer tasks, other data or, by domain, domains that both splits have'
   for t, name in enumerate(names):
     where = f'task {t} ({name})'
     if not len(train[t]):
-      raise UserError(f'{where} has no training examples; use fewer tasks or other data')
+      raise UserError(f'{where} has no training examples: {other}')
     pools.append(_capped(select, y, train[t][~held[train[t]]], f'task {t}'))
     rows = test[t] if select.evaluate == 'test' else train[t][held[train[t]]]
     if not len(rows):
-      raise UserError(f'{where} has no test examples; use fewer tasks or other data')
+      raise UserError(f'{where} has no test examples: {other}')
     tests.append(_drawn(rows, select.test_per_task, select.seed, f'test of task {t}'))
   return pools, tests
 

@@ -144,9 +144,11 @@ def answered(
     UserError: another template, or a length that leaves no room for a text.
   """
   text_at, label_at = template.find('{text}'), template.find('{label}')
-  if text_at < 0 or label_at < text_at or not template.endswith('{label}'):
+  once = template.count('{text}') == template.count('{label}') == 1
+  if not once or label_at < text_at or not template.endswith('{label}'):
     raise UserError(
-      f'config.data.template must have {{text}} in it and end with {{label}}; got {template!r}'
+      'config.data.template must have {text} in it, end with {label}, and have both once; '
+      f'got {template!r}'
     )
   before, between = template[:text_at], template[text_at + 6 : label_at]
   gap = between[

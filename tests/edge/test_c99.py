@@ -280,6 +280,36 @@ def test_control(tmp_path):
   check(tmp_path, f, floats(3, 4), floats(3, 4), np.int32(5), np.int32(1))
 
 
+def test_a_condition_leaves_what_the_body_reads(tmp_path):
+  """Though it reads it for the last time before the body, in another order or changed in a few places."""
+
+  def f(x, n):
+    few = lambda c: (c[1].at[c[0]].set(0).sum() < 8) & (c[0] < n)  # noqa: E731
+    ordered = lambda c: (jnp.sort(-c[1])[0] > -50) & (c[0] < n)  # noqa: E731
+    turn = lambda c: (c[0] + 1, 2 * c[1])  # noqa: E731
+    return tuple(lax.while_loop(go, turn, (0, jnp.abs(x)))[1] for go in (few, ordered))
+
+  check(tmp_path, f, floats(8), np.int32(7))
+
+
+def test_carries_that_change_places_keep_apart_in_the_state(tmp_path):
+  """The state becomes what one carry ends with, and the other, which nobody reads, has a place of its own."""
+
+  def step(leaves, rows):
+    _, new = lax.fori_loop(0, 3, lambda i, c: (c[1] + 1, 0.5 * c[0]), (leaves[0], rows[0]))
+    return [new], new.sum()
+
+  (state,), (batch,) = ((Leaf(n, (3,), 'float32', 'float32'),) for n in 'ay')
+  leaves, y = [floats(3)], floats(3)
+  flat = Flat(step, lambda leaves, rows: leaves[0] + rows[0], None, (state,), (batch,), (), leaves)
+  device = Device(emit(flat, 'turn'), leaves, tmp_path)
+  wanted, loss = jax.jit(step)(leaves, [y])
+  mine = np.zeros((), np.float32)
+  device.call('step', [y], mine)
+  np.testing.assert_allclose(device.leaves()[0], wanted[0], 1e-6)
+  np.testing.assert_allclose(mine, loss, 1e-5)
+
+
 def test_linear_algebra(tmp_path):
   def f(a, b, c):
     positive = a @ a.T + jnp.eye(6)
@@ -380,6 +410,7 @@ def test_text_and_module_are_the_same():
     (lambda x: jnp.fft.fft(x).real, 'complex|fft'),
     (lambda x: jnp.linalg.eigh(x @ x.T)[0], r'custom_call of Eigh at tests/edge/test_c99\.py:\d+'),
     (lambda x: lax.lgamma(x), 'lgamma|no C99 form'),
+    (lambda x: (x > 0) @ (x < 0), 'of i1'),
   ],
 )
 def test_refused(f, message):

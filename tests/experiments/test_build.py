@@ -369,6 +369,16 @@ def test_class_orders_of_seeds_give_one_program():
   assert not np.array_equal(one.streams[0].y, one.streams[1].y)
 
 
+def test_seeds_that_use_other_numbers_of_examples_are_programs_of_their_own():
+  """The same 40 rows of every task are not the same rows of all of them."""
+  config = resolved(
+    seeds=(0, 1), scenario='domain', transform={'name': 'permuted'}, tasks=3,
+    data={'examples_per_task': 40, 'examples_per_class': None, 'seed': None},
+  )  # fmt: skip
+  one, other = build.prepare(config)
+  assert len(one.streams[0].y) != len(other.streams[0].y) and one.seeds == (0,)
+
+
 def test_seeds_share_what_is_the_same():
   one = setup(seeds=(0, 1))
   a, b = one.streams

@@ -209,6 +209,7 @@ QUERY = 'encoder.layer.1.attention.self.query.weight'
     ({QUERY: None}, f'{QUERY} is missing'),
     ({QUERY: np.zeros((8, 9), np.float32)}, rf'{QUERY} has the shape \(8, 9\)'),
     ({'encoder.layer.2.output.dense.bias': np.zeros(8)}, 'layer.2.output.dense.bias has no place'),
+    ({'embeddings.LayerNorm.gamma': np.ones(8, np.float32)}, 'are the same tensor: leave one'),
     ({QUERY: np.zeros((8, 8), np.int32)}, f'{QUERY} is int32'),
     ({QUERY: np.full((8, 8), np.nan, np.float32)}, f'{QUERY} holds values that are not finite'),
   ],

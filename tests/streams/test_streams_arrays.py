@@ -141,6 +141,10 @@ def test_check_names_what_is_wrong(numbered, images):
     (put(stream, task_classes=([0, 1], [2, 3])), 'must be tuples'),
     (put(stream, test=stream.test._replace(w=stream.test.w * 0)), 'leaves a task without examples'),
     (put(stream, test=stream.test._replace(x=stream.test.x[..., :0])), 'test.x is float32'),
+    (
+      put(stream, test=stream.test._replace(x={'a': stream.test.x})),
+      'test.x has another structure',
+    ),
     (put(stream, test=stream.test._replace(y=stream.test.y[:1])), 'test.y must be [2, E, B]'),
     (put(stream, view=lambda x, v: x, views=np.zeros(2)), 'must be a function of a module'),
     (put(stream, views=np.zeros(2)), 'view and views must be given together'),

@@ -17,7 +17,7 @@ import optax
 import pytest
 from grain._src.python.dataset.transformations import process_prefetch
 
-from cl_jax import run, run_chunks, streams
+from cl_jax import compression, run, run_chunks, streams
 from cl_jax.compose import chain
 from cl_jax.learner import learner
 from cl_jax.loop import host_feed
@@ -28,6 +28,7 @@ from cl_jax.streams import Plan, Records, dataset, grain_feed, stored
 from cl_jax.streams import feed as feeds
 from cl_jax.streams.check import check
 from cl_jax.streams.take import take
+from cl_jax.types import Method
 from tests.prepared import prepare
 from tests.streams.test_streams_load import says
 
@@ -161,11 +162,16 @@ def test_a_boundary_that_looks_at_no_example_has_none_read(split):
     asked.append(rows.shape)
     return read(leg, rows)
 
-  make = lambda hp, weights: learner(mlp((8,), 4), optax.sgd(hp))  # noqa: E731
-  list(run_chunks(make, 0.1, jax.random.key(0), memory, chunk=20, feed=feed))
-  assert (
-    asked == [(1, 6), (20, 6), (1, 16), (1, 16), (20, 6), (1, 16)] and memory.ends.shape[1] == 3
-  )
+  coded = chain(er=compression.memory('int4', er(20, 5)))
+  for method in (
+    Method(),
+    coded,
+  ):  # codes are made at boundaries too, and of a reservoir thrown away
+    asked.clear()
+    make = lambda hp, weights, m=method: learner(mlp((8,), 4), optax.sgd(hp), m)  # noqa: E731
+    list(run_chunks(make, 0.1, jax.random.key(0), memory, chunk=20, feed=feed))
+    assert asked == [(1, 6), (20, 6), (1, 16), (1, 16), (20, 6), (1, 16)]
+  assert memory.ends.shape[1] == 3
 
 
 def copied(place, tmp_path):

@@ -230,6 +230,10 @@ def test_npz_of_ones_own(tmp_path):
   for labels in ([0.5, 1, 2, 2], [np.nan, 1, 2, 2], [*'abcc']):
     np.savez(path, **parts | dict(y_train=labels))
     says(f'{path} train: labels must be integers', dataset, f'npz:{path}')
+  np.savez(path, **parts | dict(y_train=[1, 2, 3, 3]))
+  says('number the labels from 0 without gaps, or drop', dataset, f'npz:{path}')
+  np.savez(path, **parts | dict(y_train=[0, 1, 2, 10**10]))
+  says('label 10000000000 of 4 training examples: number the labels', dataset, f'npz:{path}')
   with_plus = tmp_path / 'a+b.npz'
   np.savez(with_plus, **parts)
   assert dataset(f'npz:{with_plus}')[0].names == ('0', '1', '2')

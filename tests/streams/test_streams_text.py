@@ -148,8 +148,11 @@ def test_labels_are_spelt_out_and_marked_to_be_learnt(tmp_path, tokenizer):
   assert mask == [[True] * 8, [True] * 5 + [False] * 3]
   assert learn == [[False] * 5 + [True] * 3, [False] * 3 + [True] * 2 + [False] * 3]
   assert data.y.tolist() == [1, 0]
-  for template in ('{text}', '{label} {text}', '{text} {label}!', 'no fields'):
-    with pytest.raises(UserError, match='must have {text} in it and end with {label}'):
+  twice = '{text} {label} {label}'
+  for template in ('{text}', '{label} {text}', '{text} {label}!', 'no fields', twice):
+    with pytest.raises(
+      UserError, match='must have {text} in it, end with {label}, and have both once'
+    ):
       text.load(path, tokenizer, 8, template=template, cache_dir=tmp_path)
   with pytest.raises(UserError, match='leaves no room for a text'):
     text.load(path, tokenizer, 5, template='it {text} off {label}', cache_dir=tmp_path)
