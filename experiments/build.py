@@ -109,6 +109,7 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     known = {} if initial is None else {'backbone': initial}
     make = update.network(config, make, known, first, group[0])
   weights, frozen = split_weights(config, make, initial, first)
+  known_tokens(group, make(weights), first)
   below = 0
   if config['cache_features']:
     chosen = chain_of(config, group[0], hyper(config, group[0]))
@@ -148,6 +149,20 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
   check(setup)
   limits.check(slotted(setup), frozen, partial(programs, setup))
   return setup
+
+
+def known_tokens(group: Sequence[Stream], model: Model, first: Batch) -> None:
+  """Raises UserError where texts have tokens beyond the network's, which it would take for its last one."""
+  if not isinstance(group[0].x, dict) or 'tokens' not in group[0].x:
+    return
+  params = masks.paths(jax.eval_shape(model.init, jax.random.key(0), first)[0])
+  rows = min((a.shape[0] for p, a in params.items() if p.endswith('embed/tokens')), default=None)
+  top = max(int(np.max(x['tokens'])) for s in group for x in (s.x, s.test.x))
+  if rows is not None and top >= rows:
+    raise UserError(
+      f'the data have token {top} and the network knows {rows}: config.data.tokenizer must be the one that '
+      'the network was trained with'
+    )
 
 
 def never_free(config: Mapping[str, Any], stream: Stream) -> int:

@@ -669,7 +669,7 @@ def test_frozen_weights_of_layers_are_kept_in_few_bits(tmp_path):
 
 
 def test_a_template_spells_labels_out(tmp_path):
-  """With one the rows say which tokens a language model is to learn."""
+  """With one the rows say which tokens a language model is to learn, and it must know them all."""
   tokenizers = pytest.importorskip('tokenizers', reason='needs tokenizers')
   words = {'[PAD]': 0, '[UNK]': 1, '[SEP]': 2, 'Intent': 3, ':': 4}
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='[UNK]'))
@@ -698,6 +698,12 @@ def test_a_template_spells_labels_out(tmp_path):
     assert ('learn' in stream.x) == bool(template)
     asked = np.isin(stream.x['tokens'], (3, 4)).any(1)
     assert asked.all() == bool(template)
+  build.prepare(resolved(**raw))
+  shape['vocabulary'] = 4
+  with pytest.raises(
+    UserError, match='have token 4 and the network knows 4: config.data.tokenizer'
+  ):
+    build.prepare(resolved(**raw))
 
 
 @pytest.mark.parametrize(
