@@ -5,8 +5,8 @@
 
 Only facts whose most probable continuation is the true one are edited (`known`), so every ES before is 0;
 neighbours are other subjects with the same attribute. S of 10 edits (one seed): rome 100, memit,
-alphaedit and grace 98.9, finetune 97.7, pmet 94.7, lora 44.2, wise 25.2, finetune_l 0; of 100, grace 89.3,
-alphaedit 85.9, memit 83.9, pmet 83.7, rome 80.4, finetune 71.1, lora 44.3, finetune_l 0.
+alphaedit and grace 98.9, finetune 97.7, pmet 94.7, lora 44.2, wise 25.2, finetune_l 0; of 100, grace 93.0,
+alphaedit 89.3, memit 86.9, pmet 83.7, rome 80.4, finetune 71.1, wise 50.1, lora 44.3, finetune_l 0.
 Words as in configs/edit_counterfact.py.
 """
 
