@@ -21,7 +21,8 @@ def er_ace(capacity: int = 500, draw: int = 10, coef: float = 1.0) -> Method:
   are those that the head lets compete: with `seen_head` the paper's, old and current; without a head every
   output, as in the official code, pclucas14/AML, which has no other. aimagelab/mammoth begins with the second
   task, which has no task-free form. Reservoir memory; train, then write. Norm statistics are updated by the
-  stream's rows alone. For a plain cross-entropy.
+  stream's rows alone. For a plain cross-entropy, and beside no method that reads logits of a training step,
+  which hold the batch's classes alone.
 
   Args:
     capacity: slots.

@@ -52,7 +52,8 @@ def gem(tasks: int, capacity: int = 500, margin: float = 0.5, eps: float = 1e-3)
       return jax.tree.map(lambda all, new: all.at[k].set(new), G, grad_fn(params, rows)[1])
 
     G = jax.tree.map(lambda a: jnp.zeros((tasks, *a.shape), a.dtype), g)
-    # As many rounds as tasks, of which those of unfinished ones do nothing: a time that can be stated.
+    # As many rounds as tasks can be finished in training; those of unfinished ones do nothing. So the time of
+    # a step can be stated.
     G = jax.lax.fori_loop(
       0, tasks - 1, lambda k, G: jax.lax.cond(k < s.task, one, lambda k, G: G, k, G), G
     )

@@ -32,10 +32,11 @@ def latent(tap: str, capacity: int = 500, draw: int = 32, codec: str = '') -> Me
   memory, and no backward pass of it on the batch.
 
   Pellegrini, Graffieti, Lomonaco & Maltoni, IROS 2020, algorithm 1; official code vlomonaco/ar1-pytorch.
-  AR1* is this with `si`, which leaves the norms and the output layer to `cwr` (`si.skip`), in a network with
-  batch renormalisation (`config.methods=latent,si,cwr`, `config.model.renorm`). Deviations: the fixed part is
-  trained in the first task (there: pretrained, and fixed from the start, which `config.freeze` does); rows
-  are drawn uniformly in every step instead of passing through the memory once an epoch.
+  AR1* is this with `cwr` for the output layer, and with `si` for all but that layer and norms (`si.skip`),
+  in a network with batch renormalisation (`config.methods=latent,si,cwr`, `config.model.renorm`). Deviations:
+  the fixed part is trained in the first task (there: pretrained, and fixed from the start, which
+  `config.freeze` does); rows are drawn uniformly in every step instead of passing through the memory once an
+  epoch.
 
   Args:
     tap: the activation at which the network is cut; see the model's docstring.
