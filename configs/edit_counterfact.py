@@ -49,11 +49,13 @@ def get_config(arg: str = 'memit,10', data: str = 'counterfact') -> dict:
   if 'single' in words:
     batch = 1
   recipe = {'steps': STEPS}
+  # PMET searches as MEMIT does: as published for GPT-J it writes less here (docs/editing.md).
+  memits = {**recipe, 'rate': 0.5, 'kl': 0.0625, 'eased': 1.0}
   own = {
     'rome': {'layer': LAYERS[2], 'recipe': {**recipe, 'clamp': 4.0}},
     'memit': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe},
-    'pmet': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe},
-    'pmet_mlp': {'layers': LAYERS, 'coef': COEF, 'recipe': recipe, 'joint': False},
+    'pmet': {'layers': LAYERS, 'coef': COEF, 'recipe': memits},
+    'pmet_mlp': {'layers': LAYERS, 'coef': COEF, 'recipe': memits, 'joint': False},
     'alphaedit': {'layers': LAYERS, 'recipe': recipe},
     'finetune': {'layers': (LAYERS[2],), 'batch': 32},
     'finetune_l': {'layers': (LAYERS[2],), 'batch': 32, 'norm': 5e-4},

@@ -19,7 +19,7 @@ def pmet(
   moments: Moments,
   layers: Sequence[int],
   coef: float = 6000.0,
-  recipe: Recipe = Recipe(steps=30),  # noqa: B008 (a NamedTuple)
+  recipe: Recipe = Recipe(steps=30, rate=0.2, kl=1.0, eased=0.1),  # noqa: B008 (a NamedTuple)
   width: int = 16,
   joint: bool = True,
   rounds: Rounds = straight,
@@ -31,6 +31,7 @@ def pmet(
   forgotten.
 
   Args, state: as `memit`; coef published 6000 (GPT-J).
+    recipe: published for GPT-J. What ends the search early is in the repository alone, see `Recipe`.
     joint: whether attention has a delta; without it the MLP has to say the fact by itself (the paper's
       ablation). The report is of the deltas together.
   """

@@ -7,7 +7,7 @@ the site and the tokens from the subject's last one on are run again.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ class Recipe(NamedTuple):
     kl: weight of the divergence of what follows '{subject} is a'.
     decay: weight of |delta| / |z0|^2.
     stop: the loss below which a request is done.
+    eased: weight of -log p from the step after one in which every token of the target was the most probable
+      one in every context; 1 changes nothing (PMET 0.1).
+    calm: of a request at which `eased` < 1 has set in, the divergence, times kl, up to which it is done.
   """
 
   steps: int = 25
@@ -42,6 +45,8 @@ class Recipe(NamedTuple):
   kl: float = 0.0625
   decay: float = 0.5
   stop: float = 0.05
+  eased: float = 1.0
+  calm: float = 0.01
 
 
 class Target(NamedTuple):
@@ -61,6 +66,20 @@ class Target(NamedTuple):
 
   def at(self, site: str) -> Array:
     return self.start[site] + self.delta[site]
+
+
+class Seen(NamedTuple):
+  """What a step sees of one request, beside its loss.
+
+  Attributes:
+    log_p: f[], mean log p of the target's tokens, over contexts.
+    said: bool[], whether each is the most probable token in every context.
+    divergence: f[], with its weight.
+  """
+
+  log_p: Array
+  said: Array
+  divergence: Array
 
 
 class _Fixed(NamedTuple):
@@ -90,7 +109,8 @@ def optimise(
 
   (MEMIT, Meng et al., ICLR 2023, eq. 16; ROME, Meng et al., NeurIPS 2022, eq. 4; PMET, Li et al., AAAI 2024,
   eq. 11). The norm is not squared, the divergence is the one from the edited to the first distribution, as
-  in github.com/kmeng01/memit, compute_z.py.
+  in github.com/kmeng01/memit, compute_z.py. `recipe.eased` and `recipe.calm` are of github.com/xpq-tech/PMET,
+  compute_zs.py, and in no paper.
 
   Args:
     p: the backbone, as edited so far.
@@ -137,22 +157,26 @@ def _group(config, p, layer, sites, steps, recipe: Recipe, requests: Requests) -
   dtype = zeros[sites[0]].dtype
 
   def step(carry):
-    i, delta, opt, done, seen, _ = carry
-    (lost, log_p), g = jax.vmap(value)(delta, fixed)
+    i, delta, opt, weight, done, seen, _ = carry
+    (lost, now), g = jax.vmap(value)(delta, fixed, weight)
     # A request that is done keeps what it was when it was found to be.
-    seen = jnp.where(done, seen, jnp.stack([lost, log_p]))
+    seen = jnp.where(done, seen, jnp.stack([lost, now.log_p]))
+    eased = now.said & (recipe.eased < 1)
+    weight = jnp.where(eased, recipe.eased, 1.0).astype(dtype)
     done = done | (lost < recipe.stop) | (i == recipe.steps - 1)
+    done = done | (eased & (now.divergence <= recipe.calm))
     update, new_opt = jax.vmap(tx.update)(g, opt)
     new = jax.tree.map(jnp.add, delta, update)
     new = {s: jax.vmap(partial(_clamp, recipe.clamp))(new[s], fixed.start[s]) for s in sites}
     keep = lambda old, new: jax.tree.map(  # noqa: E731
       lambda a, b: jnp.where(done.reshape(-1, *[1] * (a.ndim - 1)), a, b), old, new
     )
-    return i + 1, keep(delta, new), keep(opt, new_opt), done, seen, done.all()
+    return i + 1, keep(delta, new), keep(opt, new_opt), weight, done, seen, done.all()
 
-  start = (0, zeros, opened, jnp.zeros(n, bool), jnp.zeros((2, n), dtype), jnp.array(False))
+  ones, seen = jnp.ones(n, dtype), jnp.zeros((2, n), dtype)
+  start = (0, zeros, opened, ones, jnp.zeros(n, bool), seen, jnp.array(False))
   carry = jax.lax.while_loop(lambda c: (c[0] < recipe.steps) & ~c[-1], step, start)
-  return Target(fixed.start, carry[1], *carry[4])
+  return Target(fixed.start, carry[1], *carry[5])
 
 
 def _clamp(most: float, delta: Array, start: Array) -> Array:
@@ -175,8 +199,10 @@ def _prepare(config, p, request: Requests, layer: int, sites) -> _Fixed:
   return _Fixed(request.rewrite, essence, one, two, before, start)
 
 
-def loss(config, p, layer, recipe: Recipe, delta: dict[str, Array], fixed: _Fixed):
-  """(what is minimised f[], mean log p of the target f[]) of one request."""
+def loss(
+  config, p, layer, recipe: Recipe, delta: dict[str, Array], fixed: _Fixed, weight: Any = 1.0
+):
+  """(what is minimised f[], what is seen) of one request; `weight` f[] of -log p."""
 
   def tap(name, h, i):
     if name not in delta:
@@ -184,14 +210,14 @@ def loss(config, p, layer, recipe: Recipe, delta: dict[str, Array], fixed: _Fixe
     return h.at[:, 0].add(jnp.where(i == layer, delta[name], 0.0))
 
   h = inside.go_on(config, p, fixed.middle, layer, tap)
-  log_p = inside.mean_log_p(
-    inside.predictions(config, p, h, fixed.rewrite), fixed.rewrite.target
-  ).mean()
+  predicted = inside.predictions(config, p, h, fixed.rewrite)
+  log_p = inside.mean_log_p(predicted, fixed.rewrite.target).mean()
+  said = ((predicted.argmax(-1) == fixed.rewrite.target) | (fixed.rewrite.target < 0)).all()
   h = inside.go_on(config, p, fixed.essence_middle, layer, tap)
   after = inside.predictions(config, p, h, fixed.essence)[0, 0]
-  divergence = (jnp.exp(after) * (after - fixed.before)).sum()
+  divergence = recipe.kl * (jnp.exp(after) * (after - fixed.before)).sum()
   size = sum(_norm(delta[site]) / jnp.sum(fixed.start[site] ** 2) for site in delta)
-  return -log_p + recipe.kl * divergence + recipe.decay * size, log_p
+  return -weight * log_p + divergence + recipe.decay * size, Seen(log_p, said, divergence)
 
 
 def _norm(a: Array) -> Array:
