@@ -7,6 +7,12 @@ seed in results.jsonl; the command goes on where it stopped when it is repeated.
 --only=PATTERNS some of them. --trace=N and --moments measure a model instead: the layers in which facts are
 looked up, and how many tokens of text the statistics of MEMIT need.
 
+Words behind FILE: choose the editor and how many facts, as in configs/edit_counterfact.py:rome,100. Editors
+are rome, memit, pmet, alphaedit, finetune, finetune_l, lora, grace and wise; the file says which words there
+are. --config.data=FILE.jsonl edits facts of your own: a line each is {"prompt": "{} is in the city of",
+"subject": "Eiffel Tower", "target": "Rome"}, and where there are such "truth", "paraphrases", "neighbours",
+"answers" (of the neighbours), "portability" ([[prompt, answer], ...]) and "case".
+
 One fact by hand, with what the model says before and after:
 
   python -m experiments.edit --subject='Eiffel Tower' --prompt='{} is in the city of' --target=Rome
@@ -29,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax import durable
-from cl_jax.editing import inside, rows, write
+from cl_jax.editing import encoding, inside, rows, write
 from cl_jax.editing.rows import Edit
 from cl_jax.errors import Fault, UserError
 from experiments import (
@@ -175,13 +181,14 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   edit_file.writable(chosen, subject, None, given.save_edits)
   edit = Edit(given.prompt, given.subject, given.target, paraphrases=(*(given.paraphrase or ()),),
               neighbours=(*(given.neighbour or ()),))  # fmt: skip
-  shown = show.make()
-  prefixes = edit_subject.begin_texts(chosen, subject, 0)
+  shown, seed = show.make(), chosen['seeds'][0]
+  prefixes = edit_subject.begin_texts(chosen, subject, seed)
   requests, _, _ = rows.requests(subject.tokenizer, [edit], prefixes, chosen['length'])
-  root = edit_subject.data_root(given.data_dir)
+  texts = any(edit_config.needs(chosen, name) for name in ('moments', 'unrelated'))
+  root = edit_subject.data_root(given.data_dir) if texts else Path()
   editor = edit_subject.editor_of(chosen, subject, root, shown.say)
   state = editor.init(subject.backbone)
-  writes, new_state, report = editor.edit(subject.backbone, state, requests, jax.random.key(0))
+  writes, new_state, report = editor.edit(subject.backbone, state, requests, jax.random.key(seed))
   if not edit_run.finite(writes, report):
     raise Fault('the edit gave NaN; nothing was written')
   edited = write.apply(subject.backbone, writes)
@@ -189,7 +196,7 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
              *(('neighbour', p) for p in edit.neighbours)]  # fmt: skip
   for kind, prompt in prompts:
     print(f'{kind}: {prompt}')
-    ids = subject.tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids, _ = encoding.prompt(subject.tokenizer, prompt)
     row = rows.layout([(ids, len(ids) - 1, [])])
     for name, p, s in (('before', subject.backbone, state), ('after', edited, new_state)):
       taps = {} if editor.tap is None else {'tap': editor.tap(s, jnp.full(1, row.head.shape[-1]))}
@@ -199,13 +206,15 @@ def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
         f'{subject.tokenizer.decode([int(i)])!r} {probability[i]:.3f}' for i in best
       )
       print(f'  {name:7}{words}')
-  kept = edit_run.kept_bytes(new_state, writes)
-  where = '' if chosen['editor'] in edit_file.STATEFUL else ', --save_edits=FILE keeps them'
+  undo, state_bytes = write.size(writes), edit_run.kept_bytes(new_state, ())
+  where = ', --save_edits=FILE keeps them' if writes else ''
   if given.save_edits is not None:
     batch = ([edit], writes)
     edit_file.save(given.save_edits, chosen['model'], subject, chosen['editor'], [batch])
     where = f', in {given.save_edits}'
-  print(f'{chosen["editor"]}: {kept:,} bytes undo it{where}')
+  words = [f'{undo:,} bytes undo it{where}'] if writes else []
+  words += [f'{state_bytes:,} bytes of state'] if state_bytes else []
+  print(f'{chosen["editor"]}: {"; ".join(words) or "nothing is written"}')
   return 0
 
 

@@ -17,11 +17,14 @@ from experiments.fields import Field
 
 # What the command knows about an editor's arguments.
 KNOWN = ('config', 'moments', 'unrelated', 'rounds')
+# Of the others, by their names.
+COUNTS = ('steps', 'width', 'rank', 'capacity', 'shards')
+POSITIVE = ('rate', 'coef', 'clamp', 'eps', 'alpha', 'norm', 'bound')
 DEFAULTS: dict[str, Any] = {
   'name': 'edit',
   'seeds': (0,),  # each draws other edits
   'model': 'SmolLM2-135M-Instruct',  # see pretrained.find
-  'data': 'counterfact',  # of streams.edits
+  'data': 'counterfact',  # of streams.edits: a name, or FILE.jsonl with facts of one's own
   'known': False,  # only facts whose true answer is what the model says
   'edits': 10,
   'batch': 10,  # edits at a time
@@ -82,7 +85,7 @@ def with_editor(
   Arguments and label of the editor that it had go with it.
   """
   for dotted, text in overrides:
-    if dotted == 'editor':
+    if dotted == 'editor' and text != raw.get('editor'):
       left = {k: v for k, v in raw.items() if k not in (raw.get('editor'), 'label')}
       raw = left | {'editor': text}
   return dict(raw), [(dotted, text) for dotted, text in overrides if dotted != 'editor']
@@ -135,11 +138,25 @@ def resolve(raw: Mapping[str, Any]) -> dict[str, Any]:
   ):  # fmt: skip
     if resolved[part][name] < least:
       raise UserError(f'config.{part}.{name} must be at least {least}; got {resolved[part][name]}')
+  if not resolved['seeds']:
+    raise UserError('config.seeds names no seed: there is nothing to do')
+  _sensible(f'config.{resolved["editor"]}', resolved.get(resolved['editor'], {}))
   if resolved['batch'] > resolved['edits']:
     raise UserError(
       f'config.batch={resolved["batch"]} is more than config.edits={resolved["edits"]}'
     )
   return resolved
+
+
+def _sensible(where: str, given: Mapping[str, Any]) -> None:
+  """Refuses arguments of an editor with which it does nothing, or walks uphill."""
+  for name, value in given.items():
+    if isinstance(value, Mapping):
+      _sensible(f'{where}.{name}', value)
+    elif name in COUNTS and value < 1:
+      raise UserError(f'{where}.{name} must be at least 1; got {value}')
+    elif name in POSITIVE and value is not None and not value > 0:
+      raise UserError(f'{where}.{name} must be above 0; got {value}')
 
 
 def needs(resolved: Mapping[str, Any], argument: str) -> bool:

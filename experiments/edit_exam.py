@@ -98,6 +98,10 @@ def choose(chosen, subject: Subject, every: list[Edit], seed: int, tell):
   if not chosen['known']:
     picked = [every[i] for i in order[:n]]
   else:
+    if not any(e.truth for e in every):
+      raise UserError(
+        f'config.known: {chosen["data"]} has no truths, of which the model could say some'
+      )
     ask = evaluate.asker(subject.config)
     for lo in range(0, len(order), 64):
       some = [every[i] for i in order[lo : lo + 64] if every[i].truth]

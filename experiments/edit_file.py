@@ -65,8 +65,9 @@ def save(path: Path, model: str, subject: Subject, editor: str, batches: Sequenc
 def rebuild(path: Path, without: Collection[int], out: Path, model: str | None = None) -> str:
   """Writes the model with all batches but some; a line about it.
 
-  Without the last ones it has the bits that it had before them. What was written after one that is taken out
-  stays as it is, though it was found in a model that had it.
+  Without the last ones it has the bits that it had before them, on the same kind of device. What was written
+  after one that is taken out stays as it is, though it was found in a model that had it; so does what an
+  editor keeps in its own state (AlphaEdit's keys), which the file does not have.
 
   Args:
     without: numbers of batches, from 0; of all of them the first model is left.

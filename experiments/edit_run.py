@@ -78,6 +78,7 @@ def run(
     'not_asked': [*map(list, exam.not_asked)],
     'before': rounded(evaluate.measures(exam.asked, before)),
     **rounded(evaluate.measures(exam.asked, after)),
+    'cases': [exam.edits[exam.seen[i]].case for i in np.unique(exam.asked.edit)],
     'by_edit': {
       name: [None if v is None else round(v, 4) for v in values]
       for name, values in evaluate.by_edit(exam.asked, after).items()
@@ -132,13 +133,16 @@ def progress(
   score = lambda p, s, asked: evaluate.score(ask, p, s, asked)  # noqa: E731
   first, n, size, alone = subject.backbone, len(exam.edits), chosen['batch'], chosen['apart']
   fresh, sha = editor.init(first), f'{config.sha256(chosen)}-{seed}'
-  saved = edit_state.restore(place.folder, sha, fresh)
+  # A configuration names a model and a file of facts, which may have changed under these names.
+  of = {'config_sha256': sha, 'backbone': checkpoint.digest(first)}
+  of['requests'] = checkpoint.digest(exam.requests)
+  saved = edit_state.restore(place.folder, of, fresh)
   if saved is None:
     begin = score(first, fresh, exam.asked)
     tell(f'before: {said(evaluate.measures(exam.asked, begin))}')
     counted = ('done', 'edit_s', 'compile_s', 'state_bytes')
     about: dict[str, Any] = dict.fromkeys(counted, 0)
-    about |= {'config_sha256': sha, 'before': begin.tolist(), 'after': begin.tolist()}
+    about |= {**of, 'before': begin.tolist(), 'after': begin.tolist()}
     saved = edit_state.Saved(
       about | {'points': [], 'scores': [], 'log_p': [], 'full': [], 'terms': []},
       [],
@@ -221,8 +225,10 @@ def finite(writes: Sequence[write.Write], report: Mapping[str, Any]) -> bool:
 def points(n: int, size: int, most: int) -> set[int]:
   """After how many edits questions are asked: at most `most` times, at ends of batches, the last always."""
   ends = [min(lo + size, n) for lo in range(0, n, size)]
+  if most == 1:
+    return {n}
   chosen = np.linspace(0, len(ends) - 1, min(most, len(ends))).round().astype(int)
-  return {ends[i] for i in chosen} | {n}
+  return {ends[i] for i in chosen}
 
 
 def kept_bytes(state: Tree, writes: Sequence[write.Write]) -> int:

@@ -57,34 +57,34 @@ def packed(writes: Sequence[Write]) -> tuple[list, dict[str, np.ndarray]]:
 
 
 def unpacked(terms: Sequence, arrays: Mapping[str, Any]) -> list[Write]:
-  """What `packed` has taken apart."""
+  """What `packed` has taken apart, on the device: NumPy would round the products of factors differently."""
+  there = {name: jnp.asarray(a) for name, a in arrays.items()}
   return [
-    Write(name, layer, arrays[f'left{i}'], arrays.get(f'right{i}'))
+    Write(name, layer, there[f'left{i}'], there.get(f'right{i}'))
     for i, (name, layer) in enumerate(terms)
   ]
 
 
-def restore(folder: Path, config_sha256: str, state: Tree) -> Saved | None:
+def restore(folder: Path, of: Mapping[str, str], state: Tree) -> Saved | None:
   """What was saved, None if nothing was.
 
   Args:
-    config_sha256: of the configuration that goes on.
+    of: what goes on, entries of `Saved.about` that the file must have: digests of the configuration, ...
     state: of the editor at its start, whose structure and shapes the saved one must have.
 
   Raises:
-    UserError: the file is damaged, or of another configuration.
+    UserError: the file is damaged, or of something else.
   """
   path = folder / FILE
   if not path.exists():
     return None
   about, arrays = kept.load(path)
-  kept.same(path, about, {'config_sha256': config_sha256})
+  kept.same(path, about, of)
   leaves, shape = jax.tree.flatten(state)
   names = [f'state{i}' for i in range(len(leaves))]
   if any(
     n not in arrays or arrays[n].shape != np.shape(a) for n, a in zip(names, leaves, strict=True)
   ):
     raise UserError(f'{path} holds the state of another editor: remove it to begin anew')
-  found = {name: jnp.asarray(a) for name, a in arrays.items()}
-  writes = unpacked(about.pop('writes'), found)
-  return Saved(about, writes, jax.tree.unflatten(shape, [found[name] for name in names]))
+  writes = unpacked(about.pop('writes'), arrays)
+  return Saved(about, writes, jax.tree.unflatten(shape, [jnp.asarray(arrays[n]) for n in names]))

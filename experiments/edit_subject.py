@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_jax import checkpoint
-from cl_jax.editing import evaluate, rows, statistics
+from cl_jax.editing import encoding, evaluate, rows, statistics
 from cl_jax.editing.rounds import Rounds, straight
 from cl_jax.editing.write import Editor
 from cl_jax.errors import UserError
@@ -56,9 +56,7 @@ def begin_texts(chosen, subject: Subject, seed: int) -> list[str]:
   n, steps = chosen['prefixes'], chosen['prefix_tokens']
   if not n or not steps:
     return [words[i % len(words)] for i in range(n)]
-  ids = [
-    subject.tokenizer.encode(words[i % len(words)], add_special_tokens=False).ids for i in range(n)
-  ]
+  ids = [encoding.prompt(subject.tokenizer, words[i % len(words)])[0] for i in range(n)]
   found = []
   for i, row in enumerate(ids):
     tokens = jnp.asarray([row], jnp.int32)
@@ -74,7 +72,7 @@ def go_on(
   subject: Subject, backbone, prompts: Sequence[str], steps: int, key, state: Any = (), tap=None
 ) -> list[list[int]]:
   """The tokens that the model writes after each prompt, all at once; `tap` is an `Editor.tap`."""
-  ids = [subject.tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
+  ids = [encoding.prompt(subject.tokenizer, p)[0] for p in prompts]
   if tap is not None:
     begun = rows.layout([(row, len(row) - 1, []) for row in ids])
     drawn = _tapped(subject.config, tap, steps, backbone, state, begun, key)

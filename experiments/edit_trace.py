@@ -21,6 +21,7 @@ from experiments import results
 from experiments.edit_subject import Subject
 
 FILE = 'trace.json'
+COUNT = 5  # layers to be chosen
 SAMPLES, WINDOW, LONGEST = 5, 6, 8  # of noise; layers; tokens of a prompt
 
 
@@ -73,14 +74,14 @@ def trace(
     )
   prompts, traces = read(file)
   average = tracing.average(prompts[:n], traces[:n])
-  print(
-    'layers for MEMIT, by the largest effect of 5 at the last subject token: '
-    f'{tracing.layers_of(average, lowest=WINDOW // 2)}'
-  )
   durable.replace(folder / 'average.png', lambda f: f.write(figures.averages(average, WINDOW)))
   first = found[0]
   drawn = figures.traces(prompts[0], traces[0], first['words'], first['answer'], WINDOW)
   durable.replace(folder / 'first.png', lambda f: f.write(drawn))
+  depth = average.effect.shape[1]
+  count = min(COUNT, depth)
+  picked = tracing.layers_of(average, count, min(WINDOW // 2, depth - count))
+  print(f'layers for MEMIT, by the largest effect of {count} at the last subject token: {picked}')
   print(f'{file}, {folder / "average.png"}, {folder / "first.png"}')
   return 0
 

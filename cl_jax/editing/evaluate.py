@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_jax.editing import inside
+from cl_jax.editing import encoding, inside
 from cl_jax.editing.rows import Edit, Rows, layout
 from cl_jax.errors import UserError
 from cl_jax.models import causal
@@ -57,8 +57,8 @@ def questions(
     found += [(3, i, prompt, answer, '') for prompt, answer in e.portability]
   ones, others, kept, left = [], [], [], []
   for kind, i, prompt, wanted, other in found:
-    ids = _ids(tokenizer, prompt)
-    one, two = (_ids(tokenizer, f' {text.strip()}') if text else [] for text in (wanted, other))
+    ids, _ = encoding.prompt(tokenizer, prompt)
+    one, two = (encoding.after(tokenizer, prompt, text) for text in (wanted, other))
     if not ids or len(ids) + max(len(one), len(two)) > length:
       left.append((edits[i].case, prompt))
       continue
@@ -69,10 +69,6 @@ def questions(
     raise UserError(f'no prompt of {len(edits)} edits is at most {length} tokens long')
   kind, edit, compared = (np.array(column) for column in zip(*kept, strict=True))
   return Questions(layout(ones + others), kind, edit, compared), left
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-  return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 Ask = Callable[[Tree, Any, Rows], tuple[np.ndarray, np.ndarray]]

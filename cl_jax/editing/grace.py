@@ -150,7 +150,9 @@ def insert(state: Tree, query: Array, label: Array, value: Array, eps) -> tuple[
   # An index out of range is not written to.
   fresh = jnp.where(add & ~full, entry, len(state['keys']))
   other = jnp.where(
-    split, distance / 2 - 1e-5, jnp.where(same, jnp.maximum(radius, distance), radius)
+    split,
+    jnp.maximum(distance / 2 - 1e-5, 0),
+    jnp.where(same, jnp.maximum(radius, distance), radius),
   )
   radii = state['radii'].at[i].set(other)
   first = jnp.where(split, distance / 2, eps).astype(radii.dtype)

@@ -33,7 +33,7 @@ def memit(
 ) -> Editor:
   """Spreads the residual of all requests over `layers` (alg. 1, eq. 14 and 20; github.com/kmeng01/memit):
 
-    W_l += (coef C_l + K K^T)^-1 K R^T,  R = (z - h^L) / (L - l + 1)
+    W_l += (coef C_l + K K^T)^-1 K R^T,  R = (z - h^L) / (layers left, with this one)
 
   with the keys K [ffn, N] and the state h^L read again from the model after every layer that was written, and
   z the states after the last layer L that say the new facts (`target.optimise`). Solved in float64.
@@ -86,10 +86,10 @@ def spread(
   """
   writes: list[Write] = []
   now = backbone
-  for layer in layers:
+  for i, layer in enumerate(layers):
     keys, reading = keys_of(config, now, requests.rewrite, layer, layers[-1])
     there = np.asarray(getattr(reading, site), np.float64)
-    residual = (np.asarray(goal, np.float64) - there) * share(layers[-1] - layer + 1)
+    residual = (np.asarray(goal, np.float64) - there) * share(len(layers) - i)
     left = solve(layer, np.asarray(keys, np.float64).T)
     writes.append(write.factors(left, residual, inside.KEY, layer, goal.dtype))
     now = write.apply(now, writes[-1:])

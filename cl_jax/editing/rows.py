@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_jax.editing import encoding
 from cl_jax.errors import UserError
 from cl_jax.types import Array
 
@@ -96,23 +97,22 @@ def requests(
   kept: list[int] = []
   refused: list[tuple[Edit, str]] = []
   rewrites: list[list[tuple[list[int], int, list[int]]]] = []
+  essences: list[tuple[list[int], int, list[int]]] = []
   for i, edit in enumerate(edits):
     try:
       pieces = [piece(edit, prefix) for prefix in ('', *prefixes)]
       found = [tokens_of(tokenizer, p, length) for p in pieces]
+      subject = edit.subject.strip()
+      essence = tokens_of(tokenizer, (f'{subject} is a', len(subject), ''), length)
     except UserError as error:
       refused.append((edit, str(error)))
       continue
     rewrites.append(found)
+    essences.append(essence)
     kept.append(i)
   if not kept:
     reasons = '; '.join(f'{e.case or e.text!r}: {why}' for e, why in refused[:3])
     raise UserError(f'none of {len(edits)} edits can be made ({reasons})')
-  essences = []
-  for i in kept:
-    subject = edits[i].subject
-    ids, at, _ = tokens_of(tokenizer, (f'{subject} is a', len(subject), ''), length)
-    essences.append((ids, at, []))
   flat = layout([row for rows in rewrites for row in rows])
   shape = (len(kept), 1 + len(prefixes))
   rewrite = Rows(*(a.reshape(*shape, a.shape[-1]) for a in flat))
@@ -132,7 +132,7 @@ def piece(edit: Edit, prefix: str = '') -> Piece:
   if not edit.target.strip():
     raise UserError('the target is empty')
   before = f'{prefix}. ' if prefix else ''
-  end = len(before) + edit.prompt.index('{}') + len(edit.subject)
+  end = len(before) + edit.prompt.index('{}') + len(edit.subject.rstrip())
   return before + edit.text, end, edit.target
 
 
@@ -140,17 +140,18 @@ def tokens_of(tokenizer: Any, piece: Piece, length: int) -> tuple[list[int], int
   """(tokens of the prompt, position of the last one that the subject touches, tokens of the target).
 
   Raises:
-    UserError: more tokens than `length`.
+    UserError: more tokens than `length`, or none before the end of the subject.
   """
   prompt, end, target = piece
-  found = tokenizer.encode(prompt, add_special_tokens=False)
-  at = max(i for i, (lo, hi) in enumerate(found.offsets) if lo < end and hi > lo)
-  after = f' {target.strip()}' if target else ''
-  answer = tokenizer.encode(after, add_special_tokens=False).ids if after else []
-  if len(found.ids) + len(answer) > length:
-    have = len(found.ids) + len(answer)
+  ids, spans = encoding.prompt(tokenizer, prompt)
+  touched = [i for i, (lo, hi) in enumerate(spans) if lo < end and hi > lo]
+  if not touched:
+    raise UserError(f'the tokenizer has no token for {prompt[:end]!r}')
+  answer = encoding.after(tokenizer, prompt, target)
+  if len(ids) + len(answer) > length:
+    have = len(ids) + len(answer)
     raise UserError(f'{prompt!r} and its target are {have} tokens, at most {length} are allowed')
-  return found.ids, at, answer
+  return ids, touched[-1], answer
 
 
 def layout(rows: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> Rows:

@@ -120,6 +120,8 @@ def optimise(
     width: requests at a time.
     rounds: runs the loop over these.
   """
+  if recipe.steps < 1 or width < 1:
+    raise UserError(f'a target needs a step and a width of 1; got {recipe.steps} and {width}')
   for site in sites:
     if site not in SITES:
       raise UserError(f'site {site!r} is not known: use {", ".join(SITES)}')

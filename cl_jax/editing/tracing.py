@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_jax.editing import encoding
 from cl_jax.editing.restore import KINDS, Trace, maps
 from cl_jax.errors import UserError
 from cl_jax.models.causal import Config
@@ -66,11 +67,13 @@ def prompt(tokenizer: Any, text: str, subject: str, answer: str = '') -> Prompt:
   start = text.find(subject)
   if not subject.strip() or start < 0:
     raise UserError(f'the prompt {text!r} does not name its subject {subject!r}')
-  made = tokenizer.encode(text, add_special_tokens=False)
-  end = start + len(subject)
-  touched = [i for i, (a, b) in enumerate(made.offsets) if a < end and b > start and b > a]
-  after = tokenizer.encode(f' {answer.strip()}', add_special_tokens=False).ids if answer else [-1]
-  return Prompt(np.asarray(made.ids, np.int32), touched[0], touched[-1] + 1, after[0])
+  ids, spans = encoding.prompt(tokenizer, text)
+  end = start + len(subject.rstrip())
+  touched = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+  if not touched:
+    raise UserError(f'the tokenizer has no token for {subject!r}')
+  first = [*encoding.after(tokenizer, text, answer), -1][0]
+  return Prompt(np.asarray(ids, np.int32), touched[0], touched[-1] + 1, first)
 
 
 def noise(backbone: Tree, prompts: Sequence[Prompt], factor: float = 3.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,16 +24,22 @@ def load(folder: str | Path, name: str, seed: int = 0) -> tuple[list[Edit], list
   CoNLL 2017, in the form of Mitchell et al., ICLR 2022): the target is the first answer, there is no truth to
   compare with, and the neighbour is a question of another set. 'known' (Meng et al. 2022): facts; the target
   is the attribute of another fact of the same relation, drawn by `seed`, and neighbours are other subjects
-  that have the same attribute.
+  that have the same attribute. Or FILE.jsonl: objects with the fields of `Edit`, of which prompt, subject and
+  target must be there.
+
+  Of CounterFact the prepared file has one paraphrase and one neighbour a record; further neighbours are
+  prompts of other records with the same relation and truth (as the file's README says).
 
   Raises:
     UserError: an unknown name, an absent file, or one that is not lines of JSON.
   """
-  if name not in FILES:
-    raise UserError(f'there are no edits {name!r}: use {", ".join(FILES)}')
-  file = Path(folder) / f'{FILES[name]}.jsonl'
+  own = name.endswith('.jsonl')
+  if name not in FILES and not own:
+    raise UserError(f'there are no edits {name!r}: use {", ".join(FILES)}, or FILE.jsonl')
+  file = Path(name) if own else Path(folder) / f'{FILES[name]}.jsonl'
   if not file.is_file():
-    raise UserError(f'there are no edits at {file}; --data_dir names the folder above edit/')
+    where = '' if own else '; --data_dir names the folder above edit/'
+    raise UserError(f'there are no edits at {file}{where}')
   records = []
   try:
     for i, line in enumerate(file.read_text('utf-8').splitlines()):
@@ -43,7 +50,7 @@ def load(folder: str | Path, name: str, seed: int = 0) -> tuple[list[Edit], list
     raise UserError(f'{file}: line {len(records) + 1} cannot be read ({error})') from error
   if name == 'known':
     return _known(records, seed)
-  return _each(records, _counterfact if name == 'counterfact' else _zsre)
+  return _each(records, _own if own else _counterfact if name == 'counterfact' else _zsre)
 
 
 def _each(
@@ -58,6 +65,39 @@ def _each(
     except UserError as error:
       refused.append((str(record.get('case_id', i)), str(error)))
   return edits, refused
+
+
+def _own(i: int, record: dict[str, Any]) -> Edit:
+  given = {'case': str(i), **{k: v for k, v in record.items() if v is not None}}
+  if odd := sorted(set(given) - {f.name for f in dataclasses.fields(Edit)}):
+    raise UserError(f'{odd[0]!r} is no field of a fact')
+  for field in dataclasses.fields(Edit):
+    value = given.get(field.name)
+    if value is None:
+      continue
+    if field.name == 'portability':
+      if not isinstance(value, list) or not all(_texts(p) and len(p) == 2 for p in value):
+        raise UserError('portability must be a list of [prompt, answer]')
+      given['portability'] = tuple((prompt, answer) for prompt, answer in value)
+    elif field.name in ('paraphrases', 'neighbours', 'answers'):
+      if not _texts(value):
+        raise UserError(f'{field.name} must be a list of texts')
+      given[field.name] = tuple(value)
+    elif not isinstance(value, str):
+      raise UserError(f'{field.name} must be a text')
+  missing = [name for name in ('prompt', 'subject', 'target') if name not in given]
+  if missing:
+    raise UserError(f'{missing[0]} is missing')
+  edit = Edit(**given)
+  if edit.answers and len(edit.answers) != len(edit.neighbours):
+    raise UserError(f'{len(edit.answers)} answers for {len(edit.neighbours)} neighbours')
+  if edit.neighbours and not edit.answers and not edit.truth:
+    raise UserError('neighbours need answers, or the fact a truth, which is then theirs')
+  return edit
+
+
+def _texts(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _counterfact(i: int, record: dict[str, Any]) -> Edit:

@@ -435,6 +435,29 @@ def test_the_rules_of_the_codebook():
   assert full > 2
 
 
+def test_keys_that_nearly_meet_keep_a_radius():
+  """Half of a distance below what is taken off it is no radius; the first key is still found at itself."""
+  config, eps = CONFIGS['llama']._replace(d=2), 0.05
+  state = grace.grace(config, 2, capacity=3).init({'embed': {'tokens': jnp.zeros((1, 2))}})
+  for label, x in enumerate((0.0, 1.5e-5)):
+    q = jnp.array([x, 0.0])
+    state, entry, _ = grace.insert(state, q, jnp.asarray(label, jnp.int32), q, eps)
+    assert int(entry) == label
+  distance, i = grace.nearest(state, jnp.zeros(2))
+  assert int(i) == 0 and distance <= state['radii'][0] == 0
+
+
+def test_layers_with_gaps_share_by_how_many_are_left():
+  """As in compute_z and its loops: not by how far the last one is."""
+  config, seen = CONFIGS['llama'], []
+  p = causal.draw(jax.random.key(0), config, 0.3)
+  goal = jnp.zeros((N, config.d))
+  solve = lambda layer, keys: np.zeros_like(keys)  # noqa: E731
+  share = lambda rest: seen.append(rest) or 1 / rest  # noqa: E731
+  memit.spread(config, p, draw(0), goal, (0, 1, 3), solve, share)
+  assert seen == [3, 2, 1]
+
+
 GRACE = [c for c in ALL if c[0] == 'grace']
 both = pytest.mark.parametrize('case', GRACE, ids=[f for _, f in GRACE], indirect=True)
 

@@ -260,13 +260,15 @@ def test_fewer_facts_than_were_traced_before_are_averaged_and_drawn_alone(
   subject: Any = SimpleNamespace(
     config=None, backbone={}, tokenizer=SimpleNamespace(decode=lambda ids: str(ids[0]))
   )
-  left = [Trace(np.int32(5), np.float32(0.9), np.float32(0.1), maps) for maps in [*draw, *draw[:2]]]
+  shown = [*draw, *draw[:2], draw[0][:, :4]]
+  left = [Trace(np.int32(5), np.float32(0.9), np.float32(0.1), maps) for maps in shown]
   monkeypatch.setattr(edit_trace, 'known', lambda subject, data, n, tell: (1.0, facts[:n], 9))
   monkeypatch.setattr(tracing, 'traces', lambda *args, **options: [left.pop(0)])
   said = []
-  for name, n in (('long', 4), ('long', 2), ('short', 2)):
+  for name, n in (('long', 4), ('long', 2), ('short', 2), ('shallow', 1)):
     edit_trace.trace(subject, 'model', tmp_path, n, tmp_path / name, 'command', lambda line: None)
     text = capsys.readouterr().out.replace(name, '')
     said.append((text, (tmp_path / name / 'average.png').read_bytes()))
   assert said[0] != said[1] == said[2]
+  assert 'effect of 4 at the last subject token: (0, 1, 2, 3)' in said[3][0], 'a network of four'
   assert len(edit_trace.read(tmp_path / 'long' / edit_trace.FILE)[0]) == 4, 'all are kept'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -324,18 +325,88 @@ def test_a_full_codebook_refuses_and_says_so(root, tmp_path):
 def test_saved_state_is_refused_when_tampered_with(root, tmp_path):
   state = {'a': np.ones(3, np.float32)}
   edit_state.save(tmp_path, edit_state.Saved({'config_sha256': 'x', 'done': 1}, [], state))
-  found = edit_state.restore(tmp_path, 'x', state)
-  assert found is not None and found.about['done'] == 1
+  of = {'config_sha256': 'x'}
+  found = edit_state.restore(tmp_path, of, {'a': np.zeros(3, np.float32)})
+  assert found is not None and found.about['done'] == 1 and found.state['a'].tolist() == [1, 1, 1]
   with pytest.raises(UserError, match='config_sha256'):
-    edit_state.restore(tmp_path, 'y', state)
+    edit_state.restore(tmp_path, {'config_sha256': 'y'}, state)
   with pytest.raises(UserError, match='another editor'):
-    edit_state.restore(tmp_path, 'x', {'a': np.ones(4, np.float32)})
+    edit_state.restore(tmp_path, of, {'a': np.ones(4, np.float32)})
   path = tmp_path / edit_state.FILE
   content = bytearray(path.read_bytes())
   content[content.index(state['a'].tobytes())] ^= 1
   path.write_bytes(content)
   with pytest.raises(UserError, match='damaged'):
-    edit_state.restore(tmp_path, 'x', state)
+    edit_state.restore(tmp_path, of, state)
+
+
+def test_terms_from_a_file_add_up_to_the_same_bits():
+  """Of many ranks, whose products NumPy and XLA round in different ways."""
+  draw = np.random.default_rng(0)
+  first = {'layers': {'down': {'w': jnp.asarray(draw.normal(size=(2, 24, 16)), jnp.float32)}}}
+  terms = [
+    write.factors(draw.normal(size=(24, 40)), draw.normal(size=(40, 16)), 'layers/down/w', i, 'float32')
+    for i in (0, 1, 0)
+  ]  # fmt: skip
+  again = edit_state.unpacked(*edit_state.packed(terms))
+  one, two = (write.apply(first, t)['layers']['down']['w'] for t in (terms, again))
+  assert np.array_equal(one, two)
+
+
+def test_facts_or_a_model_that_have_changed_do_not_go_on(root, tmp_path, monkeypatch, capsys):
+  """A configuration names them, and what it names may be another thing when the command is repeated."""
+  facts, model = tmp_path / 'facts.jsonl', tmp_path / 'model'
+  shutil.copytree(root / 'model', model)
+  record = {'prompt': 'the home of {} is', 'target': 'Oslo', 'truth': 'Rome'}
+  record |= {'portability': [['the city of Anna is', 'Lima']]}
+  lines = [json.dumps(record | {'subject': s}) for s in ('Anna', 'Bert')]
+  facts.write_text('\n'.join(lines))
+  words = (f'--config.data={facts}', f'--config.model={model}', '--config.evaluate.texts=wiki')
+  sequence = 'configs/edit_counterfact.py:memit,2,sequential'
+  with monkeypatch.context() as patch:
+    patch.setattr(edit_run, 'perplexities', lambda *args: 1 / 0)  # with all edits made and saved
+    assert go(root, tmp_path / 'a', '--save_every=0', *words, config=sequence) == 3
+  facts.write_text('\n'.join([lines[0], lines[1].replace('Bert', 'Emil')]))
+  capsys.readouterr()
+  assert go(root, tmp_path / 'a', *words, config=sequence) == 2
+  assert 'is of another requests' in capsys.readouterr().err
+  facts.write_text('\n'.join(lines))
+  backbone = causal.draw(jax.random.key(1), TINY, 0.3)
+  decoder.save(tmp_path / 'other', TINY, backbone, root / 'tokenizer.json')
+  shutil.rmtree(model)
+  (tmp_path / 'other').rename(model)
+  assert go(root, tmp_path / 'a', *words, config=sequence) == 2
+  assert 'is of another ' in capsys.readouterr().err
+  shutil.rmtree(model)
+  shutil.copytree(root / 'model', model)
+  assert go(root, tmp_path / 'a', *words, config=sequence) == 0
+  (line,) = results.read(tmp_path / 'a')
+  assert line['cases'] == ['0', '1'] and len(line['by_edit']['es']) == 2
+  assert line['portability'] is not None and line['ns'] is None
+
+
+def test_edits_apart_start_from_a_fresh_state(root, tmp_path, monkeypatch):
+  seen = []
+
+  def edit_none(backbone, state, requests, key):
+    seen.append(int(state))
+    return [], state + 1, {}
+
+  made = write.Editor(lambda backbone: jnp.array(0), edit_none)
+  monkeypatch.setattr(edit_run, 'editor_of', lambda *args: made)
+  single = 'configs/edit_counterfact.py:none,3,{}'
+  words = [w for w in FAST if 'memit' not in w]
+  for how, wanted in (('single', [0, 0, 0]), ('sequential', [0, 1, 2])):
+    asked = (f'--config={single.format(how)}', f'--workdir={tmp_path}/{how}', f'--data_dir={root}')
+    assert edit.main([*asked, f'--config.model={root}/model', *words]) == 0
+    assert seen == wanted
+    seen.clear()
+
+
+def test_points_are_as_many_as_asked_for():
+  assert [sorted(edit_run.points(10, 3, n)) for n in (1, 2, 3, 9)] == [
+    [10], [3, 10], [3, 9, 10], [3, 6, 9, 10]
+  ]  # fmt: skip
 
 
 def test_edited_model_can_be_edited_again(root, tmp_path):
@@ -529,6 +600,10 @@ def test_facts_that_the_model_says_are_known(root, monkeypatch):
   assert told == [f'{len(known)} of {len(known) + 3} facts are what the model says anyway']
   few = [choose(3, seed)[0] for seed in range(2)]
   assert few[0] == picked[:3] and few[1] != few[0] and set(few[1]) < set(known)
+  every[:] = [replace(e, truth='') for e in every]
+  with pytest.raises(UserError, match='config.known: known has no truths'):
+    choose(1)
+  every[:] = known
   n = len(known) + 1
   with pytest.raises(UserError, match=f'config.edits={n}, and there are {n - 1} in known'):
     choose(n)
@@ -558,6 +633,11 @@ def test_facts_that_the_model_says_are_known(root, monkeypatch):
     (('--config.moments.tokens=0',), 'config.moments.tokens must be at least 1; got 0'),
     (('--config.evaluate.block=1',), 'config.evaluate.block must be at least 2; got 1'),
     (('--config.moments.sketch=25',), 'between 0 and 24'),
+    (('--config.seeds=()',), 'config.seeds names no seed'),
+    (('--config.memit.recipe.steps=0',), 'config.memit.recipe.steps must be at least 1; got 0'),
+    (('--config.memit.coef=-5',), 'config.memit.coef must be above 0; got -5'),
+    (('--config.memit.width=0',), 'config.memit.width must be at least 1'),
+    (('--config.data=none.jsonl',), 'no edits at none.jsonl'),
   ],
 )
 def test_mistakes_get_one_line(root, tmp_path, capsys, words, said):
@@ -614,6 +694,11 @@ def test_every_cell_of_a_grid_is_a_configuration(name):
 
 def test_editors_are_found_by_module():
   assert {'rome', 'memit', 'pmet', 'alphaedit'} <= set(edit_config.names())
+
+
+def test_the_same_editor_keeps_its_arguments():
+  chosen = edit.resolved('configs/edit_counterfact.py:memit,10', [('editor', 'memit')])
+  assert chosen == edit.resolved('configs/edit_counterfact.py:memit,10', [])
 
 
 def test_another_editor_takes_the_label_with_it():

@@ -52,6 +52,41 @@ def test_counterfact(tmp_path):
   assert refused == [('1', "the record lacks 'case_id'")]
 
 
+OWN = {
+  'prompt': '{} lives in', 'subject': 'Anna', 'target': 'Lima', 'truth': 'Rome',
+  'paraphrases': ['Anna is in'], 'neighbours': ['Bert lives in'], 'answers': ['Oslo'],
+  'portability': [['the country of Anna is', 'Peru']], 'case': 'first',
+}  # fmt: skip
+
+
+def test_facts_of_ones_own(tmp_path):
+  """All fields, or the three that are needed; what is wrong is said of its record alone."""
+  wrong = [
+    (without(OWN, 'target'), 'target is missing'),
+    (OWN | {'targets': 'x'}, "'targets' is no field"),
+    (OWN | {'subject': 7}, 'subject must be a text'),
+    (OWN | {'paraphrases': 'Anna is in'}, 'paraphrases must be a list'),
+    (OWN | {'portability': [['x']]}, 'list of [prompt, answer]'),
+    (OWN | {'portability': ['xy']}, 'list of [prompt, answer]'),
+    (OWN | {'answers': ['a', 'b']}, '2 answers for 1 neighbours'),
+    (without(without(OWN, 'answers'), 'truth'), 'neighbours need answers'),
+  ]
+  least = {k: OWN[k] for k in ('prompt', 'subject', 'target')} | {'truth': None}
+  file = tmp_path / 'facts.jsonl'
+  records = [OWN, least, *(record for record, _ in wrong)]
+  file.write_text('\n'.join(map(json.dumps, records)))
+  found, refused = edits.load(tmp_path / 'not here', str(file))
+  assert found == [
+    Edit('{} lives in', 'Anna', 'Lima', 'Rome', ('Anna is in',), ('Bert lives in',), ('Oslo',),
+         (('the country of Anna is', 'Peru'),), 'first'),
+    Edit('{} lives in', 'Anna', 'Lima', case='1'),
+  ]  # fmt: skip
+  for (_, why), (_, said) in zip(refused, wrong, strict=True):
+    assert said in why
+  with pytest.raises(UserError, match='no edits at .*none.jsonl$'):
+    edits.load(tmp_path, f'{tmp_path}/none.jsonl')
+
+
 def test_zsre(tmp_path):
   """The first answer is the target, and there is no truth; what is no request is refused by its number."""
   keys = ('subject', 'src', 'rephrase', 'answers', 'loc', 'loc_ans')
