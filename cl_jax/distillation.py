@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_jax.errors import UserError
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Batch, Forward, Out, Tree, overlay
 
@@ -68,6 +69,9 @@ def distiller(
     task_classes: the labels of each task, for 'heads'.
     temperature: T.
     mean: average over the outputs that compete, and the heads, instead of summing.
+
+  Raises:
+    UserError (by `loss`): 'seen' or 'heads' of a language model.
   """
   if outputs not in OUTPUTS:
     raise ValueError(f'{name} outputs {outputs!r}: one of {OUTPUTS}')
@@ -85,15 +89,19 @@ def distiller(
     p = jax.nn.softmax(target / temperature)
     logp = jax.nn.log_softmax(logits / temperature)
     ce = -(temperature**2) * jnp.sum(p * jnp.maximum(logp, MINUS_INF), axis=-1)
-    if (
-      ce.ndim > 1
-    ):  # a language model: the mean over the tokens to learn, the others have logits of 0
+    # A language model: the mean over the tokens to learn, the others have logits of 0.
+    if ce.ndim > 1:
       learnt = (logits != 0).any(-1)
       ce = jnp.where(learnt, ce, 0).sum(-1) / jnp.maximum(learnt.sum(-1), 1)
       return ce / logits.shape[-1] if mean else ce
     return ce / jnp.sum(logits > MINUS_INF / 2, axis=-1) if mean else ce
 
   def loss(former, old, new):
+    if outputs != 'all' and new.logits.ndim > 2:
+      raise UserError(
+        f'config.{name}.outputs={outputs!r} goes by classes, and outputs of a language model are tokens: '
+        "take 'all'"
+      )
     if outputs == 'heads':
       per_head = [
         (former.tasks > t) * distil(old.aux[name][:, list(c)], new.aux[name][:, list(c)])

@@ -232,7 +232,7 @@ def class_balanced(capacity: int, classes: int) -> Writer:
   own with probability stored_c / seen_c.
 
   Unlike `reservoir` and `ring`, placing a row scans the stored labels: O(B * capacity) integers a step.
-  State: 4 bytes per slot and 9 per class.
+  State: 4 bytes per slot, 9 per class, and 4.
   """
 
   def init(features):

@@ -21,7 +21,8 @@ def accumulated(grad_fn: Callable, n: int) -> Callable:
   (`experiments.rules` refuses it); norms with statistics of it (these are of a micro-batch, and the new
   running ones the mean of theirs); what counts the classes in it as seen (`seen_head`, `current_head`,
   `ease`), in steps that bring a class for the first time; a method's own mean over rows of unequal
-  weights. What a method computes for rows of its own (`der`, `rehearsal`) is computed n times.
+  weights; what the rows of a batch vote for (`l2p`). What a method computes for rows of its own (`der`,
+  `rehearsal`) is computed n times.
 
   Args:
     grad_fn: (params, batch) -> ((loss, Out), gradient).

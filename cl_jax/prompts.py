@@ -134,9 +134,19 @@ def _before(rows: Array, h: Array) -> Array:
 
 
 def query(apply: Callable, variables: Tree, batch: Batch) -> Array:
-  """f32[B, D]: the features without a prompt, by a pass of its own without a gradient."""
+  """f32[B, D]: the features without a prompt, by a pass of its own without a gradient.
+
+  Raises:
+    UserError: a language model, whose features have read the tokens that are to be predicted: a prompt chosen
+      by them would tell what they are.
+  """
   # At the input, so that the pass is not differentiated at all.
   out = apply(jax.lax.stop_gradient(variables), batch, no_tap, False)
+  if out.logits.ndim != 2:
+    raise UserError(
+      'prompts that are chosen by a whole row would tell a language model the tokens it has to predict: '
+      'take prompt_tuning or prefix_tuning, or a classifier'
+    )
   return jax.lax.stop_gradient(out.features)
 
 

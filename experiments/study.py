@@ -6,7 +6,7 @@ repeated.
 Beside the results of every run it measures how far the network has moved (linear CKA of the features before
 and after, Kornblith et al. 2019) and, for language models, the likelihood of text that is never learnt from.
 DIR gets results.jsonl of all cells, drift.jsonl and table.md. What each cell will need is printed before the
-first of them starts; --plan prints that and runs nothing.
+first of them starts; --plan prints that and trains nothing.
 """
 
 from __future__ import annotations

@@ -509,8 +509,9 @@ def test_kmeans_finds_groups_and_ignores_padding():
   assert {tuple(r) for r in few} == {tuple(r) for r in x[:2]}
 
 
-def test_sprompts_goes_to_the_nearest_finished_task():
-  learn, state, frozen = start(VIT, IMAGES, sprompts(3, 2, 2, 4))
+@pytest.mark.parametrize('unit', [True, False])
+def test_sprompts_goes_to_the_nearest_finished_task(unit):
+  learn, state, frozen = start(VIT, IMAGES, sprompts(3, 2, 2, 4, unit))
   state = spread(state, 'sprompts')
   own, p = state.params['sprompts'], {**frozen, **state.params}
 
@@ -524,7 +525,9 @@ def test_sprompts_goes_to_the_nearest_finished_task():
   for w in ([1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]):
     state = learn.boundary(state, half(w))
   q = np.asarray(by_hand('vit', p['backbone'], IMAGES))
+  q = q / np.linalg.norm(q, axis=-1, keepdims=True) if unit else q
   points = np.asarray(state.method.centroids)
+  assert (np.linalg.norm(points[:2], axis=-1).max() <= 1 + 1e-6) == unit
   task = np.square(q[:, None, None] - points[None, :2]).sum(-1).min(-1).argmin(-1)
   assert set(task) == {0, 1}
   near(learn.predict(state, IMAGES), by_task(task))  # task 2 is not among them

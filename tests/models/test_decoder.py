@@ -18,6 +18,11 @@ from cl_jax.lowrank import merged
 from cl_jax.masks import paths
 from cl_jax.methods.closed_form.ncm import NCMState, ncm
 from cl_jax.methods.lowrank.lora import lora
+from cl_jax.methods.prompts.coda import coda
+from cl_jax.methods.prompts.dualprompt import dualprompt
+from cl_jax.methods.prompts.l2p import l2p
+from cl_jax.methods.prompts.prefix_tuning import prefix_tuning
+from cl_jax.methods.prompts.prompt_tuning import prompt_tuning
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.replay.agem import agem
@@ -287,6 +292,32 @@ def test_methods_of_classifiers_are_refused_above_a_language_model():
     learn = learner(decoder(TINY, 1, output='tokens'), optax.sgd(0.1), method)
     with pytest.raises(ValueError, match='one a row|one label a row'):
       jax.eval_shape(learn.step, jax.eval_shape(learn.init, jax.random.key(0), b), b)
+
+
+def test_what_reads_the_answer_or_goes_by_classes_is_refused_above_a_language_model():
+  """A prompt that is chosen by the whole row has read what is to be predicted; classes are no tokens."""
+  b, model = batch(text(8).x), decoder(TINY, 1, output='tokens', init=0.3)
+  refused = [
+    (l2p(4, 2, 2, 2), 'whole row'),
+    (coda(2, 4, 2, layers=(0, 1)), 'whole row'),
+    (dualprompt(2, 2, 2, general_layers=(0,), expert_layers=(1,)), 'whole row'),
+    (lwf(outputs='seen'), "take 'all'"),
+    (lwf(outputs='heads', task_classes=((0,), (1,))), "take 'all'"),
+  ]
+  for method, said in refused:
+    with pytest.raises(UserError, match=said):
+      learn = learner(model, optax.sgd(0.1), method)
+      jax.eval_shape(learn.step, jax.eval_shape(learn.init, jax.random.key(0), b), b)
+
+  def changed(method):
+    """By how much another last token moves what is predicted before it."""
+    learn = learner(model, optax.sgd(0.1), method)
+    state = quick(learn.init)(jax.random.key(0), b)
+    other = b._replace(x=b.x | {'tokens': b.x['tokens'].at[:, -1].add(1) % 11})
+    one, two = (quick(learn.predict)(state, rows) for rows in (b, other))
+    return float(jnp.abs(one - two)[:, :-1].max())
+
+  assert changed(prompt_tuning(2)) == changed(prefix_tuning(2)) == changed(lwf(outputs='all')) == 0
 
 
 def test_as_a_classifier():

@@ -190,7 +190,7 @@ def test_coda(v, monkeypatch):
 def test_sprompts():
   """Of the tasks whose boundary was told the nearest centroid decides; before the first one, the current."""
   g = Golden('sprompts')
-  method = sprompts(3, 2, int(g['k']), int(g['iters']))
+  method = sprompts(3, 2, int(g['k']), int(g['iters']), unit=False)
   own = {'sprompts': {'prompts': g['init/P'], 'w': g['init/w'], 'b': g['init/b']}}
   leaves = {'P': 'prompts', 'w': 'w', 'b': 'b'}
   for t, place, state, predict in follow(g, '', method, own, leaves, rtol=5e-6):

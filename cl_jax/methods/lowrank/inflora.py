@@ -42,8 +42,9 @@ def inflora(
   Liang & Li, CVPR 2024, alg. 1; official code liangyanshuo/InfLoRA. P grows at a boundary (DualGPM): by the
   leading left singular vectors of (I - P) H, H now of the finished task's examples under the trained network,
   until the share of sum S that is kept (S the singular values of H) reaches e_t = e + (1 - e) t / T. H is a
-  second moment already, so sum S is the energy of the inputs; the official code takes sum S^2, which squares
-  it once more and keeps fewer directions (squared=True).
+  second moment already, so sum S is the energy of the inputs (from the second task on an upper bound of
+  what is missing, since (I - P) H is not symmetric: a few directions more are kept); the official code takes
+  sum S^2, which squares it once more and keeps fewer directions (squared=True).
 
   Deviations: hooks see no data before a task, so its first `warm` steps only gather H (the head and all else
   that is not frozen train meanwhile), then A_t is set; P itself is stored in place of a basis of it or of its

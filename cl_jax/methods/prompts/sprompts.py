@@ -18,7 +18,9 @@ class SPromptsState(NamedTuple):
   centroids: Array  # f32[T, k, D]
 
 
-def sprompts(tasks: int, length: int = 10, centroids: int = 5, iterations: int = 20) -> Method:
+def sprompts(
+  tasks: int, length: int = 10, centroids: int = 5, iterations: int = 20, unit: bool = True
+) -> Method:
   """A prompt and a head per task, trained in it only; each input goes to the task of the nearest centroid.
 
   Wang et al., NeurIPS 2022, "S-Prompts learning with pre-trained transformers", section 3 (the image
@@ -31,15 +33,18 @@ def sprompts(tasks: int, length: int = 10, centroids: int = 5, iterations: int =
   all outputs: let these all compete (no `current_head`), so that a head learns which do not occur in its
   task.
 
-  Deviations: Euclidean where the official code takes the sum of absolute differences; k-means starts from
-  the task's first example and, in turn, the one that is farthest from those chosen, and has a fixed number
-  of iterations. Prompts start at U(-0.5, 0.5), as in `prompt_tuning`.
+  Deviations: queries have length 1 like the features that centroids are of (`unit`; the official code leaves
+  queries as they are); Euclidean where it takes the sum of absolute differences; heads learn the labels of
+  all tasks, where its own have the task's alone; k-means starts from the task's first example and, in turn,
+  the one that is farthest from those chosen, and has a fixed number of iterations. Prompts start at
+  U(-0.5, 0.5), as in `prompt_tuning`.
 
   Args:
     tasks: T, slots; later tasks go on with the last one, whose centroids become theirs.
     length: rows of a prompt.
     centroids: k.
     iterations: of k-means.
+    unit: features are scaled to length 1, for centroids and queries.
 
   Raises:
     UserError: the network is no transformer, or has no head of 'w' and 'b'.
@@ -74,6 +79,7 @@ def sprompts(tasks: int, length: int = 10, centroids: int = 5, iterations: int =
         out = apply(variables, batch, prompts.before_sequence(tap, own['prompts'][now]), train)
         return out._replace(logits=out.features @ own['w'][now] + own['b'][now])
       q = prompts.query(apply, variables, batch)
+      q = prompts.unit(q) if unit else q
       task = route(s, q)
       out = apply(variables, batch, prompts.before_sequence(tap, own['prompts'][task]), train)
       every = jnp.einsum('bd,tdc->btc', out.features, own['w']) + own['b']
