@@ -220,8 +220,9 @@ def count(jaxpr: core.Jaxpr, where: str = '', times: int = 1) -> Counter:
     elif eqn.primitive.name == 'conv_general_dilated':
       kernel, out = shape(eqn.invars[1]), shape(eqn.outvars[0])
       spec = eqn.params['dimension_numbers'].rhs_spec  # (out features, in features, *window)
-      per_output = math.prod(kernel) // kernel[spec[0]]
-      total[role] += 2 * times * per_output * math.prod(out)
+      # Of a strided layer's gradient the values stand apart, and products with what is between are not made.
+      per_output = math.prod(kernel) / kernel[spec[0]] / math.prod(eqn.params['lhs_dilation'])
+      total[role] += round(2 * times * per_output * math.prod(out))
   return total
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -38,6 +39,7 @@ from cl_jax.masks import path_name
 from cl_jax.types import Tree
 
 SUMS = 'sha256.json'
+STEP = re.compile('[0-9]{10,}')  # the name of a checkpoint's folder
 PIECE = 1 << 28  # bytes of an array spread over processes that are brought to the host at once
 
 
@@ -279,7 +281,7 @@ def restore(
 
 def steps(directory: Path) -> list[int]:
   """The steps that are there, ascending; whether they are whole is found out when they are read."""
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+  return sorted(int(p.name) for p in directory.iterdir() if STEP.fullmatch(p.name) and p.is_dir())
 
 
 def _read(place: Path, step: int, like: Tree, config_sha256: str, shared: bool) -> Restored:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax.errors import UserError
+from cl_jax.masks import nest, paths
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Batch, Forward, Out, Tree, overlay
 
@@ -36,8 +37,10 @@ def meet(former: Former, batch: Batch) -> Former:
 
 
 def settle(former: Former, params: Tree, fwd: Forward) -> Former:
-  """A boundary: the network as it is becomes the teacher."""
-  return Former(overlay(fwd.stats, params), former.now, former.now, former.tasks + 1)
+  """A boundary: the network as it is becomes the teacher, without what methods behind this one have added."""
+  now, kept = dict(paths(overlay(fwd.stats, params))), dict(paths(former.teacher))
+  teacher = nest({path: now[path] for path in kept})
+  return Former(teacher, former.now, former.now, former.tasks + 1)
 
 
 class Distiller(NamedTuple):

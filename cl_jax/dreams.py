@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from cl_jax.cut import Joined
+from cl_jax.errors import UserError
 from cl_jax.types import Array, Batch
 
 
-def scaled(x: Array) -> Array:
+def scaled(x: Array | Joined) -> Array:
   """Inputs flat and in [0, 1], f32[B, inputs]; what is not uint8 must lie there already."""
+  if isinstance(x, Joined):
+    raise UserError(
+      'what makes inputs of its own does not go with a memory of activations (latent, remind): take one of '
+      'the two'
+    )
   flat = x.reshape(len(x), -1)
   return flat.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else flat
 

@@ -252,7 +252,8 @@ def order(sizes: Tree, rules: Rules) -> dict[str, np.ndarray]:
       found[path] = found[weight]
       continue
     score = a if part.kind == 'out' else np.swapaxes(a, -1, -2)
-    stacked = (path == weight and a.ndim == 3) or (path != weight and a.ndim == 2)
+    own = 3 if path == weight else 2
+    stacked = a.ndim == own and (path == weight or 'layers' in path.split('/'))
     score = score.sum(tuple(range(1 if stacked else 0, a.ndim - 1)))
     best = np.argsort(-score, -1, kind='stable')
     first, others = np.split(best, [part.count], -1)

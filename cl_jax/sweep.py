@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from cl_jax.errors import UserError
 from cl_jax.loop import Record, run
 from cl_jax.types import Array, State, Stream, Tree
 
@@ -201,6 +202,10 @@ def compile_groups(cells: Sequence[Mapping]) -> list[Group]:
       if isinstance(node, float):
         values.append(node)
         return Slot(len(values) - 1)
+      if isinstance(node, np.ndarray | jax.Array):
+        raise UserError(
+          'a cell of a sweep holds numbers, texts and tuples; arrays belong to weights'
+        )
       return node
 
     shape = static(cell)

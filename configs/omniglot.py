@@ -5,8 +5,9 @@
 The split `small1`: 5 alphabets of 136 characters, 20 drawings each, of which 5 are the test data; 28 x 28
 grey pixels, 20 epochs in batches of 16, two convolutions and a hidden layer, SGD 0.05. `tfds build omniglot
 --file_format=array_record` prepares the data; --config.data.train=train gives 30 alphabets. The words after
-the colon are a scenario (task or class) and methods. Measured: results/survey_omniglot, 17 methods and fine-tuning by the
-framework of the survey; and with this rate 37.4 per cent with hat (--config.seeds=0, c = 0.75).
+the colon are a scenario (task or class) and methods. Measured: results/survey_omniglot, 17 methods and
+fine-tuning by the framework of the survey; and with this rate 37.4 per cent with hat (--config.seeds=0,
+c = 0.75).
 """
 
 from configs import common

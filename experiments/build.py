@@ -186,7 +186,10 @@ def begun(stream: Stream, tasks: int | None) -> Stream:
 
 
 def check(setup: Setup) -> None:
-  """Builds the learner once from numbers and traces its beginning: what is wrong shows here."""
+  """Builds the learner once from numbers and traces its parts: what is wrong shows here.
+
+  Boundaries and predictions of several methods alone: what a method does by itself is known to work.
+  """
   stream, config = setup.streams[0], setup.config
   if 'packnet' in config['methods'] and stream.tasks > 255:
     raise UserError(
@@ -194,22 +197,54 @@ def check(setup: Setup) -> None:
     )
   hp = hyper(config, stream)
   try:
-    made = setup.build(hp, setup.weights)
-    check_needs(made.needs, stream)
-    state = jax.eval_shape(made.init, jax.random.key(0), example(stream))
-    jax.eval_shape(made.step, state, example(stream))
-  except KeyError as error:
-    if error.args[0] not in config['methods']:
+    trace(setup.build(hp, setup.weights), stream, whole=len(config['methods']) > 1)
+  except (AttributeError, KeyError, ValueError, TypeError) as error:
+    names = config['methods']
+    for name in names[1:]:
+      order = (name, *(n for n in names if n != name))
+      try:
+        own = {**slotted(setup), 'methods': order}
+        trace(setup.assemble(hp, setup.weights, own=own), stream, whole=True)
+      except Exception:  # noqa: BLE001, S112 (this order does not work either, for whatever reason)
+        continue
+      raise UserError(
+        f'config.methods: {name} adds parameters that a method before it does not know: put it first'
+      ) from error
+    if isinstance(error, KeyError | AttributeError) and len(names) < 2:
       raise
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
     raise UserError(
-      f'config.methods: {error.args[0]} adds parameters that a method before it does not know: put it first'
+      f'config: {config["model"]["name"]} with {"+".join(names) or "naive"} on {config["dataset"]} does not '
+      f'work: {text}'
     ) from error
-  except (ValueError, TypeError) as error:
-    names = '+'.join(config['methods']) or 'naive'
-    text = ' '.join(str(error).split())[:300]
-    raise UserError(
-      f'config: {config["model"]["name"]} with {names} on {config["dataset"]} does not work: {text}'
-    ) from error
+
+
+def trace(made: Learner, stream: Stream, whole: bool) -> None:
+  """Traces the beginning of a learner, or the `whole` of it.
+
+  Raises:
+    UserError: what it needs the stream does not tell. And whatever comes up, as ValueError a state that has
+      other entries after a boundary.
+  """
+  check_needs(made.needs, stream)
+  first = example(stream)
+  state = jax.eval_shape(made.init, jax.random.key(0), first)
+  after, _ = jax.eval_shape(made.step, state, first)
+  if not whole:
+    return
+  if 'boundary' in stream.told:
+    shape = stream.ends.shape[1:]
+    ends = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*shape, *a.shape[1:]), a.dtype), first)
+    then = jax.eval_shape(made.boundary, after, ends)
+    now, new = (
+      {(jax.tree_util.keystr(path, simple=True, separator='/'), a.shape, str(a.dtype))
+       for path, a in jax.tree_util.tree_leaves_with_path(s)}
+      for s in (after, then)
+    )  # fmt: skip
+    if now != new:
+      raise ValueError(f'a boundary changes the shape of the state: {min(now ^ new)[0]}')
+    after = then
+  jax.eval_shape(made.predict, after, first)
 
 
 def slotted(setup: Setup) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def load(source: str) -> dict[str, Any]:
     hint = f'; did you mean {" or ".join(str(file.parent / n) for n in near)}?' if near else ''
     raise UserError(f'--config: there is no file {path}{hint}')
   if file.suffix == '.json':
+    if arg:
+      raise UserError(f'--config: {path} is JSON and takes no words: leave out :{arg}')
     try:
       raw = json.loads(file.read_text())
     except ValueError as error:
@@ -64,7 +66,11 @@ def _run(file: Path, path: str, arg: str) -> Any:
     raise UserError(f"--config: {path} has no function get_config(arg='')")
   try:
     return module.get_config(arg) if arg else module.get_config()
-  except (LookupError, ValueError) as error:  # most often a word that is looked up in a table
+  except (
+    LookupError,
+    ValueError,
+    TypeError,
+  ) as error:  # most often a word that is looked up in a table
     source = f'{path}:{arg}' if arg else path
     near = difflib.get_close_matches(arg, getattr(module, 'CELLS', ()), 2, 0.5)
     hint = 'its docstring should say what words there are; ' if arg else ''
@@ -105,14 +111,21 @@ def schema_of(raw: Mapping[str, Any], chosen: tuple[str, ...]) -> dict[str, Any]
     schema[name] = (
       {k: fields.field(v) for k, v in default.items()} if nested else fields.field(default)
     )
-  schema['model'] = model_fields(dict(raw.get('model', common.defaults()['model'])))
-  schema['optimizer'] |= optimizer_fields(dict(raw.get('optimizer', {})).get('name', 'sgd'))
+  schema['model'] = model_fields(_dict(raw, 'model', common.defaults()['model']))
+  schema['optimizer'] |= optimizer_fields(_dict(raw, 'optimizer', {}).get('name', 'sgd'))
   for name in chosen:
     if name in schema:
       raise UserError(f'config.methods: a method cannot be called {name!r}, which is a field')
     schema[name] = {'gate': Field(None, (float,), optional=True)}
     schema[name] |= fields.of(methods.find(name), KNOWN, ('wires', 'codec'))
   return schema
+
+
+def _dict(raw: Mapping[str, Any], name: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
+  found = raw.get(name, default)
+  if not isinstance(found, Mapping):
+    raise UserError(f'config.{name} must be a dict of fields; got {found!r}')
+  return found
 
 
 def model_fields(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -246,6 +246,10 @@ def written(
       raw = configs.override(raw, dotted, fields.fit(f'config.{dotted}', None, entry))
     elif entry.types == (tuple,) or (tuple in entry.types and text.startswith('(')):
       raw = configs.override(raw, dotted, _tuple(text))
+    elif entry.types == (
+      str,
+    ):  # as it is; ml_collections takes `update.channels` for its own `update`
+      raw = configs.override(raw, dotted, text)
     else:
       texts.append((dotted, text))
   for dotted, value in _typed(schema, raw, texts).items():
@@ -279,7 +283,7 @@ def _holes(schema: Any) -> Any:
 def _literal(dotted: str, text: str) -> Any:
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError) as error:
+  except (ValueError, SyntaxError, TypeError) as error:
     raise UserError(f'config.{dotted}={text} is not a Python literal ({error})') from error
 
 
@@ -287,7 +291,7 @@ def _tuple(text: str) -> tuple:
   """'(1, 2)', '1,2', '1' and 'a,b' as tuples."""
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError):
     return tuple(part.strip() for part in text.split(',') if part.strip())
   return tuple(value) if isinstance(value, tuple | list) else (value,)
 

@@ -295,6 +295,11 @@ def _together(c: Mapping[str, Any]) -> None:
       f'config.methods: {found[0]} learns from logits of a training step, of which er_ace keeps the classes '
       'of the batch alone: take one of the two'
     )
+  if c['compress']['optimizer'] and c['optimizer'].get('centered'):
+    raise UserError(
+      'config.compress.optimizer: with optimizer.centered the square of a rounded mean can be above the '
+      'rounded mean of squares, and a step is NaN: take optimizer.centered=False'
+    )
   memory = c['compress']['memory']
   if memory and not any('capacity' in c[name] for name in c['methods']):
     raise UserError(

@@ -111,13 +111,24 @@ def tables(root: Path, budgets: Sequence[int]) -> str:
       if lines and b in (None, budget) and added(lines[0], naive) <= budget
     }
     seeds = sorted(set.intersection(*({x['seed'] for x in lines} for lines in fits.values())))
+    if not seeds:
+      text += [
+        f'### {budget / 1e6:g} MB beside the weights',
+        '',
+        'No class order is finished by all yet.',
+        '',
+      ]
+      continue
     acc = {n: [x['acc'] for x in lines if x['seed'] in seeds] for n, lines in fits.items()}
-    mean_rank, difference = ranks(acc), critical_difference(len(acc), len(seeds))
+    mean_rank = ranks(acc)
+    apart = []
+    if len(acc) > 1:
+      difference = critical_difference(len(acc), len(seeds))
+      apart = [f'Critical difference of mean ranks: {difference:.1f}.', '']
     text += [
       f'### {budget / 1e6:g} MB beside the weights, {len(seeds)} class orders',
       '',
-      f'Critical difference of mean ranks: {difference:.1f}.',
-      '',
+      *apart,
       '| method | needs | rank | accuracy % | forgetting % | bytes added | slots | search, times a run |',
       '|---|---|---:|---:|---:|---:|---:|---:|',
     ]

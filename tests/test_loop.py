@@ -223,6 +223,21 @@ def test_intervals_are_students():
   assert joint['acc'] == pytest.approx(0.6) and joint['forgetting'] is None
 
 
+@pytest.mark.parametrize('stride', [1, 2, 4])
+def test_gradients_of_strided_convolutions_cost_what_their_forward_pass_does(stride):
+  """Products with the zeros between the values of a gradient are not made."""
+  x, w = jnp.ones((2, 8, 8, 4)), jnp.ones((stride, stride, 4, 6))
+
+  def f(x):
+    way = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(
+      x, w, (stride, stride), 'VALID', dimension_numbers=way
+    ).sum()
+
+  assert budget.flops(f, x) == 2 * 2 * 8 * 8 * 4 * 6
+  assert budget.flops(jax.grad(f), x) == budget.flops(f, x)
+
+
 def test_what_no_output_needs_is_not_counted():
   x = jnp.ones((4, 4))
   product = 2 * 4**3

@@ -13,6 +13,7 @@ import pytest
 
 from cl_jax import sweep
 from cl_jax.compose import chain, gated
+from cl_jax.errors import UserError
 from cl_jax.learner import learner
 from cl_jax.loop import programs, run, run_chunks
 from cl_jax.methods.lowrank.lora import lora
@@ -82,6 +83,8 @@ def test_groups_follow_everything_but_floats():
   }
   nested = [{'a': {'x': 1.0, 'y': 2}}, {'a': {'x': 3.0, 'y': 2}}, {'a': {'x': 3.0, 'y': 3}}]
   assert [g.members for g in sweep.compile_groups(nested)] == [(0, 1), (2,)]
+  with pytest.raises(UserError, match='arrays belong to weights'):
+    sweep.compile_groups([{'order': np.arange(3000)}])
 
 
 def test_shared_arguments_are_not_copied_per_run():

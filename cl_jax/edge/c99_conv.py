@@ -30,7 +30,8 @@ def convolution(b: Block, op: Op, root: Scope) -> None:
   many = max(groups, batches)
   width = result.shape[of] // many  # output features of a group
   depth = right.shape[ki]
-  e.macs += e.times * result.size * depth * math.prod(right.shape[k] for k in ks)
+  window = math.prod(right.shape[k] for k in ks)
+  e.macs += e.times * result.size * depth * window // math.prod(spread)
   shape = [result.shape[ob], *(result.shape[k] for k in os), many]
   outer, index = root.loops(shape, 'i')
   batch, out, group = index[0], index[1:-1], index[-1]

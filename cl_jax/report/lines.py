@@ -142,6 +142,9 @@ def check(line: Any) -> Line:
   for key in ('config', 'state_bytes', 'passes', 'backbone', 'versions'):
     if not isinstance(line.setdefault(key, {}), dict):
       raise UserError(f'{key!r} must be an object, not {line[key]!r}')
+  for key, kind in (('transform', dict), ('update', dict), ('told', list), ('methods', list)):
+    if not isinstance(line['config'].get(key), kind | tuple | None):
+      raise UserError(f"'config' has {line['config'][key]!r} for {key!r}")
   needs = line.setdefault('needs', [])
   if not isinstance(needs, list) or not all(isinstance(n, str) for n in needs):
     raise UserError(f"'needs' must be a list of texts, not {needs!r}")
@@ -167,6 +170,8 @@ def number(key: str, value: Any) -> float | None:
     return None
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise UserError(f'{key!r} must be a number, not {value!r}')
+  if isinstance(value, int) and abs(value) > 1e300:
+    raise UserError(f'{key!r} must be a number; {str(value)[:20]}... is beyond all')
   return value if math.isfinite(value) else None
 
 
@@ -178,7 +183,7 @@ def matrix(line: Mapping[str, Any], key: str = 'R') -> np.ndarray:
   """
   try:
     R = np.array(line.get(key), np.float64)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise UserError(f'{key!r} is not a table of numbers') from error
   if R.ndim != 2 or R.shape[1] != line['tasks'] or not len(R):
     raise UserError(

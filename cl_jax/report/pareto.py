@@ -6,6 +6,7 @@ joined, so that a print in grey says as much. Every point carries its name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -43,10 +44,11 @@ class Point(NamedTuple):
 
 def front(points: Sequence[Point], cost: str) -> list[Point]:
   """Those that none beats: nobody reaches as much for less, or more for as much; the cheapest first."""
-  known = [p for p in points if not p.apart and p.costs.get(cost)]
+  known = [p for p in points if not p.apart and p.costs.get(cost) and not math.isnan(p.accuracy)]
   found: list[Point] = []
   for p in sorted(known, key=lambda p: (p.costs[cost], -p.accuracy)):
-    if not found or p.accuracy > found[-1].accuracy:
+    same = found and (p.accuracy, p.costs[cost]) == (found[-1].accuracy, found[-1].costs[cost])
+    if not found or p.accuracy > found[-1].accuracy or same:
       found.append(p)
   return found
 

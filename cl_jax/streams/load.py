@@ -170,6 +170,9 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
     raise UserError(f'{path} cannot be read as an .npz of plain arrays ({error})') from error
   if missing := [k for k in ('x_train', 'y_train', 'x_test', 'y_test') if k not in parts]:
     raise UserError(f'{path} lacks {", ".join(missing)}; it has {", ".join(parts) or "nothing"}')
+  for key in ('y_train', 'y_test', 'names', 'domain_names', 'domain_train', 'domain_test'):
+    if key in parts and parts[key].ndim != 1:
+      raise UserError(f'{path}: {key} must be a row of values; it has the shape {parts[key].shape}')
   names = tuple(map(str, parts['names'])) if 'names' in parts else ()
   for s in ('train', 'test'):
     if not np.issubdtype(parts[f'y_{s}'].dtype, np.integer):

@@ -78,6 +78,12 @@ def split(
 
   used = [c for classes in task_classes for c in classes]
   within = scenario == 'domain' and len(set(used)) == len(used)
+  for t, own in enumerate(task_classes if within or scenario == 'task' else ()):
+    if lacking := int((~np.isin(test.y[task_of_test == t], own)).sum()):
+      raise UserError(
+        f'split: {lacking} test examples of {task_names[t]!r} have classes that it has none of for training, '
+        'and so no output: leave them out'
+      )
   if within:
     label = np.zeros(len(train.names), np.int32)
     label[used] = np.concatenate([np.arange(len(c)) for c in task_classes])

@@ -495,6 +495,28 @@ def test_a_teacher_before_what_adds_parameters_is_refused():
   setup(scenario='task', head='task', methods=('hat', 'lwf'), lwf={'outputs': 'heads'})
 
 
+@pytest.mark.parametrize('methods', [('imm', 'dreamnet'), ('ewc', 'dreamnet'), ('si', 'hat')])
+def test_an_order_that_fails_at_a_boundary_or_later_is_refused_at_once(methods):
+  task = {'scenario': 'task', 'head': 'task'} if 'hat' in methods else {}
+  with pytest.raises(UserError, match=f'{methods[1]} adds parameters .* put it first'):
+    setup(methods=methods, **task)
+
+
+def test_what_does_not_go_together_in_any_order_is_refused_at_once():
+  with pytest.raises(UserError, match=r'memory of activations \(latent, remind\)'):
+    setup(methods=('latent', 'dreamnet'), latent={'tap': 'l0'})
+
+
+def test_a_teacher_keeps_its_shape_when_a_method_behind_it_adds_parameters():
+  """Or a checkpoint from behind a boundary would not go on."""
+  one = setup(methods=('lwf', 'dreamnet'))
+  stream = one.streams[0]
+  made = one.build(build.hyper(one.config, stream), one.weights)
+  state = jax.eval_shape(made.init, jax.random.key(0), build.example(stream))
+  assert 'decoder' in str(jax.tree.structure(state.params))
+  assert 'decoder' not in str(jax.tree.structure(state.method['lwf'].teacher))
+
+
 @pytest.mark.parametrize(
   ('raw', 'said'),
   [

@@ -89,6 +89,15 @@ def test_the_resolved_configuration_is_a_configuration(given, tmp_path):
   assert again == c and config.sha256(again) == config.sha256(c)
 
 
+def test_a_text_reaches_a_field_that_is_called_as_a_method_of_dicts(given):
+  found = given(
+    '--config.update.channels=magnitude',
+    "--config.update.parts=(('.*','out 0.5'),)",
+    arg=':class,er',
+  )
+  assert found.config['update'] == {'parts': (('.*', 'out 0.5'),), 'channels': 'magnitude'}
+
+
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
@@ -110,6 +119,15 @@ def test_the_resolved_configuration_is_a_configuration(given, tmp_path):
     (('--save_every=nan',), 'must be a number of seconds'),
     (('--save_every=soon',), 'save_every=soon'),
     (('--config.methods=eer',), r"no method 'eer'"),
+    (('--config.task_sizes={[]:1}',), 'task_sizes'),
+    (
+      (
+        '--config.compress.optimizer=bfloat16',
+        '--config.optimizer.name=rmsprop',
+        '--config.optimizer.centered=True',
+      ),
+      r'optimizer\.centered=False',
+    ),
   ],
 )
 def test_mistakes_are_one_line(given, argv, message):

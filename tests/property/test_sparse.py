@@ -239,6 +239,13 @@ def test_the_order_of_a_choice():
   assert chosen['l0/w'].tolist() == [1, 2, 0] and chosen['l0/b'].tolist() == [1, 2, 0]
   chosen = sparse.order(sizes, (('l0/w', 'in 0.5'), ('.*', 'all')))
   assert chosen == {'l0/w': pytest.approx([0, 1])}
+  # A matrix that is no 'w' has channels, and no layers; one below `layers` has both.
+  matrix = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 4.0]])
+  chosen = sparse.order(
+    {'embed': {'tokens': matrix}, 'layers': {'b': matrix}}, (('.*', 'out 0.4'),)
+  )
+  assert chosen['embed/tokens'].tolist() == [2, 0, 1]
+  assert chosen['layers/b'].tolist() == [[0, 1, 2], [2, 0, 1]]
 
 
 def test_gradients_of_the_first_task_by_hand():

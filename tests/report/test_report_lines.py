@@ -57,6 +57,22 @@ def test_numbers_that_are_not_finite_are_unknown(put, make):
   assert found[0]['flops_per_step'] is None and not problems
 
 
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'wall_s': 10**400},
+    {'R': [[10**400]], 'tasks': 1},
+    {'config': {'told': 3}},
+    {'config': {'transform': 'permuted'}},
+    {'config': {'update': [1]}},
+    {'config': {'methods': 'er'}},
+  ],
+)
+def test_values_of_another_kind_are_damage(put, make, change):
+  found, problems = read(put(make(), {**make(seed=1), **change}) / 'results.jsonl')
+  assert len(found) == 1 and len(problems) == 1 and problems[0][1] == 2
+
+
 def test_no_file_is_one_clear_line(tmp_path):
   with pytest.raises(UserError, match=r'results\.jsonl does not exist: .*workdir'):
     read(tmp_path / 'results.jsonl')

@@ -26,6 +26,16 @@ def test_the_front_by_hand():
   assert [p.name for p in pareto.front(POINTS, 'work')] == ['beaten', 'cheap', 'same price', 'best']
 
 
+def test_a_tie_is_beaten_by_none_and_an_unknown_accuracy_beats_none():
+  points = [
+    Point('unknown', 'a', float('nan'), None, {'bytes': 1.0}),
+    Point('one', 'a', 0.5, None, {'bytes': 2.0}),
+    Point('as good', 'b', 0.5, None, {'bytes': 2.0}),
+    Point('best', 'b', 0.6, None, {'bytes': 3.0}),
+  ]
+  assert [p.name for p in pareto.front(points, 'bytes')] == ['one', 'as good', 'best']
+
+
 def test_the_figure_is_the_same_each_time():
   panels = (('bytes', 'B'), ('work', 'J'))
   one, two = (pareto.draw(POINTS, panels, ('a', 'b')) for _ in range(2))

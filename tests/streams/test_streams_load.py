@@ -230,6 +230,9 @@ def test_npz_of_ones_own(tmp_path):
   for labels in ([0.5, 1, 2, 2], [np.nan, 1, 2, 2], [*'abcc']):
     np.savez(path, **parts | dict(y_train=labels))
     says(f'{path} train: labels must be integers', dataset, f'npz:{path}')
+  for key in ('y_train', 'names'):
+    np.savez(path, **parts | {key: np.array(0)})
+    says(f'{path}: {key} must be a row of values', dataset, f'npz:{path}')
   np.savez(path, **parts | dict(y_train=[1, 2, 3, 3]))
   says('number the labels from 0 without gaps, or drop', dataset, f'npz:{path}')
   np.savez(path, **parts | dict(y_train=[0, 1, 2, 10**10]))

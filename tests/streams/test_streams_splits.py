@@ -152,6 +152,17 @@ def test_split_by_domain_with_shared_classes():
   assert np.array_equal(stream.y, y)  # label 1 means the same in every domain
 
 
+def test_a_test_example_needs_an_output_of_its_own():
+  """With labels or heads by domain a class that the domain lacks in training would get another's."""
+  x = np.zeros((4, 2), np.float32)
+  train = arrays(x, np.arange(4), np.array([0, 0, 1, 1]), tuple('abcd'), ('p', 'q'))
+  test = arrays(x, np.array([0, 1, 2, 2]), np.array([0, 0, 1, 0]), tuple('abcd'), ('p', 'q'))
+  for scenario in ('domain', 'task'):
+    with pytest.raises(UserError, match="1 test examples of 'p' have classes"):
+      split(train, test, scenario, by='domain')
+  split(train, test, 'class', by='domain')
+
+
 @pytest.mark.parametrize('scenario', ['task', 'class', 'domain'])
 def test_views_share_examples_and_hold_out_once(images, scenario):
   train, test = images(40), images(10, seed=1)
