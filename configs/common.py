@@ -8,7 +8,11 @@ differ in these alone share one compiled program. Everything else is fixed when 
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, NamedTuple
+
+from cl_jax.errors import UserError
+from cl_jax.methods import names
 
 
 class Maybe(NamedTuple):
@@ -224,13 +228,23 @@ def words(arg: str, scenario: str) -> tuple[dict[str, str], tuple[str, ...]]:
 
   Returns:
     The fields `scenario` and `base`, and the methods; 'naive' stands for none.
+
+  Raises:
+    UserError: a word is none of these; close ones are offered.
   """
+  everything = (*SEPARATE, *SCHEDULES, 'naive', *names())
   named, schedule, methods = '', '', []
   for word in filter(None, (w.strip() for w in arg.split(','))):
     if word in SEPARATE:
       named = word
     elif word in SCHEDULES:
       schedule = word
+    elif word not in everything:
+      near = difflib.get_close_matches(word, everything, 3, 0.6)
+      hint = f'did you mean {" or ".join(near)}' if near else 'scenarios are '
+      hint += '' if near else ', '.join((*SEPARATE, *SCHEDULES))
+      hint = "a stream that tells nothing is --config.told='()'" if word == 'task_free' else hint
+      raise UserError(f'{word!r} is no scenario and no method: {hint}')
     elif word != 'naive':
       methods.append(word)
   base = named or scenario

@@ -121,7 +121,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
   if learners:
     best = max(learners, key=lambda k: learners[k])
     said.append(
-      f'Least is lost by {NAMES.get(best, best)}: {acc[best]:.0%} over all domains, with '
+      f'Most is known at the end with {NAMES.get(best, best)}: {acc[best]:.0%} over all domains, with '
       f'{total(by[best])} of state and {seconds(mean(by[best], "wall_s"))} of time.'
     )
   return said

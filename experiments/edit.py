@@ -38,6 +38,7 @@ from cl_jax import durable
 from cl_jax.editing import encoding, inside, rows, write
 from cl_jax.editing.rows import Edit
 from cl_jax.errors import Fault, UserError
+from cl_jax.streams import edits as edit_streams
 from experiments import (
   cli,
   config,
@@ -157,6 +158,7 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
       cli.refuse(given, ('--save_model', '--save_edits'), again)
     if todo:
       data = edit_subject.data_root(given.data_dir)
+      edit_streams.load(data / 'edit', chosen['data'])  # a damaged file is refused at once
       subject = edit_subject.opened(chosen['model'])
       words = f'python -m {PROGRAM} ' + ' '.join(map(shlex.quote, argv))
     for seed in todo:
@@ -176,11 +178,12 @@ def whole(given: argparse.Namespace, chosen: dict[str, Any], argv: Sequence[str]
 
 def hand(given: argparse.Namespace, chosen: dict[str, Any]) -> int:
   """Edits one fact and prints what the model says before and after."""
+  edit = Edit(given.prompt, given.subject, given.target, paraphrases=(*(given.paraphrase or ()),),
+              neighbours=(*(given.neighbour or ()),))  # fmt: skip
+  rows.piece(edit)  # what is no request is refused before the model is read
   cli.devices(1)
   subject = edit_subject.opened(chosen['model'])
   edit_file.writable(chosen, subject, None, given.save_edits)
-  edit = Edit(given.prompt, given.subject, given.target, paraphrases=(*(given.paraphrase or ()),),
-              neighbours=(*(given.neighbour or ()),))  # fmt: skip
   shown, seed = show.make(), chosen['seeds'][0]
   prefixes = edit_subject.begin_texts(chosen, subject, seed)
   requests, _, _ = rows.requests(subject.tokenizer, [edit], prefixes, chosen['length'])

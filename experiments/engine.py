@@ -126,8 +126,10 @@ def train(
     kept = f'the last good state is checkpoint {saved} in {job.folder}'
     if devices.first():
       durable.write(job.workdir / 'fault.json', json.dumps(what, indent=1))
+    without = ', or of config.seeds without this one' if len(job.seeds) > 1 else ''
     raise Fault(
-      f'{sentence(job, run, what)}; {kept if saved >= 0 else "no good state came before it"}'
+      f'{sentence(job, run, what)}; {kept if saved >= 0 else "no good state came before it"}. A smaller '
+      f'config.optimizer.lr or strength is another run, in another --workdir{without}'
     )
 
   with clock.running(), feed(job) as read:
@@ -197,8 +199,8 @@ def wrong_loss(
 
 def sentence(job: Job, run: int, what: Mapping[str, Any]) -> str:
   names = job.streams[run].task_names
-  leg = what['leg']
-  task = f'leg {leg}' + (f' ({names[leg]})' if len(names) == len(job.streams[run].index) else '')
+  leg, legs = what['leg'], len(job.streams[run].index)
+  task = f'leg {leg + 1} of {legs}' + (f' (task {names[leg]})' if len(names) == legs else '')
   text = f'{job.name}, {job.labels[run]}: {what["what"]} is {what["value"]}'
   if 'step' not in what:
     return f'{text} in {task}'

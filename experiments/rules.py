@@ -11,6 +11,7 @@ from cl_jax.errors import UserError
 from cl_jax.masks import matches
 from cl_jax.sparse import CHOICES
 from configs.common import SCHEDULES, SEPARATE, Maybe, defaults
+from experiments import apart
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -149,7 +150,7 @@ PATTERNS = ('compress.state', 'update.parts', 'freeze', 'optimizer.groups')
 # is a positive number there may not become 0 or negative (0.0 may stay where a float is concerned).
 ARGUMENTS: dict[str, Rule] = {
   **dict.fromkeys(('momentum', 'b1', 'b2', 'nesterov_momentum'), fraction()),
-  **dict.fromkeys(('eps', 'temperature', 'alpha', 'smax'), above(0.0)),
+  **dict.fromkeys(('eps', 'temperature', 'alpha', 'smax', 'xi', 'damping'), above(0.0)),
   **dict.fromkeys(('prune', 'first'), fraction(low=False)),
   **dict.fromkeys(('decay', 'retrain', 'shrinkage'), (lambda v: 0 <= v <= 1, 'must lie in [0, 1]')),
   **dict.fromkeys(('tasks', 'classes', 'steps_per_epoch', 'prune_after'), least(1)),
@@ -295,6 +296,7 @@ def _together(c: Mapping[str, Any]) -> None:
       f'config.methods: {found[0]} learns from logits of a training step, of which er_ace keeps the classes '
       'of the batch alone: take one of the two'
     )
+  apart.check(c)
   if c['compress']['optimizer'] and c['optimizer'].get('centered'):
     raise UserError(
       'config.compress.optimizer: with optimizer.centered the square of a rounded mean can be above the '

@@ -83,6 +83,8 @@ def command(options: argparse.Namespace) -> int:
   ]
   if options.plan:
     return plan(work)
+  if options.table and not any(folder.glob('*/results.jsonl')):
+    raise UserError(f'--table: {folder} has no results yet: run the study without it first')
   folder.mkdir(parents=True, exist_ok=True)
   failed = {}
   if not options.table:

@@ -51,7 +51,7 @@ def beside(
 
   Tries eight places around the point at growing distances and takes the first that covers no other
   label, no point and nothing of `avoid` (lines from (x0, y0) to (x1, y1), upright or level) and lies inside
-  the axes; the last resort is the right side.
+  the axes; the last resort is the right side. Of points that touch the upper one's label is not below.
   """
   renderer = ax.figure.canvas.get_renderer()
   box = ax.get_window_extent(renderer)
@@ -67,7 +67,15 @@ def beside(
     extent = probe.get_window_extent(renderer)
     probe.remove()
     places = around(dot, extent.width, extent.height, unit)
-    free = (p for p in places if within(p, frame) and not any(crosses(p, t) for t in taken))
+    touching = [
+      d[1] - dot[1] for d in dots if max(abs(d[0] - dot[0]), abs(d[1] - dot[1])) < 10 * unit
+    ]
+    wrong = [p for p in places if any(((p[1] + p[3]) / 2 - dot[1]) * way > 0 for way in touching)]
+    free = (
+      p
+      for p in sorted(places, key=lambda p: p in wrong)
+      if within(p, frame) and not any(crosses(p, t) for t in taken)
+    )
     rect = next(free, places[0])
     taken.append(rect)
     centre = ((rect[0] + rect[2]) / 2, (rect[1] + rect[3]) / 2)

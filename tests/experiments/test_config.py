@@ -201,7 +201,6 @@ def test_configuration_files_that_cannot_be_used(tmp_path):
 @pytest.mark.parametrize(
   ('source', 'message'),
   [
-    ('compression.py:erx', r"compression\.py:erx .*KeyError: 'erx'.* did you mean \S+compression\.py:er\?"),
     ('compression.py:naive', r'compression\.py:naive .*IndexError'),
     ('edge_sparse.py:chanels', r'did you mean \S+edge_sparse\.py:channels or \S+channels,'),
     ('study_encoder.py:lora,naive,2x', r'did you mean \S+study_encoder\.py:lora,naive or '),
@@ -216,6 +215,51 @@ def test_words_that_a_configuration_does_not_know(call, source, message):
   assert re.search(
     rf'{source.partition(":")[0]}", line \d+, in get_config', call(run.main, *words, '--debug').err
   )
+
+
+@pytest.mark.parametrize(
+  ('word', 'said'),
+  [
+    ('clas', 'did you mean class'),
+    ('erx', 'did you mean er'),
+    ('task_free', r"config\.told='\(\)'"),
+    ('xyzzy', 'scenarios are task, class, domain, joint'),
+  ],
+)
+def test_words_that_are_neither_scenario_nor_method(word, said):
+  with pytest.raises(UserError, match=f"'{word}' is no scenario and no method: .*{said}"):
+    config.load(f'{CONFIGS}/split_fashion.py:{word}')
+
+
+@pytest.mark.parametrize(
+  ('raw', 'said'),
+  [
+    ({'methods': ('imm', 'ewc')}, 'imm beside ewc: the network that is read'),
+    (
+      {'methods': ('dgr', 'packnet'), 'scenario': 'task'},
+      'packnet beside dgr: dreams have no task',
+    ),
+    ({'methods': ('rehearsal', 'cwr')}, 'cwr beside rehearsal'),
+    ({'methods': ('er', 'mer')}, 'mer beside er: rows from the other'),
+    (
+      {'methods': ('cwr',), 'update': {'parts': (('.*', 'out 0.5'),)}},
+      'cwr needs all of the output',
+    ),
+    ({'methods': ('partial',), 'update': {'parts': (('l.*', 'last 1'),)}}, 'partial counts layers'),
+    ({'methods': ('hat',), 'scenario': 'joint', 'base': 'task'}, 'hat opens the gates of one'),
+    ({'methods': ('si',), 'si': {'xi': 0.0}}, r'config\.si\.xi must be greater than 0'),
+    ({'model': 'mlp'}, r'config\.model must be a dict of fields'),
+    ({'optimizer': 3}, r'config\.optimizer must be a dict of fields'),
+  ],
+)
+def test_what_works_alone_and_not_together(raw, said):
+  with pytest.raises(UserError, match=said):
+    config.resolve({'dataset': 'fashion_mnist_small', 'tasks': 5, **raw})
+
+
+def test_a_whole_output_layer_beside_parts_is_fine():
+  parts = (('head/.*', 'all'), ('.*', 'out 0.5'))
+  config.resolve({'tasks': 5, 'methods': ('cwr',), 'update': {'parts': parts}})
 
 
 def test_arguments_that_weights_come_with(tmp_path):

@@ -298,7 +298,7 @@ def test_nan_stops_with_the_seed_the_step_and_the_rows(on_arrays, tmp_path):
   done = on_arrays(place)
   assert done.code == 3
   match = re.search(
-    r'seed (\d): the loss is (\w+) at step (\d+) of leg 1 .*rows \[(.*)\]; '
+    r'seed (\d): the loss is (\w+) at step (\d+) of leg 2 of 2 .*rows \[(.*)\]; '
     r'the last good state is checkpoint (\d+)',
     done.line,
   )
@@ -329,7 +329,7 @@ def test_what_is_kept_after_nan_is_as_if_the_run_had_been_stopped_there(on_array
 def test_a_rate_that_is_too_high_stops_too(call, tiny, tmp_path):
   argv = (f'--config={tiny}:class,er', f'--workdir={tmp_path}', '--config.optimizer.lr=1e30')
   done = call(run.main, *argv)
-  assert done.code == 3 and 'the loss is nan at step 1 of leg 0' in done.line
+  assert done.code == 3 and 'the loss is nan at step 1 of leg 1 of 5' in done.line
   assert 'the last good state is checkpoint 0 ' in done.line
 
 

@@ -238,7 +238,7 @@ def test_the_sentences_follow_the_numbers(make, fade):
   forgets = [make('naive', R=fade(0, 0.2)), make('ncm', R=fade(0, 0.98)), make(scenario='joint')]
   said = sentences(sections(forgets)[0].groups)
   assert said[0].startswith('It forgets') and 'Trained on all at once' in said[0]
-  assert 'Least is lost by nearest class mean' in said[1]
+  assert 'Most is known at the end with nearest class mean' in said[1]
   keeps = sentences(sections([make('naive', R=fade(0, 0.99))])[0].groups)
   assert keeps[0].startswith('It hardly forgets') and len(keeps) == 1
 
