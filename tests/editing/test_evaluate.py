@@ -29,10 +29,10 @@ class Words:
     self.words: list[str] = []
 
   def encode(self, text, add_special_tokens):
-    assert not add_special_tokens
     found = re.findall(r' ?\S+', text)
     self.words += [word for word in dict.fromkeys(found) if word not in self.words]
-    return SimpleNamespace(ids=[self.words.index(word) for word in found])
+    ids = [self.words.index(word) for word in found]
+    return SimpleNamespace(ids=ids, offsets=[(0, 1)] * len(ids), special_tokens_mask=[0] * len(ids))
 
   def spelt(self, rows) -> list[tuple[str, str]]:
     """(prompt, answer) of every row, whose tail begins with the prompt's last token."""

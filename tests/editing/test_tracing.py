@@ -181,14 +181,13 @@ class Letters:
   """A tokenizer of single letters that joins a space to what follows, as byte-level BPE does."""
 
   def encode(self, text, add_special_tokens):
-    assert not add_special_tokens
     offsets, at = [], 0
     while at < len(text):
       end = min(at + (2 if text[at] == ' ' else 1), len(text))
       offsets.append((at, end))
       at = end
     ids = [ord(text[b - 1]) for _, b in offsets]
-    return type('Encoding', (), {'ids': ids, 'offsets': offsets})()
+    return SimpleNamespace(ids=ids, offsets=offsets, special_tokens_mask=[0] * len(ids))
 
 
 def test_the_subject_is_found_in_the_text():
