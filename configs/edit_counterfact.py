@@ -8,11 +8,11 @@ finetune_l, lora, grace, wise, or none, which only asks), a number of edits, and
 or `sequential` in batches of a number that may follow (1), or `single`, each into the first model. Layers
 and the weight of what was known before were compared on 20 edits of seed 1 (docs/editing.md). What comes
 out, S of three seeds of 10 edits: rome 87.2, alphaedit 84.8, memit 83.7, pmet 74.6, finetune 68.1, grace
-41.1, lora 33.6, wise 31.9, finetune_l 26.5. Of 100, one seed: memit 84.5, alphaedit 83.6, rome 81.4, pmet 79.1, wise 47.2, grace 45.7, finetune
-43.4, lora 42.6, finetune_l 30.8. Of 1,000: alphaedit 80.5, memit 75.9, pmet 70.5, finetune 61.9, rome 60.0
-and lora 53.3 (and the model is broken), grace 46.1, wise 35.3, finetune_l 31.0; in sequence,
-alphaedit,300,sequential,10 85.4, memit 81.0; alphaedit,1000,sequential,100 79.1, memit 67.3;
-alphaedit,2000,sequential,200 73.5, memit 62.1.
+41.1, lora 33.6, wise 31.9, finetune_l 26.5. Of 100, one seed: memit 84.5, alphaedit 83.6, rome 81.4, pmet
+79.1, wise 47.2, grace 45.7, finetune 43.4, lora 42.6, finetune_l 30.8. Of 1,000: alphaedit 80.5, memit 75.9,
+pmet 70.5, finetune 61.9, rome 60.0 and lora 53.3 (and the model is broken), grace 46.1, wise 35.3, finetune_l
+31.0; in sequence, alphaedit,300,sequential,10 85.4, memit 81.0; alphaedit,1000,sequential,100 79.1, memit
+67.3; alphaedit,2000,sequential,200 73.5, memit 62.1.
 """
 
 from __future__ import annotations
