@@ -38,8 +38,8 @@ def meet(former: Former, batch: Batch) -> Former:
 
 def settle(former: Former, params: Tree, fwd: Forward) -> Former:
   """A boundary: the network as it is becomes the teacher, without what methods behind this one have added."""
-  now, kept = dict(paths(overlay(fwd.stats, params))), dict(paths(former.teacher))
-  teacher = nest({path: now[path] for path in kept})
+  now = paths(overlay(fwd.stats, params))
+  teacher = nest({path: now[path] for path in paths(former.teacher)})
   return Former(teacher, former.now, former.now, former.tasks + 1)
 
 

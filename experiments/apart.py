@@ -32,10 +32,8 @@ def check(c: Mapping[str, Any]) -> None:
     one, other = (next((n for n in names if n in chosen), '') for names in (ones, others))
     if one and other:
       raise UserError(f'config.methods: {one} beside {other}: {why}: take one of the two')
-  cut = [w for p, w in parts if any(re.fullmatch(p, f'head/{n}') for n in 'wb')][:1]
-  if (
-    cut and cut[0].startswith(('in ', 'out ')) and (found := [n for n in chosen if n in WHOLE_HEAD])
-  ):
+  head = next((words for pattern, words in parts if re.fullmatch(pattern, 'head/w')), '')
+  if head.startswith(('in ', 'out ')) and (found := [n for n in chosen if n in WHOLE_HEAD]):
     raise UserError(
       f"config.update.parts: {found[0]} needs all of the output layer: begin with ('head/.*', 'all')"
     )

@@ -66,11 +66,8 @@ def _run(file: Path, path: str, arg: str) -> Any:
     raise UserError(f"--config: {path} has no function get_config(arg='')")
   try:
     return module.get_config(arg) if arg else module.get_config()
-  except (
-    LookupError,
-    ValueError,
-    TypeError,
-  ) as error:  # most often a word that is looked up in a table
+  # Most often a word that is looked up in a table.
+  except (LookupError, ValueError, TypeError) as error:
     source = f'{path}:{arg}' if arg else path
     near = difflib.get_close_matches(arg, getattr(module, 'CELLS', ()), 2, 0.5)
     hint = 'its docstring should say what words there are; ' if arg else ''

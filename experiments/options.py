@@ -246,9 +246,8 @@ def written(
       raw = configs.override(raw, dotted, fields.fit(f'config.{dotted}', None, entry))
     elif entry.types == (tuple,) or (tuple in entry.types and text.startswith('(')):
       raw = configs.override(raw, dotted, _tuple(text))
-    elif entry.types == (
-      str,
-    ):  # as it is; ml_collections takes `update.channels` for its own `update`
+    elif entry.types == (str,):
+      # As it is: ml_collections takes `update.channels` for a method of its own.
       raw = configs.override(raw, dotted, text)
     else:
       texts.append((dotted, text))

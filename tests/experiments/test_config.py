@@ -245,6 +245,10 @@ def test_words_that_are_neither_scenario_nor_method(word, said):
       {'methods': ('cwr',), 'update': {'parts': (('.*', 'out 0.5'),)}},
       'cwr needs all of the output',
     ),
+    (
+      {'methods': ('slca',), 'update': {'parts': (('head/b', 'all'), ('.*', 'in 0.5'))}},
+      'slca needs all',
+    ),
     ({'methods': ('partial',), 'update': {'parts': (('l.*', 'last 1'),)}}, 'partial counts layers'),
     ({'methods': ('hat',), 'scenario': 'joint', 'base': 'task'}, 'hat opens the gates of one'),
     ({'methods': ('si',), 'si': {'xi': 0.0}}, r'config\.si\.xi must be greater than 0'),
