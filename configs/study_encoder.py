@@ -26,9 +26,10 @@ then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with t
 classes) and, for another rate, a number. `peft,l2p,vote` is L2P as its published figures are made: one choice
 of prompts for a whole batch, which tells the task where a batch is of one, so that tables have it apart.
 
-Recipe: three passes in batches of 30, Adam, a cosine to 0 in every task. `large` is for an accelerator: all
-sentences at their length, batches of 128, a memory of 3,000 sentences, activations in bfloat16, of which the
-backward pass keeps one a layer; it has not been run. What a cell needs is printed before a study starts.
+Recipe: three passes in batches of 30, Adam that starts afresh in every task, a cosine to 0 there. `large` is
+for an accelerator: all sentences at their length, batches of 128, a memory of 3,000 sentences, activations in
+bfloat16, of which the backward pass keeps one a layer; it has not been run. What a cell needs is printed
+before a study starts.
 
 What came out stands in docs/study.md: CLINC150 full,naive 51.3 %, closed,ncm 87.7 % of three orders;
 banking77 lora,naive 23.4 % (one order), closed,ncm 79.6 %.
@@ -162,6 +163,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
       'name': 'adam',
       'lr': rate,
       'schedule': 'cosine',
+      'reset': not closed and 'joint' not in methods,
       'groups': () if adapt in ('closed', 'head') else (('head/.*', HEAD_RATE / rate), ('.*', 1.0)),
     },
     'head': head,
