@@ -73,7 +73,7 @@ site: $(VENV)/.docs ## docs/ and a reference of every module as a website in sit
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 edge: $(VENV)/.demo ## learners as C99 on emulated devices against JAX, into results/edge.csv; ONLY=pattern picks some
-	$(RUN) -m experiments.edge --install $(if $(ONLY),--only='$(ONLY)') $(ARGS)
+	$(RUN) -m experiments.edge --install --write $(if $(ONLY),--only='$(ONLY)') $(ARGS)
 
 slurm: $(VENV)/.test $(VENV)/.slurm ## the tests of launched grids that need a Slurm; one of one machine must be running
 	$(RUN) -m pytest -v -rs tests/experiments/test_launch_slurm.py tests/experiments/test_launch_spread.py -k slurm $(ARGS)

@@ -1,11 +1,11 @@
 """Exports and verifies a list of learners: `python -m experiments.edge [--only=PATTERNS] [--workdir=DIR]`.
 
 The list is CELLS of configs/edge.py. Every learner goes to DIR/NAME for every target whose tools are
-installed, and its rows into results/edge.csv. With --install, what is missing of the cross compilers and
+installed, and its rows into DIR/edge.csv. With --install, what is missing of the cross compilers and
 emulators is installed by apt-get first, when that is possible.
 
-With --backend=iree (extra "edge") the learners become modules of IREE, their rows go into
-results/edge_iree.csv, and --install fetches IREE's runtime for aarch64 by pip.
+With --backend=iree (extra "edge") the learners become modules of IREE, their rows go into DIR/edge_iree.csv,
+and --install fetches IREE's runtime for aarch64 by pip.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--only', default='*', metavar='PATTERNS', help="of the list, as in 'er* *hat'")
   add('--workdir', type=Path, default=Path('runs/edge'), metavar='DIR', help='(runs/edge)')
   add('--backend', choices=('c99', 'iree'), default='c99', help='(c99)')
-  add('--target', action='append', metavar='NAMES', help='(all)')
+  add('--target', '--targets', action='append', metavar='NAMES', help='(all)')
   add('--steps', type=int, default=50, help='to compare (50)')
-  add('--write', type=Path, metavar='FILE', help='(results/edge.csv, results/edge_iree.csv)')
+  add('--write', type=Path, metavar='FILE', nargs='?', const=Path(),
+      help='rows into FILE (results/edge.csv, results/edge_iree.csv), not DIR')  # fmt: skip
   add('--install', action='store_true', help='missing Debian packages, as root')
   add('--data_dir', metavar='DIR', help='where data sets are (default: CL_JAX_DATA)')
   argv = sys.argv[1:] if argv is None else list(argv)
@@ -46,7 +47,10 @@ def command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
   iree = given.backend == iree_compile.BACKEND
   machines = iree_compile.find(given.target or list(iree_compile.MACHINES)) if iree else []
   wanted = [] if iree else targets.find(given.target or list(targets.TARGETS))
-  rows = given.write or Path('results/edge_iree.csv' if iree else 'results/edge.csv')
+  name = 'edge_iree.csv' if iree else 'edge.csv'
+  rows = given.write or given.workdir / name
+  if given.write == Path():
+    rows = Path('results') / name
   if given.install and iree:
     iree_device.install()
   elif given.install:

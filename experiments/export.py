@@ -51,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   add = parser.add_argument
   add('--config', metavar='FILE[:ARG]', help='as for experiments.run; the first seed is exported')
   add('--backend', choices=('c99', 'iree'), default='c99', help='C99 sources or IREE modules (c99)')
-  add('--target', action='append', metavar='NAMES', help=f'of {", ".join(targets.TARGETS)} (host)')
+  add(
+    '--target',
+    '--targets',
+    action='append',
+    metavar='NAMES',
+    help=f'of {", ".join(targets.TARGETS)} (host)',
+  )
   add('--out', metavar='DIR', type=Path, help='the artefact; one that is there is replaced')
   add('--ram', metavar='BYTES', help='what the device has, as in 256K: the export fails above it')
   add(

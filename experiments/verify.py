@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   add = parser.add_argument
   add('folder', metavar='DIR', type=Path, help='what experiments.export wrote')
   add('--steps', type=int, default=50, help='training steps to compare (50)')
-  add('--targets', metavar='NAMES', action='append', help='default: those of the export')
+  add(
+    '--targets', '--target', metavar='NAMES', action='append', help='default: those of the export'
+  )
   add('--accuracy', action='store_true', help='the whole stream by the C99 program on this machine')
   add('--write', metavar='FILE', type=Path, nargs='?', const=Path(),
       help='put rows into FILE (results/edge.csv; of IREE results/edge_iree.csv)')  # fmt: skip
