@@ -184,7 +184,7 @@ def cell_name(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
 def note(place: Path, work: Job, outcome: engine.Outcome) -> None:
   """Remembers the runs that NaN stopped: they are not tried again."""
   new = [
-    {'config_sha256': config.sha256(work.configs[run]), **what}
+    {'config_sha256': config.sha256(work.configs[run]), 'run': work.labels[run], **what}
     for run, what in sorted(outcome.faults.items())
   ]
   if new:

@@ -58,7 +58,8 @@ LEGEND = (
 def write(workdir: Path) -> Path:
   """Makes DIR/report.html and the PNG figures in DIR/figures from DIR/results.jsonl.
 
-  Lines that are damaged, or are not results, are listed in the report by number; the others are used.
+  Lines that are damaged, or are not results, are listed in the report by number; the others are used. So are
+  the runs of a grid that NaN stopped, from DIR/faults.jsonl.
 
   Args:
     workdir: DIR.
@@ -71,7 +72,21 @@ def write(workdir: Path) -> Path:
   """
   workdir = Path(workdir)
   lines, problems = read(workdir / 'results.jsonl')
-  return save(workdir, lines, problems)
+  return save(workdir, lines, [*problems, *stopped(workdir / 'faults.jsonl')])
+
+
+def stopped(path: Path) -> list[Problem]:
+  """The runs of a grid that have no results, each with what stopped it; [] where there is no such file."""
+  found = []
+  for number, row in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    try:
+      run = json.loads(row)
+      of = run.get('run', f'seed {run["seed"]}')  # grids of before have no name for it
+      why = f'{of}: stopped, {run["what"]} is {run["value"]} in leg {run["leg"] + 1}'
+    except (ValueError, KeyError, TypeError, AttributeError):
+      why = 'not a run that was stopped'
+    found.append(Problem(str(path), number, why))
+  return found
 
 
 def save(folder: Path, lines: Sequence[Line], problems: Sequence[Problem] = ()) -> Path:
@@ -124,7 +139,7 @@ def left_out(problems: Sequence[Problem]) -> str:
     f'<li>{e(Path(p.path).name)}, line {p.number}: {e(p.why)}</li>\n' for p in problems
   )
   n = len(problems)
-  what = '1 line was left out' if n == 1 else f'{n} lines were left out'
+  what = '1 run or line was left out' if n == 1 else f'{n} runs or lines were left out'
   return f'<div class="warn"><strong>{what}</strong><ul>\n{items}</ul></div>\n'
 
 

@@ -38,6 +38,7 @@ def test_every_cell_and_seed_has_a_line_or_a_fault(swept):
   assert len(faults) == 4 and {f['seed'] for f in faults} == {0, 1}
   assert all(f['what'] == 'the loss' and f['step'] == 1 and len(f['rows']) == 10 for f in faults)
   assert (swept / 'report.html').exists()
+  assert faults[-1]['run'] == 'optimizer.lr 1e+30, er.capacity 40, seed 1'
 
 
 def test_a_cell_equals_a_run_of_its_own(call, tiny, swept, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 import struct
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def test_costs_tell_what_cached_features_stand_for(put, make):
 
 def test_damage_is_reported_by_line(folder):
   text = write(folder).read_text()
-  assert '1 line was left out' in text and 'results.jsonl, line 14: not JSON' in text
+  assert '1 run or line was left out' in text and 'results.jsonl, line 14: not JSON' in text
 
 
 def test_the_page_needs_no_other_file(folder):
@@ -233,7 +234,17 @@ def test_many_methods_make_readable_figures_that_say_what_is_left_out(put, make,
 
 def test_a_report_without_a_single_usable_line_says_so(put):
   text = write(put('nonsense')).read_text()
-  assert '1 line was left out' in text and '<table' not in text
+  assert '1 run or line was left out' in text and '<table' not in text
+
+
+def test_runs_that_nan_stopped_are_listed(put, make):
+  folder = put(make())
+  fault = {'run': 'optimizer.lr 10.0, seed 1', 'what': 'the loss', 'value': 'nan', 'leg': 1}
+  (folder / 'faults.jsonl').write_text(json.dumps({**fault, 'seed': 1}) + '\n[]\n')
+  text = write(folder).read_text()
+  assert '2 runs or lines were left out' in text
+  assert 'line 1: optimizer.lr 10.0, seed 1: stopped, the loss is nan in leg 2' in text
+  assert 'faults.jsonl, line 2: not a run that was stopped' in text
 
 
 def test_a_place_that_cannot_be_written_is_one_clear_line(put, make):
