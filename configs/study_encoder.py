@@ -48,7 +48,8 @@ CELLS = (
   'peft,ease', 'first,ncm', 'first,ranpac', 'slow,slca', 'adapter,local', 'adapter,er', 'prompt,local',
   'prefix,local', 'bitfit,local', 'half,local', 'full,naive', 'full,local', 'full,er', 'full,lwf', 'full,ewc',
   'full,derpp', 'full,joint', 'full,naive,5e-05', 'full,naive,2e-05', 'full,er,2e-05', 'random,naive',
-  'random,er', 'random,joint', 'peft,l2p,vote',
+  'random,er', 'random,joint', 'head,naive,0.001', 'head,local,0.001', 'head,er,0.001', 'head,ewc,0.001',
+  'head,lwf,0.001', 'head,derpp,0.001', 'head,joint,0.001', 'peft,l2p,vote',
 )  # fmt: skip
 NAMES = {
   'closed': 'closed form',
