@@ -46,8 +46,8 @@ def get_config(arg: str = 'naive') -> dict:
   closed, lora = bool({*CLOSED} & {*methods}), 'lora' in methods
   rate, head = (5e-4 if lora else 1e-4), 5e-3
   arguments = {
-    # 5 sentences an intent, 70 kB in all; as many old sentences in a step as half of the new ones.
-    'er': {'capacity': 750, 'draw': 15},
+    # 5 sentences an intent, 70 kB in all; as many old sentences in a step as new ones.
+    'er': {'capacity': 750, 'draw': 30},
     # Fisher information of the true labels, over the domain's training sentences.
     'ewc': {'coef': 1e5, 'labels': 'empirical'},
     # The old network's answers on the new sentences, over the classes that it knew.

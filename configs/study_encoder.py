@@ -23,13 +23,15 @@ The first word says what is adapted:
   random   full, from random weights: the control
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over a task's own
-classes) and, for another rate, a number. `peft,l2p,vote` is L2P as its published figures are made: one choice
-of prompts for a whole batch, which tells the task where a batch is of one, so that tables have it apart.
+classes) and, for another rate, a number; joint takes as many steps as all tasks together, `joint,long` ten
+passes, after which a linear layer improves no more. `peft,l2p,vote` is L2P as its published figures are made:
+one choice of prompts for a whole batch, which tells the task where a batch is of one, so that tables have it
+apart.
 
 Recipe: three passes in batches of 30, Adam that starts afresh in every task, a cosine to 0 there. `large` is
-for an accelerator: all sentences at their length, batches of 128, a memory of 3,000 sentences, activations in
-bfloat16, of which the backward pass keeps one a layer; it has not been run. What a cell needs is printed
-before a study starts.
+for an accelerator: all sentences at their length, batches of 128, a memory of 20 sentences an intent in the
+place of 5, activations in bfloat16, of which the backward pass keeps one a layer; it has not been run. What a
+cell needs is printed before a study starts.
 
 What came out stands in docs/study.md: CLINC150 full,naive 51.3 %, closed,ncm 87.7 % of three orders;
 banking77 lora,naive 23.4 % (one order), closed,ncm 79.6 %.
@@ -49,7 +51,8 @@ CELLS = (
   'prefix,local', 'bitfit,local', 'half,local', 'full,naive', 'full,local', 'full,er', 'full,lwf', 'full,ewc',
   'full,derpp', 'full,joint', 'full,naive,5e-05', 'full,naive,2e-05', 'full,er,2e-05', 'random,naive',
   'random,er', 'random,joint', 'head,naive,0.001', 'head,local,0.001', 'head,er,0.001', 'head,ewc,0.001',
-  'head,lwf,0.001', 'head,derpp,0.001', 'head,joint,0.001', 'peft,l2p,vote',
+  'head,lwf,0.001', 'head,derpp,0.001', 'head,joint,0.001', 'head,joint,long', 'lora,joint,long',
+  'full,joint,long', 'peft,l2p,vote',
 )  # fmt: skip
 NAMES = {
   'closed': 'closed form',
@@ -73,6 +76,7 @@ RATES = {
 # Of methods that bring their own parameters.
 OWN_RATES = {'olora': 5e-4, 'sdlora': 5e-4, 'inflora': 5e-4, 'ease': 1e-3}
 HEAD_RATE = 5e-3
+HEADS = '(head|sprompts)/(w|b)'
 SIZES = {
   'clinc150': {'length': 16, 'examples_per_class': 10, 'test_per_task': 45, 'test_batch': 45},
   'banking77': {'length': 24, 'examples_per_class': 10, 'test_per_task': 42, 'test_batch': 42},
@@ -92,7 +96,8 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
   given = next((float(w) for w in words if w[0].isdigit()), None)
   local = 'local' in words
   vote = 'vote' in words
-  words = [w for w in words if not w[0].isdigit() and w not in ('local', 'vote')]
+  long = 'long' in words
+  words = [w for w in words if not w[0].isdigit() and w not in ('local', 'vote', 'long')]
   fields, methods = common.words(','.join(words), 'class')
   tasks = 10 if data == 'clinc150' else 11
   own = {
@@ -104,12 +109,13 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'first': ('lora', 'first_session'),
   }.get(adapt, ())
   rate = given or OWN_RATES.get(methods[0] if methods else '', RATES[adapt])
-  batch, capacity = (128, 3000) if large else (30, 750)
-  memory = {'capacity': capacity, 'draw': batch // 2}
+  classes = 150 if data == 'clinc150' else 77
+  batch, capacity = (128, 20 * classes) if large else (30, 5 * classes)
   closed = adapt == 'closed'
   arguments = {
-    'er': memory,
-    'derpp': {**memory, 'alpha': 0.5, 'beta': 0.5},
+    # As many old sentences as new ones in a step; DER++ has two draws, half of them each.
+    'er': {'capacity': capacity, 'draw': batch},
+    'derpp': {'capacity': capacity, 'draw': batch // 2, 'alpha': 0.5, 'beta': 0.5},
     'agem': {'capacity': capacity, 'draw': batch},
     'ewc': {'coef': 1e5, 'labels': 'empirical'},
     'lwf': {'outputs': 'seen', 'coef': 0.5},
@@ -117,7 +123,8 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'adapter': {'rank': 32},
     'partial': {'lowest': 3},
     'prompt_tuning': {'length': 20, 'start': 'vocabulary'},
-    'l2p': {'pool': tasks, 'top': 4, 'length': 5, **({'vote': True} if vote else {})},
+    # Published are 20 rows before 197 patches; before 16 tokens so many would drown them.
+    'l2p': {'pool': tasks, 'top': 4, 'length': 1, **({'vote': True} if vote else {})},
     'dualprompt': {'expert': 10},
     'coda': {'pool': 10 * tasks, 'layers': (0, 1, 2, 3, 4)},
     'ncm': {'when': 'boundary' if adapt == 'first' else 'step'},
@@ -149,7 +156,8 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
       **({'tokenizer': MODEL} if adapt == 'random' else {}),
     },
     'order': 'seed',
-    'epochs': 1 if closed else 3,
+    # InfLoRA's first pass over a task only looks at it (and trains the head).
+    'epochs': 1 if closed else 10 if long else 4 if 'inflora' in methods else 3,
     'batch': batch,
     'ends_batch': batch,
     'model': {
@@ -165,7 +173,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
       'lr': rate,
       'schedule': 'cosine',
       'reset': not closed and 'joint' not in methods,
-      'groups': () if adapt in ('closed', 'head') else (('head/.*', HEAD_RATE / rate), ('.*', 1.0)),
+      'groups': () if adapt in ('closed', 'head') else ((HEADS, HEAD_RATE / rate), ('.*', 1.0)),
     },
     'head': head,
     'methods': methods,

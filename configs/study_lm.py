@@ -77,7 +77,7 @@ def get_config(arg: str = 'lora,naive') -> dict:
   }
   freeze = {
     'full': (EMBEDDINGS,),
-    'random': (EMBEDDINGS,),
+    'random': (),  # the embeddings are drawn as well, and give the logits
     'half': (EMBEDDINGS,),
     'lora': ('backbone/.*',),
     'stages': ('backbone/.*',),

@@ -30,7 +30,7 @@ CELLS = (
   'closed,ncm', 'closed,slda', 'closed,fecam', 'closed,ranpac', 'head,naive', 'head,er', 'head,lwf',
   'head,ewc', 'head,joint', 'small,ncm', 'small,ranpac', 'lora,naive', 'lora,local', 'lora,er', 'peft,l2p',
   'peft,dualprompt', 'peft,coda', 'peft,olora', 'peft,ease', 'first,ranpac', 'slow,slca', 'adapter,er',
-  'full,naive', 'full,er', 'full,joint', 'random,naive', 'random,joint',
+  'full,naive', 'full,er', 'full,joint', 'random,naive', 'random,joint', 'head,joint,long',
 )  # fmt: skip
 NAMES = {
   'closed': 'closed form, all images',
@@ -60,14 +60,15 @@ def get_config(arg: str = 'cifar10,lora,naive') -> dict:
   large = 'large' in words
   words = [w for w in words if w not in ('cifar10', 'omniglot', 'large')]
   adapt, words = (words[0], words[1:]) if words and words[0] in NAMES else ('lora', words)
-  local = 'local' in words
-  fields, methods = common.words(','.join(w for w in words if w != 'local'), 'class')
+  local, long = 'local' in words, 'long' in words
+  rest = [w for w in words if w not in ('local', 'long')]
+  fields, methods = common.words(','.join(rest), 'class')
   own = {'lora': ('lora',), 'adapter': ('adapter',), 'first': ('lora', 'first_session')}
   rate = OWN_RATES.get(methods[0] if methods else '', RATES[adapt])
   closed, cached = adapt in ('closed', 'small'), adapt in ('closed', 'small', 'head')
   whole = adapt in ('closed', 'head') or (large and adapt != 'small')
   batch, capacity = (128, 1000) if large else (32, 100)
-  memory = {'capacity': capacity if data == 'cifar10' else 272, 'draw': batch // 2}
+  memory = {'capacity': capacity if data == 'cifar10' else 272, 'draw': batch}
   arguments = {
     'er': memory,
     'ewc': {'coef': 1e4, 'labels': 'empirical'},
@@ -103,7 +104,7 @@ def get_config(arg: str = 'cifar10,lora,naive') -> dict:
       'test_batch': 128 if large else 50,
     },
     'order': 'seed',
-    'epochs': 1 if closed else 3,
+    'epochs': 1 if closed else 10 if long else 3,
     'batch': batch,
     'ends_batch': batch,
     'model': {

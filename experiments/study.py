@@ -196,8 +196,9 @@ def measure(
 ) -> None:
   """Writes what moved in a run with one seed to drift.json.
 
-  {'before': [accuracy (or log-likelihood) on each task before the first step], 'cka': of the features before
-  and after, 'held_out': {corpus: [before, after]}}.
+  {'before': [accuracy (or log-likelihood) on each task before the first step], 'cka': of the features of the
+  network without its method, before the first step, and of those after the last one, 'held_out': {corpus:
+  [before, after]}}.
   """
   resolved = options.config
   end = run.end_of(resolved, place, options.data_dir, tell)
@@ -218,7 +219,13 @@ def measure(
   before = jax.jit(lambda w, s, test: evaluate(made(w), s, test))(setup.weights, start, stream.test)
   said: dict[str, Any] = {
     'before': [round(float(a), 6) for a in before],
-    'cka': round(cka(*(seen(model, method, setup, s, x, tell) for s in (start, state))), 6),
+    'cka': round(
+      cka(
+        seen(model.apply, setup, start, x, tell),
+        seen(method.wrap(state.method, model.apply), setup, state, x, tell),
+      ),
+      6,
+    ),
   }
   if held_out:
 
@@ -233,12 +240,12 @@ def measure(
   shutil.rmtree(end.folder, ignore_errors=True)
 
 
-def seen(model, method, setup, state, x: Tree, tell: Callable[[str], None]) -> np.ndarray:
-  """The features f64[N, D] of inputs, as the method's forward pass gives them."""
+def seen(apply, setup, state, x: Tree, tell: Callable[[str], None]) -> np.ndarray:
+  """The features f64[N, D] of inputs, as the forward pass `apply` gives them."""
 
   def compute(variables, x):
     state, frozen = variables
-    fwd = Forward(method.wrap(state.method, model.apply), frozen, state.stats)
+    fwd = Forward(apply, frozen, state.stats)
     return fwd(state.params, features.batch_of(x)).features
 
   variables = (state, setup.weights['frozen'])
