@@ -13,7 +13,8 @@ from cl_jax.masks import nest, paths
 from cl_jax.methods.heads.task_head import MINUS_INF
 from cl_jax.types import Array, Batch, Forward, Out, Tree, overlay
 
-OUTPUTS = ('all', 'seen', 'heads')
+OUTPUTS = ('all', 'seen', 'heads', 'old')
+RAW = ('heads', 'old')  # which read the logits before a head's mask
 
 
 class Former(NamedTuple):
@@ -68,13 +69,14 @@ def distiller(
     name: of the method.
     outputs: 'all': one softmax over all. 'seen': targets over the classes seen before the boundary, zero
       for the others, against all outputs that compete now (class-incremental). 'heads': the sum over
-      finished tasks of one softmax per head; a `task_head` must come AFTER the method in the chain.
+      finished tasks of one softmax per head. 'old': one softmax over the classes seen before the boundary,
+      of both networks. For the last two a head that masks must come AFTER the method in the chain.
     task_classes: the labels of each task, for 'heads'.
     temperature: T.
     mean: average over the outputs that compete, and the heads, instead of summing.
 
   Raises:
-    UserError (by `loss`): 'seen' or 'heads' of a language model.
+    UserError (by `loss`): another choice than 'all' of a language model.
   """
   if outputs not in OUTPUTS:
     raise ValueError(f'{name} outputs {outputs!r}: one of {OUTPUTS}')
@@ -86,7 +88,7 @@ def distiller(
       out = apply(variables, batch, tap, train)
       return out._replace(aux={**out.aux, name: out.logits})
 
-    return keep_raw if outputs == 'heads' else apply
+    return keep_raw if outputs in RAW else apply
 
   def distil(target, logits):
     p = jax.nn.softmax(target / temperature)
@@ -112,6 +114,9 @@ def distiller(
       ]
       kd = sum(per_head, jnp.zeros(()))
       return kd / jnp.maximum(former.tasks, 1) if mean else kd
+    if outputs == 'old':
+      only = lambda out: jnp.where(former.seen, out.aux[name], MINUS_INF)  # noqa: E731
+      return distil(only(old), only(new))
     if outputs == 'seen':
       return distil(jnp.where(former.seen, old.logits, MINUS_INF), new.logits)
     return distil(old.logits, new.logits)

@@ -23,10 +23,10 @@ The first word says what is adapted:
   random   full, from random weights: the control
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over a task's own
-classes) and, for another rate, a number; joint takes as many steps as all tasks together, `joint,long` ten
-passes, after which a linear layer improves no more. `peft,l2p,vote` is L2P as its published figures are made:
-one choice of prompts for a whole batch, which tells the task where a batch is of one, so that tables have it
-apart.
+classes; `lwf,local` is LwF with it) and, for another rate, a number; joint takes as many steps as all tasks
+together, `joint,long` ten passes, after which a linear layer improves no more. `peft,l2p,vote` is L2P as its
+published figures are made: one choice of prompts for a whole batch, which tells the task where a batch is of
+one, so that tables have it apart.
 
 Recipe: three passes in batches of 30, Adam that starts afresh in every task, a cosine to 0 there. `large` is
 for an accelerator: all sentences at their length, batches of 128, a memory of 20 sentences an intent in the
@@ -52,7 +52,7 @@ CELLS = (
   'full,derpp', 'full,joint', 'full,naive,5e-05', 'full,naive,2e-05', 'full,er,2e-05', 'random,naive',
   'random,er', 'random,joint', 'head,naive,0.001', 'head,local,0.001', 'head,er,0.001', 'head,ewc,0.001',
   'head,lwf,0.001', 'head,derpp,0.001', 'head,joint,0.001', 'head,joint,long', 'lora,joint,long',
-  'full,joint,long', 'peft,l2p,vote',
+  'full,joint,long', 'head,lwf,local', 'lora,lwf,local', 'full,lwf,local', 'peft,l2p,vote',
 )  # fmt: skip
 NAMES = {
   'closed': 'closed form',
@@ -118,7 +118,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
     'derpp': {'capacity': capacity, 'draw': batch // 2, 'alpha': 0.5, 'beta': 0.5},
     'agem': {'capacity': capacity, 'draw': batch},
     'ewc': {'coef': 1e5, 'labels': 'empirical'},
-    'lwf': {'outputs': 'seen', 'coef': 0.5},
+    'lwf': {'outputs': 'old', 'coef': 1.0} if local else {'outputs': 'seen', 'coef': 0.5},
     'lora': {'rank': 8, 'alpha': 16.0, 'targets': 'backbone/layers/(q|v)/w'},
     'adapter': {'rank': 32},
     'partial': {'lowest': 3},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cl_jax import codecs, compression
+from cl_jax.distillation import RAW
 from cl_jax.errors import UserError
 from cl_jax.masks import matches
 from cl_jax.sparse import CHOICES
@@ -279,11 +280,12 @@ def _together(c: Mapping[str, Any]) -> None:
       'config.data.template spells the label out in the text, which tells a classifier the answer: it is for '
       "config.model.output='tokens'"
     )
-  taught = [n for n in c['methods'] if c[n].get('outputs', 'heads') != 'heads']
+  taught = [n for n in c['methods'] if c[n].get('outputs', 'heads') not in RAW]
+  own = bool({*taught} & {'lwf', 'ebll'})
   if taught and (c['head'] == 'current' or 'current_head' in c['methods']):
     raise UserError(
       f"config.head='current': {taught[0]} distils outputs of finished tasks, which that head leaves out in "
-      f"training: take another head, or config.{taught[0]}.outputs='heads'"
+      f'training: take another head, or config.{taught[0]}.outputs={"old" if own else "heads"!r}'
     )
   by_task = c['head'] == 'task' or 'task_head' in c['methods']
   if by_task and (found := [n for n in taught if n in ('lwf', 'ebll')]):

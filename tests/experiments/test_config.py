@@ -117,7 +117,7 @@ def test_arguments_of_model_and_optimiser_are_fields():
     ({'methods': ('packnet',), 'packnet': {'prune': 1.0}}, r'must lie in \(0, 1\)'),
     ({'methods': ('lwf',), 'lwf': {'temperature': 0.0}}, r'temperature must be greater than 0'),
     ({'cache_features': True}, r'set config\.freeze'),
-    ({'methods': ('lwf',), 'head': 'current'}, r"lwf distils .* config\.lwf\.outputs='heads'"),
+    ({'methods': ('lwf',), 'head': 'current'}, r"lwf distils .* config\.lwf\.outputs='old'"),
     (
       {'methods': ('lwf',), 'head': 'task'},
       r"lwf distils .* config\.lwf\.outputs='heads'",

@@ -24,6 +24,7 @@ from cl_jax.methods.closed_form.fecam import fecam
 from cl_jax.methods.closed_form.ncm import ncm
 from cl_jax.methods.closed_form.ranpac import ranpac
 from cl_jax.methods.closed_form.slda import slda
+from cl_jax.methods.heads.current_head import current_head
 from cl_jax.methods.heads.cwr import cwr
 from cl_jax.methods.heads.seen_head import seen_head
 from cl_jax.methods.heads.slca import roots, sample, slca
@@ -679,6 +680,38 @@ def test_fecam_adds_to_the_moments_of_a_class_that_comes_back():
   assert m.count[3] == 0
   scores = learn.predict(state, parts[0])
   assert np.isfinite(scores).all() and (scores[:, 3] < scores[:, :3].min()).all()
+
+
+def test_lwf_of_old_outputs_beside_the_loss_of_the_current_ones(toy_stream):
+  """The loss is that of the new task's classes, and 2 T^2 times teacher against network on the old ones."""
+  model, T, classes = mlp((16,), 6), 3.0, toy_stream.task_classes
+  chosen = chain(lwf=lwf(2.0, T, 'old'), current_head=current_head(6))
+  learn = learner(model, optax.sgd(0.1), chosen)
+  state = quick(learn.init)(jax.random.key(1), take(toy_stream, toy_stream.index[0, 0], 0))
+  step = quick(learn.step)
+  for i in range(4):
+    state, _ = step(state, take(toy_stream, toy_stream.index[0, i], 0))
+  ends = jax.vmap(lambda rows: take(toy_stream, rows, 0))(toy_stream.ends[0])
+  state = quick(learn.boundary)(state, ends)
+  teacher = state.params
+  for i in range(3):
+    batch = take(toy_stream, toy_stream.index[1, i], 1)
+    y, w = np.asarray(batch.y), np.asarray(batch.w, np.float64)
+    old, new = (
+      np.asarray(model.apply(p, batch, no_tap, False).logits, np.float64)
+      for p in (teacher, state.params)
+    )
+    logp = lambda z: z - np.log(np.exp(z).sum(-1, keepdims=True))  # noqa: E731
+    now = sorted(
+      {*np.concatenate([toy_stream.y[r] for r in toy_stream.index[1, : i + 1]]).tolist()}
+    )
+    assert set(now) <= set(classes[1])
+    task = -logp(new[:, now])[np.arange(len(y)), [now.index(int(c)) for c in y]]
+    was = list(classes[0])
+    kd = -(T**2) * (np.exp(logp(old[:, was] / T)) * logp(new[:, was] / T)).sum(-1)
+    want = ((task + 2.0 * kd) * w).sum() / w.sum()
+    state, loss = step(state, batch)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
 
 
 def test_slca_aligns_the_head_alone(toy_stream):

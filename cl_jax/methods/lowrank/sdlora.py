@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_jax.lowrank import bounds, drawn, here, keep, operator, put, select, train_only
+from cl_jax.prompts import Tasks, first_task, step_taken
 from cl_jax.types import Array, Method
 
 
@@ -23,7 +24,8 @@ def sdlora(
   with its norms inside the gradient, and so are the scalars m_0 ... m_t, one for every adapted matrix.
   Earlier pairs, later pairs and later magnitudes are restored after the update, so they keep their exact bits
   under any optimiser. A ~ U(+-1/sqrt(d_in)) and B ~ N(0, 1e-3^2): zero would have no direction. A new pair
-  therefore changes every weight at the start of its task, by Frobenius norm `magnitude` at most.
+  therefore changes every weight at the start of its task, by Frobenius norm `magnitude` at most; predictions
+  have it from the first step of its task on, and so, as drawn, has a teacher of the last boundary.
   Deviations: the current pair is normalised too; every matrix has magnitudes of its own; all slots
   are allocated from the start; neither the rank reduction (SD-LoRA-RR) nor the merging of directions
   (SD-LoRA-KD).
@@ -37,7 +39,7 @@ def sdlora(
     targets: regular expression, matched against the whole path of a weight, trained or frozen; stacked
       weights [layers, d_in, d_out] get factors and magnitudes per layer.
 
-  Needs the boundary. State: 4 bytes (and parameters: T (r (d_in + d_out) + 1) per adapted matrix).
+  Needs the boundary. State: 8 bytes (and parameters: T (r (d_in + d_out) + 1) per adapted matrix).
   """
 
   def init(key, params, batch, fwd):
@@ -47,29 +49,33 @@ def sdlora(
       a = bounds(k_a, (tasks, *stack, d_in, rank))
       return {'a': a, 'b': b, 'm': jnp.full((tasks, *stack), magnitude, jnp.float32)}
 
-    return {'sdlora': drawn(key, select('sdlora', targets, params, fwd), factors)}, jnp.int32(0)
+    return {'sdlora': drawn(key, select('sdlora', targets, params, fwd), factors)}, first_task()
 
-  def wrap(t, apply):
-    def adapted(w, own):
-      a, b, m = train_only(t, own['a']), train_only(t, own['b']), own['m']
-      share = m / (norm(a) * norm(b) + 1e-8)
-      share = jnp.where(begun(t, m), share, 0)
-      return operator(w, a, share[..., None, None] * b)
-
+  def wrap(s, apply):
     def summed(variables, batch, tap, train):
+      many = s.now + 1 if train else s.begun
+
+      def adapted(w, own):
+        a, b, m = train_only(s.now, own['a']), train_only(s.now, own['b']), own['m']
+        share = m / (norm(a) * norm(b) + 1e-8)
+        share = jnp.where(first(many, m), share, 0)
+        return operator(w, a, share[..., None, None] * b)
+
       return apply(put(variables, 'sdlora', adapted), batch, tap, train)
 
     return summed
 
-  def begun(t, m):
-    return (jnp.arange(tasks) <= t).reshape(-1, *[1] * (m.ndim - 1))
+  def first(many, m):
+    return (jnp.arange(tasks) < many).reshape(-1, *[1] * (m.ndim - 1))
 
-  def after(t, params, step, key):
-    free = lambda name, a: begun(t, a) if name == 'm' else here(t, a)  # noqa: E731
-    return {**params, 'sdlora': keep(step.params['sdlora'], params['sdlora'], free)}, t
+  def after(s, params, step, key):
+    free = lambda name, a: first(s.now + 1, a) if name == 'm' else here(s.now, a)  # noqa: E731
+    kept = keep(step.params['sdlora'], params['sdlora'], free)
+    return {**params, 'sdlora': kept}, step_taken(s)
 
-  def boundary(t, params, batches, fwd, key):
-    return params, t + 1
+  def boundary(s, params, batches, fwd, key):
+    # Not `next_task`: past the last slot no pair is trained any more.
+    return params, Tasks(s.now + 1, s.begun)
 
   return Method(init=init, wrap=wrap, after=after, boundary=boundary, needs=('boundary',))
 

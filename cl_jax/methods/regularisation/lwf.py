@@ -32,8 +32,10 @@ def lwf(
     outputs: which outputs are distilled. 'all': one softmax over all. 'seen': targets over the classes seen
       before the boundary, zero for the others, against all outputs that compete now (van de Ven &
       Tolias 2019, class-incremental). 'heads': the sum over finished tasks of one softmax per head (the
-      paper's form); a `task_head` must come AFTER this method in the chain, and leaves out what the other
-      two would distil.
+      paper's form); a `task_head` must come AFTER this method in the chain, and leaves out what 'all' and
+      'seen' would distil. 'old': one softmax over the classes seen before the boundary, of both networks,
+      whatever a head behind this method masks: with `current_head`, whose loss is over the new task's
+      classes, the usual form of class-incremental libraries (PyCIL, models/lwf.py, where it counts thrice).
     task_classes: the labels of each task, for 'heads'.
     average: weigh the task loss by 1/t and the distillation by 1 - 1/t in the t-th task instead (van de Ven
       & Tolias 2019, eq. 4; `coef` scales the distillation).
