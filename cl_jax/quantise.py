@@ -14,9 +14,10 @@ from cl_jax.types import Array
 
 
 def starts(key: Array, w: Array, parts: int, words: int) -> Array:
-  """i32[parts, words]: rows drawn without replacement for each part, those with w = 0 last."""
+  """i32[parts, words]: rows with w > 0, drawn without replacement for each part as long as there are some."""
+  at = jnp.minimum(jnp.arange(words), jnp.maximum((w > 0).sum(), 1) - 1)
   keys = jax.random.split(key, parts)
-  return jax.vmap(lambda key: memory.shuffled(key, w <= 0)[:words])(keys)
+  return jax.vmap(lambda key: memory.shuffled(key, w <= 0)[at])(keys)
 
 
 def fit(key: Array, x: Array, w: Array, parts: int, words: int, rounds: int) -> Array:

@@ -160,7 +160,7 @@ def batch_norm(
   w = w[: x.shape[0]]  # rows that enter above this layer come last; see `cl_jax.cut`
   valid = jnp.reshape(w > 0, (-1,) + (1,) * (x.ndim - 1))
   n = (w > 0).sum() * math.prod(x.shape[1:-1])
-  # `where`, not a product: padding may hold anything, even NaN.
+  # `where`, not a product: padding may hold anything, and the moments stay those of the rest.
   mean = jnp.where(valid, x, 0).sum(axes) / jnp.maximum(n, 1)
   var = jnp.where(valid, jnp.square(x - mean), 0).sum(axes) / jnp.maximum(n, 1)
   # Through many layers a variance of 0 would grow any input to infinity, which no weight of 0 takes back.

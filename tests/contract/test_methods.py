@@ -351,7 +351,7 @@ def test_exports(case):
 
 
 def test_padding_does_not_matter(case):
-  """Rows with w = 0 may hold anything, even NaN: the step and the boundary ignore them."""
+  """Rows with w = 0 may hold any finite values: the step and the boundary ignore them."""
   batch = take(case.stream, case.stream.index[1, 0], 1)
   part = batch._replace(w=batch.w.at[7:].set(0))
   other = part._replace(x=part.x.at[7:].multiply(-3.0), y=part.y.at[7:].set(5))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_jax import budget, codecs, product
+from cl_jax import budget, codecs, product, quantise
 from cl_jax.errors import UserError
 from tests.compiling import quick
 
@@ -106,3 +106,12 @@ def test_leaves_that_are_no_numbers_stay():
   assert isinstance(held['h'], codecs.Rows) and held['token'].dtype == x['token'].dtype
   jax.tree.map(partial(np.testing.assert_array_equal), back, x)
   np.testing.assert_array_equal(product.decode_tree(books, x)['h'], x['h'])
+
+
+def test_codewords_begin_at_valid_rows_alone():
+  """Where there are fewer than codewords some begin at the same row, and none at padding."""
+  w = jnp.asarray([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+  at = np.asarray(quantise.starts(jax.random.key(0), w, 3, 5))
+  assert [set(row) for row in at.tolist()] == [{1, 3, 4}] * 3
+  whole = np.asarray(quantise.starts(jax.random.key(0), jnp.ones(6), 3, 5))
+  assert all(len(set(row)) == 5 for row in whole.tolist())
