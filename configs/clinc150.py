@@ -48,7 +48,7 @@ def get_config(arg: str = 'class') -> dict:
     'freeze': ('backbone/.*',),
     'cache_features': not adapts,
     # A new optimiser in every task, which is what published codes have.
-    'optimizer': {'name': 'adam', 'lr': 1e-3, 'reset': not closed and 'joint' not in methods},
+    'optimizer': {'name': 'adam', 'lr': 1e-3, 'reset': not closed},
     'head': 'all' if closed else 'seen',
     'methods': methods,
     **{m: arguments[m] for m in methods if m in arguments},

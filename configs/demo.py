@@ -85,7 +85,7 @@ def get_config(arg: str = 'naive') -> dict:
       'lr': rate,
       'schedule': 'cosine',
       # As a device that comes back to learn a domain would: moments of the last one are not kept.
-      'reset': not closed and 'joint' not in methods,
+      'reset': not closed,
       # The new output layer learns faster than the pretrained network.
       'groups': () if closed else (('head/.*', head / rate), ('.*', 1.0)),
     },

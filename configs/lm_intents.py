@@ -59,12 +59,7 @@ def get_config(arg: str = 'naive') -> dict:
       'measure': 'exact',
     },
     'freeze': ('backbone/.*',),
-    'optimizer': {
-      'name': 'adam',
-      'lr': 5e-3,
-      'schedule': 'cosine',
-      'reset': 'joint' not in methods,
-    },
+    'optimizer': {'name': 'adam', 'lr': 5e-3, 'schedule': 'cosine', 'reset': True},
     'methods': methods,
     'chunk': 10,
     **{m: arguments[m] for m in methods if m in arguments},

@@ -172,7 +172,7 @@ def get_config(arg: str = 'clinc150,lora,naive') -> dict:
       'name': 'adam',
       'lr': rate,
       'schedule': 'cosine',
-      'reset': not closed and 'joint' not in methods,
+      'reset': not closed,
       'groups': () if adapt in ('closed', 'head') else ((HEADS, HEAD_RATE / rate), ('.*', 1.0)),
     },
     'head': head,

@@ -109,12 +109,7 @@ def get_config(arg: str = 'lora,naive') -> dict:
       **({'remat': True, 'dtype': 'bfloat16'} if large else {}),
     },
     'freeze': freeze,
-    'optimizer': {
-      'name': 'adam',
-      'lr': RATES[adapt],
-      'schedule': 'cosine',
-      'reset': 'joint' not in methods,
-    },
+    'optimizer': {'name': 'adam', 'lr': RATES[adapt], 'schedule': 'cosine', 'reset': True},
     'head': 'all',
     'methods': methods,
     'chunk': 10,

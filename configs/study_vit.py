@@ -124,7 +124,7 @@ def get_config(arg: str = 'cifar10,lora,naive') -> dict:
       'name': 'adam',
       'lr': rate,
       'schedule': 'cosine',
-      'reset': not closed and 'joint' not in methods,
+      'reset': not closed,
       'groups': () if cached else (('head/.*', HEAD_RATE / rate), ('.*', 1.0)),
     },
     'head': 'all' if closed or ruled else 'current' if apart else 'seen',

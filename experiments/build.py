@@ -122,7 +122,8 @@ def _setup(config, seeds, group: list[Stream], tell) -> Setup:
     model = make(weights) if model is None else model
     method = chain_of(sized if own is None else own, begun(facts, tasks), hp, model.wires)
     parts = config.get('micro_batches', 1)  # artefacts of earlier versions have no such field
-    return optimizer.resetting(learner(model, tx, method, weights['frozen'], parts), reset)
+    again = reset if len(facts.index) > 1 else None  # joint training has no boundary inside
+    return optimizer.resetting(learner(model, tx, method, weights['frozen'], parts), again)
 
   def added(own) -> int:
     """Bytes of state beyond plain fine-tuning."""
