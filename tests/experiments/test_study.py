@@ -52,10 +52,12 @@ def test_every_cell_of_the_studies_that_ship_is_valid(module, data):
     assert adapted in module.NAMES and adapted in module.RATES
     for word in data:
       resolved = config.resolve(module.get_config(f'{word},{cell}'))
-      words = ('naive', 'local', 'joint', 'vote')
+      words = ('naive', 'local', 'joint', 'vote', 'long')
       own = [w for w in method.split(',') if w not in words and not w[0].isdigit()]
       assert resolved.get('l2p', {}).get('vote', False) == ('vote' in cell)
       assert set(own) <= set(resolved['methods'])
+      assert resolved['optimizer']['reset'] == (adapted not in ('closed', 'small'))
+      assert resolved['epochs'] == 10 or 'long' not in cell
       assert (resolved['scenario'] == 'joint') == ('joint' in cell)
   assert len({json.dumps(module.get_config(c), default=str) for c in module.CELLS}) == len(
     module.CELLS

@@ -26,7 +26,8 @@ def l2p(
   Prompts and keys start at U(0, 0.01). Freeze the backbone and let the current task's classes compete
   (`current_head`). Deviations: the head reads what the model's head reads (the class token of a ViT, the
   mean of the tokens of BERT), not the mean of the prompts, as in the official code's choice 'token';
-  no penalty for prompts that are used often; the optimiser is not reset.
+  no penalty for prompts that are used often. The official code makes a new optimiser a task, which is
+  `config.optimizer.reset` here.
 
   Args:
     pool: M.
