@@ -174,7 +174,8 @@ def defaults() -> dict[str, Any]:
       # ((pattern, factor), ...): the learning rate of parameters by path, as a factor; the patterns must
       # cover all parameters. () = the same for all.
       'groups': (),
-      # Forget momentum and moments at every boundary.
+      # Forget momentum and moments at every boundary, as codes that make an optimiser a task do. Moments of
+      # finished tasks make Adam's steps in a new one small: fine-tuning then forgets less than it would.
       'reset': False,
     },
     # Patterns of parameter paths that are not trained and are shared by all runs.

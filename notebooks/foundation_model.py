@@ -67,7 +67,9 @@ print(', '.join(stream.task_names))
 # %% [markdown]
 # ## Three learners
 #
-# What is frozen is split off by path and shared by everything: it is no part of the state.
+# What is frozen is split off by path and shared by everything: it is no part of the state. Adam starts afresh
+# in every domain, as in the official codes: moments of the last one would make its steps in the next one
+# small, so that less seems to be forgotten.
 
 
 # %%
@@ -85,7 +87,17 @@ def learning(frozen, method, rates):
   rate = {k: optax.adam(v) for k, v in rates.items()}
   label = lambda p: {k: k if k in rate else 'other' for k in p}  # noqa: E731
   tx = optax.multi_transform({**rate, 'other': optax.adam(5e-4)}, label)
-  return lambda hp, weights: learner(model(), tx, method, weights), frozen
+
+  def build(hp, weights):
+    learn = learner(model(), tx, method, weights)
+
+    def boundary(state, batches):
+      state = learn.boundary(state, batches)
+      return state._replace(opt=tx.init(state.params))
+
+    return learn._replace(boundary=boundary)
+
+  return build, frozen
 
 
 classes = stream.classes
