@@ -1,6 +1,6 @@
 """Does a foundation model forget? MiniLM learns CLINC150 domain by domain, class-incremental.
 
-  make demo                      all of it, with this file's settings: 4 min 13 s on two cores
+  make demo                      all of it, with this file's settings: some 5 minutes on two idle cores
   python -m experiments.run --config=configs/demo.py:er --workdir=runs/er      one method
 
 The 150 intents of 10 domains (banking, travel, ...), 15 a domain, share one output layer that grows with
