@@ -281,11 +281,11 @@ def _together(c: Mapping[str, Any]) -> None:
       "config.model.output='tokens'"
     )
   taught = [n for n in c['methods'] if c[n].get('outputs', 'heads') not in RAW]
-  own = bool({*taught} & {'lwf', 'ebll'})
+  instead = 'old' if taught[:1] in (['lwf'], ['ebll']) else 'heads'
   if taught and (c['head'] == 'current' or 'current_head' in c['methods']):
     raise UserError(
       f"config.head='current': {taught[0]} distils outputs of finished tasks, which that head leaves out in "
-      f'training: take another head, or config.{taught[0]}.outputs={"old" if own else "heads"!r}'
+      f'training: take another head, or config.{taught[0]}.outputs={instead!r}'
     )
   by_task = c['head'] == 'task' or 'task_head' in c['methods']
   if by_task and (found := [n for n in taught if n in ('lwf', 'ebll')]):

@@ -603,6 +603,14 @@ def test_cosine_falls_to_zero_within_every_leg_and_goes_on_after_a_reset():
   assert jax.tree.leaves(again[1]) == jax.tree.leaves(state[1]) == [3]
 
 
+@pytest.mark.parametrize(('scenario', 'needs'), [('class', ('boundary',)), ('joint', ())])
+def test_a_reset_asks_for_the_boundary_where_there_is_one_inside(scenario, needs):
+  rule = {'name': 'adam', 'lr': 1e-3, 'reset': True}
+  one = setup(scenario=scenario, base='class', optimizer=rule)
+  made = one.build(build.hyper(one.config, one.streams[0]), one.weights)
+  assert made.needs == needs
+
+
 def test_what_is_frozen_is_shared_and_not_in_the_state():
   one = setup(freeze=('l0/.*',), methods=('ewc',))
   learner = one.build(build.hyper(one.config, one.streams[0]), one.weights)

@@ -119,6 +119,10 @@ def test_arguments_of_model_and_optimiser_are_fields():
     ({'cache_features': True}, r'set config\.freeze'),
     ({'methods': ('lwf',), 'head': 'current'}, r"lwf distils .* config\.lwf\.outputs='old'"),
     (
+      {'methods': ('dgr', 'lwf'), 'head': 'current'},
+      r"dgr distils .* config\.dgr\.outputs='heads'",
+    ),
+    (
       {'methods': ('lwf',), 'head': 'task'},
       r"lwf distils .* config\.lwf\.outputs='heads'",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from cl_jax.report.tables import size
 from cl_jax.types import Batch
 from configs import study_encoder, study_lm, study_vit
 from experiments import build, config, job, run, study
+from experiments.chain import chain_of
 from tests.experiments.conftest import language_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -104,6 +106,29 @@ def test_cka_is_one_up_to_rotation_and_scale_and_falls_with_noise():
   b = rng.normal(size=(50, 4))
   k, m = (c @ c.T for c in (a - a.mean(0), b - b.mean(0)))
   assert study.cka(a, b) == pytest.approx((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
+
+
+@pytest.mark.usefixtures('quickly')
+def test_drift_is_from_the_network_without_its_method(tmp_path, monkeypatch):
+  """HAT's drawn gates change the features before the first step, which counts as drift."""
+  moved = {}
+  for method in ('l2', 'hat'):
+    file = tmp_path / 'study_tiny.py'
+    file.write_text(TINY)
+    raw = {**config.load(f'{file}:naive'), 'scenario': 'task', 'methods': (method,)}
+    resolved = config.resolve(raw)
+    (setup,) = build.prepare(resolved)
+    stream, hp = setup.streams[0], build.hyper(resolved, setup.streams[0])
+    first = jax.tree.map(lambda a: a[0, 0, :1], stream.test)
+    state = jax.jit(setup.build(hp, setup.weights).init)(
+      jax.random.key(resolved['seeds'][0]), first
+    )
+    chosen = chain_of(resolved, stream, hp, setup.model(setup.weights).wires)
+    end = run.End(setup, tmp_path / 'none', state, hp, chosen)
+    monkeypatch.setattr(run, 'end_of', lambda *a, end=end: end)
+    study.measure(SimpleNamespace(config=resolved, data_dir=None), tmp_path, (), print)
+    moved[method] = json.loads((tmp_path / study.DRIFT).read_text())['cka']
+  assert moved['l2'] == 1 and moved['hat'] < 0.99
 
 
 @pytest.mark.long

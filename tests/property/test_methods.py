@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from cl_jax.methods.isolation.hat import HATState, hat
 from cl_jax.methods.isolation.packnet import packnet
 from cl_jax.methods.isolation.pnn import pnn
 from cl_jax.methods.lowrank.lora import lora
+from cl_jax.methods.regularisation.ebll import ebll
 from cl_jax.methods.regularisation.ewc import ewc
 from cl_jax.methods.regularisation.lwf import lwf
 from cl_jax.methods.regularisation.si import si
@@ -712,6 +713,23 @@ def test_lwf_of_old_outputs_beside_the_loss_of_the_current_ones(toy_stream):
     want = ((task + 2.0 * kd) * w).sum() / w.sum()
     state, loss = step(state, batch)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'make'), [('ebll', partial(ebll, 3)), ('dreamnet', dreamnet)])
+def test_old_outputs_are_taught_though_the_head_masks_them(name, make, toy_stream):
+  """Beside a loss over the task's own classes, without the huge numbers of masked logits."""
+  chosen = chain(**{name: make(outputs='old')}, current_head=current_head(6))
+  learn = learner(mlp((16,), 6), optax.sgd(0.1), chosen)
+  state = quick(learn.init)(jax.random.key(1), take(toy_stream, toy_stream.index[0, 0], 0))
+  step = quick(learn.step)
+  state, _ = step(state, take(toy_stream, toy_stream.index[0, 0], 0))
+  ends = jax.vmap(lambda rows: take(toy_stream, rows, 0))(toy_stream.ends[0])
+  state, loss = step(
+    quick(learn.boundary)(state, ends), take(toy_stream, toy_stream.index[1, 0], 1)
+  )
+  assert 0 < loss < 1e4 and all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+  with pytest.raises(ValueError, match="dgr outputs 'old'"):
+    dgr(outputs='old')
 
 
 def test_slca_aligns_the_head_alone(toy_stream):

@@ -58,6 +58,8 @@ def dgr(
   per class, 8 bytes. One more forward pass of the network of before and one forward and backward pass on
   `draw` rows per step, beside the generator's.
   """
+  if outputs == 'old':
+    raise ValueError("dgr outputs 'old': one of ('all', 'seen', 'heads')")
   raw = distillation.distiller('dgr', outputs, task_classes).wrap
   tx = optax.adam(lr)
 
