@@ -24,9 +24,9 @@ The first word says what is adapted:
 
 then a method (naive, er, ewc, lwf, derpp, agem, joint, or `local`: naive with the loss over a task's own
 classes; `lwf,local` is LwF with it) and, for another rate, a number; joint takes as many steps as all tasks
-together, `joint,long` ten passes, after which a linear layer improves no more. `peft,l2p,vote` is L2P as its
-published figures are made: one choice of prompts for a whole batch, which tells the task where a batch is of
-one, so that tables have it apart.
+together, `joint,long` ten passes, after which a linear layer gains less than half a point. `peft,l2p,vote` is
+L2P as its published figures are made: one choice of prompts for a whole batch, which tells the task where a
+batch is of one, so that tables have it apart.
 
 Recipe: three passes in batches of 30, Adam that starts afresh in every task, a cosine to 0 there. `large` is
 for an accelerator: all sentences at their length, batches of 128, a memory of 20 sentences an intent in the
